@@ -1,0 +1,116 @@
+"""
+What is learned: VLM Q-Learning's loss on the token MDP, as pure functions.
+
+After "VLM Q-Learning: Aligning Vision-Language Models for Interactive Decision-Making" (Grigsby, Zhu, Ryoo, Niebles, arXiv 2505.03181).
+Every reply token is an action; the state is the prompt and the reply so far; the end-of-turn token carries the turn's reward.
+
+    V(s)   = sum_v pi(v|s) Q(s,v)                                    A(s,a) = Q(s,a) - V(s)
+    last token of turn t:  y   = r_t + gamma (1 - terminated_t) V'(s_{t+1})           V' by the target head
+    inside the turn:       y_j = gamma_token (lam y_{j+1} + (1 - lam) V'(s_{j+1}))
+    L = bc_coef L_SFT + af_coef L_AF + critic_coef L_Q
+    L_SFT = - mean log pi(a|s)      L_AF = - mean f(A(s,a)) log pi(a|s)      L_Q = mean (Q(s,a) - y)^2 + cql_coef (logsumexp_v Q(s,v) - Q(s,a))
+
+Where it departs from the paper, or fills in what is not public of it:
+ 1. Q is as wide as the vocabulary and V its exact expectation under the policy; no sampled actions, no value network.
+ 2. TD(lambda) over the tokens of a turn: with lam = 1 a turn's outcome reaches all its tokens in one update.
+ 3. Pessimism. Tokens that no data shows keep the head's first value. If that is above the true return, V is too high and a *correct* syntax
+    token, for which A = (1 - pi)(Q - Q_unseen), fails the filter for as long as pi is not certain: the filter unlearns the syntax. So the head
+    starts at the lowest discounted return in the data (q_init), and a small conservative term (cql_coef, Kumar et al., arXiv 2006.04779) keeps
+    it from creeping up. v_support > 0 is the alternative: V over the tokens with pi(v|s) >= v_support * max pi only.
+ 4. The filter waits: f = 1 for filter_warmup updates, and beta is slightly negative, because a young critic's A is noise around 0.
+ 5. mdp = 'turn': one advantage a reply, A = Q(s, last token) - V(first state); every token of a reply has the turn's target.
+
+Letters: B turns, R reply tokens, V vocabulary, C critics.
+"""
+import torch
+import torch.nn.functional as F
+
+
+def state_value(logits, q, support=0.0):
+    """V(s) = sum_v pi(v|s) Q(s,v). logits, q (..., V) -> (...). support > 0: over tokens with pi >= support * max pi, renormalised."""
+    pi = logits.softmax(-1)
+    if support > 0:
+        pi = torch.where(pi >= support * pi.amax(-1, keepdim=True), pi, 0.0)
+        pi = pi / pi.sum(-1, keepdim=True)
+    return (pi * q).sum(-1)
+
+
+def td_targets(v, mask, reward, terminated, nexts, gamma, gamma_token=1.0, lam=1.0):
+    """TD(lambda) targets of every reply token. v (B, R): V' of the state before each token; mask (B, R); reward, terminated (B,);
+    nexts (B,): the row of the turn that follows, -1 if it is not here. -> y (B, R), known (B,) false where the bootstrap is missing.
+    `terminated` ends the return; a truncated turn has the row of its last observation as next and bootstraps from it."""
+    bootstrap = torch.where(nexts >= 0, v[nexts.clamp(min=0), 0], 0.0)
+    y_turn = reward + gamma * (1 - terminated) * bootstrap            # y = r_t + gamma (1 - terminated) V'(s_{t+1})
+    known = (terminated > 0) | (nexts >= 0)
+    last = mask.sum(1).long() - 1
+    y, out = torch.zeros_like(y_turn), []
+    for j in reversed(range(mask.shape[1])):
+        if j + 1 < mask.shape[1]:                                     # y_j = gamma_token (lam y_{j+1} + (1 - lam) V'(s_{j+1}))
+            y = gamma_token * (lam * y + (1 - lam) * v[:, j + 1])
+        y = torch.where(last == j, y_turn, y)
+        out.append(y)
+    return torch.stack(out[::-1], 1) * mask, known & (last >= 0)
+
+
+def filter_weight(adv, kind, beta=0.0, temperature=1.0, max_weight=20.0, good_episode=None):
+    """f of the actor's loss (B, R). 'sft' 1; 'afsft' 1{A > beta}; 'awr' clipped exp(A / temperature) (Peng et al., arXiv 1910.00177);
+    'fbc' 1 in the episodes of `good_episode` (B,)."""
+    if kind == "sft":
+        return torch.ones_like(adv)
+    if kind == "afsft":
+        return (adv > beta).float()
+    if kind == "awr":
+        return (adv / temperature).exp().clamp(max=max_weight)
+    if kind == "fbc":
+        return good_episode.float()[:, None].expand_as(adv)
+    raise ValueError(f"unknown actor_loss {kind!r}")
+
+
+def compute_loss(vlm, batch, cfg, warm=False, quantile=0.0, tokens=None, critic_tokens=None):
+    """The whole loss of a micro-batch -> (loss, info). tokens, critic_tokens: counts over the *whole update*, so that gradients do not depend on how
+    it is split. warm: the filter lets everything pass. quantile: the episode return above which 'fbc' clones. info: sums over tokens, see `summarise`."""
+    mask, a = batch["mask"], batch["reply_ids"]
+    logits, hidden = vlm(batch["inputs"], batch["P"], mask.shape[1])                          # (B, R, V), (B, R, H)
+    logp = -F.cross_entropy(logits.transpose(1, 2), a, reduction="none")                      # log pi(a|s)  (B, R)
+    n = tokens if tokens is not None else mask.sum()
+    info = dict(tokens=mask.sum(), nll=-(logp * mask).sum())
+    if not len(vlm.heads):                                                                    # no critic: 'sft', 'fbc'
+        f = filter_weight(torch.zeros_like(logp), cfg.actor_loss, good_episode=batch["ep_return"] >= quantile)
+        return -((cfg.bc_coef + cfg.af_coef * f) * logp * mask).sum() / n, {k: t.detach() for k, t in info.items()}
+
+    q = vlm.q(hidden.detach() if cfg.critic_detach else hidden)                               # (C, B, R, V)
+    qa = q.gather(-1, a[None, ..., None].expand(len(q), *a.shape, 1))[..., 0]                 # Q(s,a)  (C, B, R)
+    with torch.no_grad():
+        v_target = state_value(logits, vlm.q(hidden, target=True).amin(0), cfg.v_support)     # V'(s), the most pessimistic critic
+        lam = 1.0 if cfg.mdp == "turn" else cfg.lam
+        y, known = td_targets(v_target, mask, batch["reward"], batch["terminated"], batch["next"], cfg.gamma, cfg.gamma_token, lam)
+        v = state_value(logits, q.mean(0), cfg.v_support)
+        adv = qa.mean(0) - v                                                                  # A = Q(s,a) - V(s)
+        if cfg.mdp == "turn":
+            last = (mask.sum(1).long() - 1).clamp(min=0)[:, None]
+            adv = (qa.mean(0).gather(1, last) - v[:, :1]).expand_as(adv)
+        f = filter_weight(adv, cfg.actor_loss, cfg.beta, cfg.awr_temperature, good_episode=batch["ep_return"] >= quantile)
+        f = torch.ones_like(f) if warm else f
+    m = mask * known[:, None]
+    td = ((qa - y) ** 2).mean(0)
+    cql = (q.logsumexp(-1) - qa).mean(0)
+    actor = -((cfg.bc_coef + cfg.af_coef * f) * logp * mask).sum() / n                        # bc_coef L_SFT + af_coef L_AF
+    critic = ((td + cfg.cql_coef * cql) * m).sum() / (critic_tokens if critic_tokens is not None else m.sum()).clamp(min=1)
+    span, first = batch["span"] * mask, mask[:, 0]
+    info |= dict(critic_tokens=m.sum(), td_error=(td * m).sum(), cql=(cql * m).sum(), q=(qa.mean(0) * mask).sum(), v=(v * mask).sum(), adv_span=(adv * span).sum(),
+                 span=span.sum(), pass_span=(f.clamp(max=1) * span).sum(), pass_rest=(f.clamp(max=1) * (mask - span)).sum(), first=first.sum(),
+                 predicted=(v[:, 0] * first).sum(), observed=(batch["to_go"] * first).sum())
+    return actor + cfg.critic_coef * critic, {k: t.detach() for k, t in info.items()}
+
+
+def summarise(infos):
+    """Sums of several micro-batches -> the metrics that are logged, each a mean over what it counts."""
+    s = {k: float(sum(i[k] for i in infos)) for k in infos[0]}
+    per = lambda key, count: s[key] / max(s[count], 1.0)
+    out = dict(tokens=s["tokens"], nll=per("nll", "tokens"))
+    if "q" in s:
+        rest = max(s["tokens"] - s["span"], 1.0)
+        out |= dict(td_error=per("td_error", "critic_tokens"), cql=per("cql", "critic_tokens"), q_mean=per("q", "tokens"), v_mean=per("v", "tokens"),
+                    adv_action=per("adv_span", "span"), pass_action=per("pass_span", "span"), pass_syntax=s["pass_rest"] / rest,
+                    return_predicted=per("predicted", "first"), return_observed=per("observed", "first"))
+    return out

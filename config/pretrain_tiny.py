@@ -1,0 +1,28 @@
+"""
+The tiny VLM, pre-trained to read: plain cloning of right answers about the games' pictures, all weights, no action syntax.
+
+    python train.py config/pretrain_tiny.py && cp -r out/pretrain_tiny/model tiny-vlm
+"""
+out_dir = 'out/pretrain_tiny'
+model = 'scratch'
+env = 'Reading'
+data_mix = {'expert': 1.0}
+data_episodes = 60000
+actor_loss = 'sft'
+lora_r = 0
+dtype = 'bfloat16'    # half the time where the CPU has avx512_bf16 or amx; float32 elsewhere
+offline_updates = 6000
+online_updates = 0
+batch_size = 64
+window = 1
+micro_batch = 64
+lr = 1e-3
+min_lr = 0.02
+warmup_updates = 200
+weight_decay = 0.01
+max_new_tokens = 40
+log_interval = 50
+eval_interval = 500
+ckpt_interval = 500
+eval_quick = 200
+eval_episodes = 2000

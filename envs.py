@@ -1,0 +1,529 @@
+"""
+The text protocol and the environments: a picture and a text in, an action as text out.
+
+    observation -> prompt() -> model -> "I am below it. [action] +" -> parse_agent() -> "+" -> parse_env() -> ("+",) -> act()
+
+A new environment is one class of about 40 lines: `goal` and `kinds` (which actions exist), `start`, `act`, `picture`,
+`fingerprint`, and `expert` where a perfect player is known. NumberLine is the example to copy.
+
+The card games follow Gym Cards as RL4VLM's code plays them (Zhai et al., arXiv 2405.10292). Where we depart, and why:
+ 1. `reset(seed)` seeds (theirs mostly does not); the last observation of an episode is a real picture; the drawings are ours.
+ 2. An invalid reply costs `penalty`, is a turn, and moves nothing (invalid="random": RL4VLM's rule, a random action for free).
+    Such an episode must end too, hence turn limits: EZPoints 10, Points24 30, Blackjack 12. NumberLine's 10 is the original's.
+ 3. Formulas are parsed, never given to Python's `eval`, and computed in exact rationals: 8/(3-8/3) is 24 (not so in floats),
+    `**` and `//` are malformed. As in the original, digits join (1 2 is 12), signs may precede a number, a blank is white space.
+ 4. Blackjack shows ten points as 10, J, Q or K, a thirteenth each; the original has no 10. The odds are the same.
+ 5. Two success rules are reported: `success` (goal reached) and RL4VLM's own, `success_return` (summed reward > 0).
+"""
+import difflib
+import json
+import re
+import string
+import zlib
+from collections import Counter
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+MARKER = "[action]"
+
+# ---- the text protocol: a kind of action documents, parses, samples and (where finite) enumerates itself ----
+
+class Words:
+    """One of a list of words: Words("hit", "stand")."""
+    def __init__(self, *words): self.list = list(words)
+    def words(self): return list(self.list)
+    def doc(self): return " or ".join(self.list) if len(self.list) < 3 else " ".join(self.list)
+    def parse(self, text): return (text,) if text in self.list else None
+    def sample(self, rng): return self.list[rng.integers(len(self.list))]
+
+class Command:
+    """A word with arguments: Command("click", int, int), Command("type", int, str); a str in double quotes with JSON escapes."""
+    # [0-9] because \d takes the digits of every script; at most nine, because int() of a model's endless digits is slow
+    patterns = {int: r"(-?[0-9]{1,9})", str: r'("(?:[^"\\]|\\.)*")'}
+    def __init__(self, word, *types):
+        self.word, self.types = word, types
+        self.regex = re.compile(" +".join([re.escape(word), *(self.patterns[t] for t in types)]))
+    def words(self): return None if self.types else [self.word]
+    def doc(self): return " ".join([self.word, *({int: "NUMBER", str: '"TEXT"'}[t] for t in self.types)])
+    def parse(self, text):
+        try:
+            match = self.regex.fullmatch(text)
+            action = match and (self.word, *(json.loads(arg) for arg in match.groups()))
+            return action if match and canonical(action).encode() else None
+        except ValueError:      # an unknown escape, a number like 007, or "\ud800": half a character, legal JSON, not writable
+            return None
+    def sample(self, rng): return canonical((self.word, *(int(rng.integers(100)) if t is int else Text().sample(rng) for t in self.types)))
+
+class Text:
+    """Free text: anything but nothing."""
+    def words(self): return None
+    def doc(self): return "any text"
+    def parse(self, text): return (text,) if text else None
+    def sample(self, rng): return "".join(rng.choice(list(string.ascii_lowercase), size=rng.integers(1, 8)))
+
+def canonical(action):
+    """The one way to write a parsed action: ("type", 14, "abc") -> type 14 "abc"."""
+    return " ".join([action[0], *(json.dumps(arg, ensure_ascii=False) for arg in action[1:])])
+
+def parse_agent(reply):
+    """The text behind the last marker, to the end of its line; None without a marker. A plan or a chain of thought may come first."""
+    return reply.rpartition(MARKER)[2].split("\n", 1)[0].strip() if MARKER in reply else None
+
+def held_out(fingerprint):
+    """One start in ten is for tests only. By what was dealt, not by the seed: no hand is in both halves."""
+    return zlib.crc32(fingerprint.encode()) % 10 == 0
+
+class Env:
+    """Gymnasium-style base class. The state is plain attributes: set them after reset(), then ask for observation()."""
+    name, goal, kinds, example = "", "", (), ""
+    max_turns = 10
+    marker = True       # False: the whole reply is the action
+    split = True        # False: too few different starts to hold any out
+
+    def __init__(self, size=80, penalty=-1.0, invalid="penalty"):
+        if invalid not in ("penalty", "random"):
+            raise ValueError(f"invalid={invalid!r}: use 'penalty' (costs `penalty`, nothing moves) or 'random' (a random action is played).")
+        self.size, self.penalty, self.invalid, self.over, self.rng = size, penalty, invalid, True, np.random.default_rng()
+
+    def reset(self, seed=None, options=None):
+        """-> (obs, info). options={"split": "train" | "test"} draws only starts of that half."""
+        split = (options or {}).get("split")
+        if split not in (None, "train", "test"):
+            raise ValueError(f"split={split!r}: use 'train', 'test' or None.")
+        if seed is not None:
+            self.rng = np.random.default_rng(seed)
+        self.start()
+        while split and self.split and held_out(self.fingerprint()) != (split == "test"):
+            self.start()
+        self.turns, self.total, self.success, self.over = 0, 0.0, False, False
+        return self.observation(), {}
+
+    def step(self, reply):
+        """-> (obs, reward, terminated, truncated, info). Every reply is a turn, valid or not."""
+        if self.over:
+            raise RuntimeError(f"{self.name}: the episode is over or never began, call reset() first.")
+        action = self.parse(reply)
+        info = {"valid": action is not None, "action": canonical(action) if action else ""}
+        if action is None and self.invalid == "random":
+            action = self.parse_env(self.sample(self.rng))
+        reward, terminated, truncated = self.act(action) if action else (self.penalty, False, False)
+        self.turns, self.total = self.turns + 1, self.total + reward
+        truncated = not terminated and (truncated or self.turns >= self.max_turns)
+        self.over = terminated or truncated
+        return self.observation(), float(reward), terminated, truncated, {**info, "success": self.success, "success_return": self.total > 0}
+
+    def prompt(self):
+        docs = "Actions: " + " or ".join(kind.doc() for kind in self.kinds)
+        return "\n".join(filter(None, [self.goal, self.text(), docs, f"End your reply with an action, for example: {MARKER} {self.example}"]))
+
+    def parse(self, reply):
+        text = parse_agent(reply) if self.marker else reply.strip()
+        return None if text is None else self.parse_env(text)
+
+    def parse_env(self, text): return next(filter(None, (kind.parse(text) for kind in self.kinds)), None)
+    def words(self): return [word for kind in self.kinds for word in kind.words() or []]
+    def sample(self, rng): return self.kinds[rng.integers(len(self.kinds))].sample(rng)     # a valid action's text
+    def observation(self): return {"image": self.picture(), "text": self.prompt()}
+    def optimal(self, word): return word == self.expert()       # for games where several actions are right
+
+    # what a subclass fills in
+    def text(self): return ""                               # an observation beside the picture
+    def start(self): raise NotImplementedError              # draw a start state with self.rng
+    def act(self, action): raise NotImplementedError        # -> reward, terminated, truncated; sets self.success at the goal
+    def picture(self): raise NotImplementedError            # -> PIL image, RGB, size x size
+    def fingerprint(self): raise NotImplementedError        # what was dealt, as text; asked right after start()
+    def expert(self): raise NotImplementedError             # a perfect player's action text
+
+# ---- drawing: a picture is a few pastes of cached masks and sprites, drawn 4x too large and shrunk ----
+
+FELT, TRAY, WHITE, BLACK, RED, BLUE = (38, 110, 80), (27, 84, 60), (255, 255, 255), (20, 20, 25), (205, 25, 40), (25, 70, 180)
+RANKS, STEM = ["back", "A", *"23456789", "10", *"JQK"], [(0, 0), (0.35, 1), (-0.35, 1)]
+SUITS = [([(-0.45, 0.3), (0.45, 0.3)], [[(-0.89, 0.08), (0, -1), (0.89, 0.08), (0, 0.5)], STEM]),      # (discs, polygons) of a spade,
+         ([(-0.45, -0.35), (0.45, -0.35)], [[(-0.89, -0.13), (0, 1), (0.89, -0.13), (0, -0.5)]]),       # a heart,
+         ([], [[(0, -1), (0.75, 0), (0, 1), (-0.75, 0)]]),                                              # a diamond,
+         ([(0, -0.5), (-0.5, 0.2), (0.5, 0.2), (0, 0)], [STEM])]                                        # a club
+
+@lru_cache(maxsize=4096)
+def letters(text, size, width):
+    """An "L" mask, `size` pixels to the em, squeezed if wider than `width`; bold, because thin strokes vanish at 80 px."""
+    font, bold = ImageFont.load_default(size=4 * size), max(1, round(size * 0.12))
+    mask = Image.new("L", (round(font.getlength(text)) + 2 * bold, round(5.2 * size)))
+    baseline = (mask.height - font.getbbox("0", anchor="ls")[1]) / 2        # centres digits and capitals, whatever hangs below
+    ImageDraw.Draw(mask).text((bold, baseline), text, fill=255, font=font, stroke_width=bold, anchor="ls")
+    return mask.resize((min(round(width), -(-mask.width // 4)), -(-mask.height // 4)), Image.LANCZOS)
+
+def write(image, text, size, colour, x, y, width, height):
+    """One line in the middle of a box."""
+    mask = letters(text, round(size), width)
+    image.paste(colour, (round(x + (width - mask.width) / 2), round(y + (height - mask.height) / 2)), mask)
+
+def draw_suit(draw, suit, x, y, r, colour):
+    for dx, dy in SUITS[suit][0]:
+        draw.ellipse([x + (dx - 0.49) * r, y + (dy - 0.49) * r, x + (dx + 0.49) * r, y + (dy + 0.49) * r], fill=colour)
+    for polygon in SUITS[suit][1]:
+        draw.polygon([(x + dx * r, y + dy * r) for dx, dy in polygon], fill=colour)
+
+@lru_cache(maxsize=1024)
+def card(rank, suit, width, height):
+    """An RGBA card, no system font and no foreign picture needed; rank 0 is a card's back."""
+    w, h, colour = 4 * width, 4 * height, RED if suit in (1, 2) else BLACK
+    sprite = Image.new("RGBA", (w, h))
+    draw = ImageDraw.Draw(sprite)
+    draw.rounded_rectangle([0, 0, w - 1, h - 1], radius=w // 7, fill=WHITE, outline=(150, 160, 155), width=max(1, w // 40))
+    if rank:
+        draw_suit(draw, suit, w / 2, h * 0.79, min(w * 0.3, h * 0.15), colour)
+    else:
+        draw.rounded_rectangle([w // 9, w // 9, w - 1 - w // 9, h - 1 - w // 9], radius=w // 10, fill=(50, 75, 160))
+        for i in range(15):
+            draw_suit(draw, 2, w * (i % 3 + 1) / 4, h * (i // 3 + 1) / 6, w / 11, (150, 170, 230))
+    sprite = sprite.resize((width, height), Image.LANCZOS)
+    write(sprite, RANKS[rank] if rank else "", height * 0.66, colour, width * 0.08, height * 0.07, width * 0.84, height * 0.54)
+    return sprite
+
+def draw_cards(image, cards, x, y, width, height, step):
+    for i, (rank, suit) in enumerate(cards):
+        sprite = card(rank, suit, round(width), round(height))
+        image.paste(sprite, (round(x + i * step), round(y)), sprite)
+
+# ---- NumberLine ----
+
+class NumberLine(Env):
+    """Walk to the target. The optimum takes |target - current| steps, 2.28 on average, and returns 1."""
+    name, goal, example = "NumberLine", "Move the current number to the target number.", "+"
+    kinds, max_turns, split = (Words("-", "+"),), 10, False         # 30 starts: all are trained on, all are evaluated
+
+    def start(self):
+        self.current, self.target = self.rng.integers(0, 6, size=2).tolist()
+        if self.target == self.current:
+            self.target = (self.target + 1) % 5                     # 5, not 6, as in the original: (4, 4) -> 0 and (5, 5) -> 1
+
+    def act(self, action):
+        before = abs(self.target - self.current)
+        self.current = min(5, max(0, self.current + (1 if action == ("+",) else -1)))
+        self.success = self.current == self.target
+        reward = 1 if self.success else 0 if abs(self.target - self.current) < before else -1
+        return reward, self.success, False
+
+    def picture(self):
+        image, cell = Image.new("RGB", (self.size, self.size), (250, 250, 247)), self.size / 5
+        for y, label, number, colour in ((cell, "Target:", self.target, RED), (3 * cell, "Current:", self.current, BLUE)):
+            write(image, label, 0.85 * cell, BLACK, 0, y, 4 * cell, cell)
+            write(image, str(number), 1.2 * cell, colour, 4 * cell, y, 0.9 * cell, cell)      # one digit = one patch of a 5 x 5 grid
+        return image
+
+    def fingerprint(self): return f"{self.current} {self.target}"
+    def expert(self): return "+" if self.target > self.current else "-"
+
+# ---- formulas: a stack machine that takes one item at a time. It scores a finished formula, and the expert can search on
+# from any half-written one. A frame (acc, term, op, x) is `acc + term op x`, one frame per open bracket; x is None while a
+# number is awaited, a str while more digits may join, else a Fraction.
+
+EMPTY = ((0, 1, "*", None),)
+
+def shift(stack, item):
+    """The stack after one more item; None if the formula is malformed or divides by zero. Bounded: no power, 64 digits a number."""
+    acc, term, op, x = stack[-1]
+    below = stack[:-1]
+    if item in ("blank", " "):
+        return below + ((acc, term, op, x and Fraction(x)),)
+    if item.isascii() and item.isdigit():
+        return None if isinstance(x, Fraction) or len(x or "") >= 64 else below + ((acc, term, op, (x or "") + item),)
+    if item == "(":
+        return stack + EMPTY if x is None else None
+    if x is None:                                   # only a sign may stand where a number is awaited; `**` and `//` end here
+        return below + ((acc, -term if item == "-" else term, op, None),) if item in ("+", "-") else None
+    if op == "/" and Fraction(x) == 0:
+        return None
+    term = term * Fraction(x) if op == "*" else term / Fraction(x)
+    if item in ("*", "/"):
+        return below + ((acc, term, item, None),)
+    if item in ("+", "-"):
+        return below + ((acc + term, 1 if item == "+" else -1, "*", None),)
+    return below[:-1] + (below[-1][:3] + (acc + term,),) if item == ")" and below else None
+
+def value(stack):
+    """What the formula equals if it is complete, else None."""
+    done = len(stack) == 1 and stack[0][3] is not None and shift(stack, "+")        # a + completes what stands before it
+    return done[0][0] if done else None
+
+def read(items):
+    stack = EMPTY
+    for item in items:
+        stack = stack and shift(stack, item)
+    return stack
+
+def evaluate(items):
+    """The exact value of a formula (items, or a text), None if it is malformed: evaluate("8/(3-8/3)") == 24."""
+    stack = read(items)
+    return stack and value(stack)
+
+@lru_cache(maxsize=100_000)
+def makeable(numbers):
+    """All values that formulas over these numbers can have (a sorted tuple): split into two halves in every way, combine."""
+    if len(numbers) == 1:
+        return {Fraction(numbers[0])}
+    halves = {tuple(n for i, n in enumerate(numbers) if mask >> i & 1 == side) for mask in range(1, 2 ** len(numbers) - 1) for side in (0, 1)}
+    rest = lambda half: tuple((Counter(numbers) - Counter(half)).elements())
+    return {z for half in halves for a in makeable(half) for b in makeable(rest(half)) for z in (a + b, a - b, a * b, *([a / b] if b else []))}
+
+@lru_cache(maxsize=100_000)
+def solve(stack, left, target, words, room):
+    """The items, as few as possible and at most `room`, that finish a half-written formula with all numbers `left`; or None."""
+    def search(stack, left, pairs, room):
+        if not left and value(stack) == target:
+            return ()
+        if room == 0 or (stack, left, pairs) in dead:
+            return None
+        if stack[-1][3] is None:
+            moves = [*map(str, dict.fromkeys(left)), *("(" if pairs and len(left) > 1 else "")]
+        else:
+            moves = [*(op for op in "+-*/" if left and op in words), *(")" if len(stack) > 1 else "")]
+        for move in moves:
+            i = left.index(int(move)) if move.isdigit() else len(left)
+            after = shift(stack, move)
+            rest = after and search(after, left[:i] + left[i + 1:], pairs - (move == "("), room - 1)
+            if rest is not None:
+                return move, *rest
+        dead.add((stack, left, pairs))
+
+    for pairs in range(max(1, len(left)) if "(" in words else 1):        # n numbers need at most n - 1 more pairs of brackets
+        dead = set()
+        if (found := search(stack, left, pairs, room)) is not None:
+            return found
+
+class Points(Env):
+    """Write a formula from the cards' points, one item a turn; `=` ends it. What EZPoints and Points24 share."""
+    wanted, limit = 0, 0        # the value to make; an episode is truncated once the formula has more items than this
+
+    def act(self, action):
+        item, used, points = action[0], self.used(self.formula), Counter(self.points())
+        if len(self.formula) > self.limit:
+            return -1, False, True
+        if item.isdigit() and used[int(item)] >= points[int(item)]:      # on no card, or its cards are used up
+            self.formula.append("blank")
+            return -1, False, False
+        if item == "=":
+            self.success = used == points and evaluate(self.formula) == self.wanted
+            return (10 if self.success else -1), True, False
+        self.formula.append(item)
+        return 0, False, False
+
+    def points(self): return [min(rank, 10) for rank, _ in self.cards]
+    def used(self, formula): return Counter(int(item) for item in formula if item.isdigit())
+    def text(self): return "Formula: " + (" ".join(self.formula) or "empty")
+    def fingerprint(self): return " ".join(f"{rank}{'shdc'[suit]}" for rank, suit in self.cards)
+
+    def plan(self, *more):
+        """The items that finish the formula with `more` appended, None if nothing does."""
+        formula, points = [*self.formula, *more], Counter(self.points())
+        stack, used, joined = read(formula), self.used(formula), any(a.isdigit() and b.isdigit() for a, b in zip(formula, formula[1:]))
+        if stack is None or used - points or not joined and self.wanted not in makeable(tuple(sorted(points.elements()))):
+            return None                                                  # the last test saves the long search of a hopeless deal
+        return solve(stack, tuple(sorted((points - used).elements())), self.wanted, tuple(self.words()), self.limit - len(formula))
+
+    def expert(self):
+        """The next item of the shortest way on. `=` when it stands there, or when there is none: it ends with the least loss."""
+        return ((self.plan() or ()) + ("=",))[0]
+
+    def optimal(self, word): return self.expert() == "=" if word == "=" else self.plan(word) is not None
+
+    def picture(self):
+        s, image, two = self.size / 80, Image.new("RGB", (self.size, self.size), FELT), len(self.cards) == 2
+        draw_cards(image, self.cards, *((3 * s, 3 * s, 34 * s, 46 * s, 40 * s) if two else (1 * s, 2 * s, 18.5 * s, 31 * s, 20 * s)))
+        top, columns, tall = (54, 6, 22) if two else (35.5, 7, 14)          # every item has its place: easier to read than running text
+        ImageDraw.Draw(image).rounded_rectangle([s, top * s, 79 * s, 79 * s], radius=3 * s, fill=TRAY)
+        for i, item in enumerate(self.formula):
+            x, y, wide = 2 + i % columns * 76 / columns, top + 1 + i // columns * tall, 76 / columns
+            write(image, "_" if item == "blank" else item, 13 * s, WHITE, x * s, y * s, (wide - 0.5) * s, tall * s)
+        return image
+
+class EZPoints(Points):
+    """Make 12 from two cards. Every hand can be solved; four steps and a return of 10 at best."""
+    name, goal, example = "EZPoints", "Write a formula that makes 12 from both cards. J, Q and K count 10. = ends it.", "+"
+    kinds, max_turns, wanted, limit = (Words(*map(str, range(1, 11)), "+", "*", "="),), 10, 12, 5
+
+    def start(self):
+        rank = int(self.rng.integers(2, 14))
+        points = min(rank, 10)
+        other = 12 // points if points in (2, 3, 4, 6) and self.rng.random() < 0.5 else 12 - points
+        cards = [(r, int(self.rng.integers(4))) for r in (rank, other)]
+        self.cards, self.formula = cards[::-1] if self.rng.random() < 0.5 else cards, []
+
+class Points24(Points):
+    """Make 24 from four cards. 73.1 % of the deals can be solved, the others only lost cheaply."""
+    name, goal, example = "Points24", "Write a formula that makes 24 from all four cards. J, Q and K count 10. = ends it.", "+"
+    kinds, max_turns, wanted, limit = (Words(*map(str, range(1, 11)), *"+-*/()="),), 30, 24, 20
+
+    def start(self): self.cards, self.formula = deal(self.rng, 4), []
+
+# ---- Blackjack ----
+
+def deal(rng, n):
+    """n cards, (rank 1..13, suit 0..3), from an infinite deck."""
+    return [(int(rng.integers(1, 14)), int(rng.integers(4))) for _ in range(n)]
+
+def hand(cards): return sum(min(rank, 10) for rank, _ in cards), any(rank == 1 for rank, _ in cards)      # (points, is there an ace)
+def best(points, ace): return points + 10 if ace and points <= 11 else points                           # an ace counts 11 if it can
+
+DRAWS = [(points, 4 / 13 if points == 10 else 1 / 13) for points in range(1, 11)]
+
+@lru_cache(maxsize=None)
+def dealer_ends(points, ace):
+    """{final total: probability} of a dealer who draws below 17 and stands on soft 17; a bust counts 0."""
+    if (total := best(points, ace)) >= 17:
+        return {total if total <= 21 else 0: 1.0}
+    ends = Counter()
+    for draw, p in DRAWS:
+        ends.update({end: p * q for end, q in dealer_ends(points + draw, ace or draw == 1).items()})
+    return ends
+
+@lru_cache(maxsize=None)
+def best_play(points, ace, up, lose=-1.0):
+    """Exact dynamic programming, (expected return, action) against the dealer's `up` card; lose=0 maximises the wins instead."""
+    if (total := best(points, ace)) > 21:
+        return lose, "stand"
+    stand = sum(p * (1 if total > end else lose if total < end else 0) for end, p in dealer_ends(up, up == 1).items())
+    hit = sum(p * best_play(points + draw, ace or draw == 1, up, lose)[0] for draw, p in DRAWS)
+    return max((stand, "stand"), (hit, "hit"))
+
+class Blackjack(Env):
+    """Beat the dealer. A perfect player wins 42.9 % of the hands, a random one 28.1 %: compare over thousands of hands."""
+    name, goal, example = "Blackjack", "Blackjack: come closer to 21 than the dealer, but not over it.", "stand"
+    kinds, max_turns = (Words("stand", "hit"),), 12
+
+    def start(self): self.player, self.dealer, self.stood = deal(self.rng, 2), deal(self.rng, 2), False
+
+    def act(self, action):
+        if action == ("hit",):
+            self.player += deal(self.rng, 1)
+            bust = best(*hand(self.player)) > 21
+            return (-1 if bust else 0), bust, False
+        self.stood = True
+        while best(*hand(self.dealer)) < 17:
+            self.dealer += deal(self.rng, 1)
+        mine, theirs = best(*hand(self.player)), best(*hand(self.dealer))
+        self.success = mine > theirs or theirs > 21
+        return (1 if self.success else 0 if mine == theirs else -1), True, False
+
+    def picture(self):      # a card is as wide as a patch; the dealer's second card stays hidden to the end, as in the original
+        s, image, rows = self.size / 80, Image.new("RGB", (self.size, self.size), FELT), -(-len(self.player) // 5)
+        ImageDraw.Draw(image).rectangle([0, 0, self.size, 27.5 * s], fill=TRAY)
+        draw_cards(image, [self.dealer[0], (0, 0)], 0.5 * s, 2 * s, 15 * s, 23.5 * s, 16 * s)
+        for i in range(rows):
+            draw_cards(image, self.player[5 * i:5 * i + 5], 0.5 * s, (30 + i * 25 / max(1, rows - 1)) * s, 15 * s, 23.5 * s, 16 * s)
+        return image
+
+    # the cards one can see: with the hidden one in it, hands that look alike would be in both halves of the split
+    def fingerprint(self): return " ".join(f"{rank}{'shdc'[suit]}" for rank, suit in [*self.player[:2], self.dealer[0]])
+    def expert(self): return best_play(*hand(self.player), min(self.dealer[0][0], 10))[1]
+
+ENVS = {"NumberLine": NumberLine, "EZPoints": EZPoints, "Points24": Points24, "Blackjack": Blackjack}
+
+# ---- Reading: the pre-training task. What a vision-language model can do before it has met any action syntax ----
+
+ASKED = "What is the target number? current Which larger, difference? are cards? first second third fourth card? values sum product of dealer " \
+        "show? your cards? Is there a soft ace? How many do you have? Repeat: yes no empty blank A J Q K End reply with an action, for example:"
+ATOMS = [sorted({w for c in ENVS.values() for w in f"{ASKED} {c.goal} Formula: Actions: {c.kinds[0].doc()}".split()}), [str(n) for n in range(100)],
+         list(string.ascii_letters + string.digits + string.punctuation), "th he in er an re on at en nd ti es or te of ed is it al ar".split()]
+
+class Reading(Env):
+    """One question a turn about a random state of a random game, a sum, or a text to repeat. No marker; the answer is the reply."""
+    name, kinds, marker, split, max_turns = "Reading", (Text(),), False, False, 1
+
+    def start(self):
+        name = list(ENVS)[self.rng.integers(4)]
+        self.game = ENVS[name](self.size)
+        asked, which = self.ask(name, self.game), self.rng.random()
+        asked = self.echo() if which < 0.25 else self.arithmetic() if which < 0.35 else asked
+        self.kind, self.question, answer = asked[self.rng.integers(len(asked))]
+        self.answer = str(answer)
+
+    def ask(self, name, game):
+        """Draws the game's state, returns [(kind, question, answer)]."""
+        ints = lambda *args: self.rng.integers(*args).tolist()
+        if name == "NumberLine":
+            game.current, game.target = ints(0, 6, 2)
+            larger = "target" if game.target > game.current else "current" if game.current > game.target else "equal"
+            return [("target", "What is the target number?", game.target), ("current", "What is the current number?", game.current),
+                    ("larger", "Which is larger, target or current?", larger), ("difference", "What is the difference?", abs(game.target - game.current))]
+        if name == "Blackjack":
+            game.player, game.dealer, game.stood = deal(self.rng, ints(2, 7)), deal(self.rng, 2), bool(ints(2))
+            points, total = hand(game.player)[0], best(*hand(game.player))
+            return [("dealer", "What does the dealer show?", RANKS[game.dealer[0][0]]), ("your sum", "What is the sum of your cards?", total),
+                    ("your cards", "What are your cards?", " ".join(RANKS[rank] for rank, _ in game.player)),
+                    ("soft ace", "Is there a soft ace?", "no" if total == points else "yes"), ("count", "How many cards do you have?", len(game.player))]
+        game.cards, items = deal(self.rng, 2 if name == "EZPoints" else 4), [*game.words()[:-1], "blank"]
+        game.formula = [items[i] for i in ints(0, len(items), ints(game.limit + 2) if ints(2) else ints(5))]    # half short: as in real play
+        names, points, i = [RANKS[rank] for rank, _ in game.cards], game.points(), ints(len(game.cards))
+        asked = [("cards", "What are the cards?", " ".join(names)), ("values", "What are the values of the cards?", " ".join(map(str, points))),
+                 ("card", f"What is the {['first', 'second', 'third', 'fourth'][i]} card?", names[i]), ("sum", "What is the sum of the cards?", sum(points)),
+                 ("product", "What is the product of the cards?", points[0] * points[1]), ("formula", "What is the formula?", game.text()[9:])]
+        return [a for a in asked if not (a[0] == "product" and len(points) > 2 or a[0] == "formula" and len(game.formula) > 8)]
+
+    def arithmetic(self):
+        a, b = sorted(self.rng.integers(0, 25, size=2).tolist(), reverse=True)
+        return [("arithmetic", f"What is {a} + {b}?", a + b), ("arithmetic", f"What is {a} - {b}?", a - b),
+                ("arithmetic", f"What is {a % 11} * {b % 11}?", (a % 11) * (b % 11))]
+
+    def echo(self):
+        """A random text to repeat: copying has to be learned, and no question about a picture needs most of the tokens."""
+        out = MARKER
+        while MARKER in out:                                             # "[", "action", "]" may meet by chance
+            pools = [ATOMS[i] for i in self.rng.integers(len(ATOMS), size=self.rng.integers(2, 11))]
+            out = "".join(("", " ")[self.rng.integers(2)] + pool[self.rng.integers(len(pool))] for pool in pools).strip()
+        return [("echo", f"Repeat: {out}", out)]
+
+    def act(self, action):
+        self.success = action[0].strip() == self.answer
+        return int(self.success), True, False
+
+    def prompt(self): return self.question
+    def picture(self): return self.game.picture()
+    def fingerprint(self): return self.question
+    def expert(self): return self.answer
+
+def corpus(n, seed=0):
+    """Texts to train a tokenizer on: n questions and answers, with some of the games' prompts less the line that shows the marker."""
+    reading = Reading()
+    reading.rng = np.random.default_rng(seed)
+    for i in range(n):
+        reading.start()
+        yield reading.question
+        yield reading.answer
+        if i % 8 == 0:
+            yield reading.game.prompt().rpartition("\n")[0]
+
+# ---- scripted players and the front door ----
+
+def player(name, env, rng):
+    """One reply of a scripted player: 'expert', 'random', 'malformed' (never parses) or 'biased': 70 % one wrong action, the same
+    in every visit of a state, so that whoever clones the most frequent action always fails."""
+    sign, word = f"{MARKER} " if env.marker else "", env.sample(rng)
+    if name == "random":
+        return sign + word
+    if name == "expert" or name == "biased" and rng.random() < 0.3:
+        return sign + env.expert()
+    if name == "biased":
+        words, right = env.words(), env.expert()
+        after = words.index(right) + 1 if words else 0
+        return sign + next((w for w in words[after:] + words[:after] if not env.optimal(w)), right)
+    if name == "malformed":
+        broken = [word, f"[act] {word}", f"move {word}", MARKER, f"{MARKER} go", f"action: {word}", f"{MARKER} {word} {word}", f"{MARKER}\n{word}"]
+        return next((broken[i] for i in rng.permutation(len(broken)) if env.parse(broken[i]) is None), "")
+    raise ValueError(f"player={name!r} is unknown; known are expert, random, biased, malformed.")
+
+def mixture(mix, env, rng):
+    """(reply, name) of a player drawn anew every turn: mixture({"expert": 0.25, "biased": 0.75}, env, rng)."""
+    shares = np.array(list(mix.values()), float)
+    name = list(mix)[rng.choice(len(mix), p=shares / shares.sum())]
+    return player(name, env, rng), name
+
+def make(name, **kw):
+    known = {**ENVS, "Reading": Reading}
+    if name not in known:
+        near = difflib.get_close_matches(name.lower(), map(str.lower, known), n=2, cutoff=0)
+        raise ValueError(f"env={name!r} is unknown; nearest: {', '.join(k for k in known if k.lower() in near)}; known: {', '.join(known)}.")
+    return known[name](**kw)

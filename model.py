@@ -1,0 +1,390 @@
+"""
+The network: any open-weight vision-language model, LoRA on its language part, Q heads on its last hidden state.
+
+Nothing here knows a model family. Three ideas carry all of it:
+ 1. one sequence = [prompt, left-padded to P | reply, right-padded to R], so the states before the reply's tokens stand at the
+    same columns P-1 .. P+R-2 in every row, and are a plain slice;
+ 2. every model ends in `get_output_embeddings()`: a hook before it sees the last hidden state, keeps it for the Q head and
+    cuts it down to that slice, so logits and Q are computed where the reply is and nowhere else;
+ 3. the library's own `generate` rolls out (KV cache, positions, caches of every kind); a logits processor does the sampling.
+
+Letters: B rows, P prompt length, R reply length, V vocabulary, H hidden size, C critics, r LoRA rank.
+"""
+import contextlib, copy, json, os, re
+from collections import OrderedDict
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LogitsProcessor
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+IMAGE_KEYS = ("image_token_id", "image_token_index", "image_token")  # the names that libraries gave the placeholder
+
+# ---------------------------------------------------------------------------------------------------------------- LoRA
+
+class LoRALinear(nn.Linear):
+    """y = x W^T + b + alpha / r * x A^T B^T, with W and b frozen (Hu et al., arXiv 2106.09685). A Kaiming, B zero, both fp32.
+    It *is* a Linear that shares the base's weight, so code that asks for `.weight` goes on working; nothing is ever merged."""
+    enabled = True  # the off switch: False gives the reference policy
+
+    def __init__(self, base, r, alpha, dropout=0.0):
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, dtype=torch.float32, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, dtype=torch.float32, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
+        self.scale, self.dropout = alpha / r, dropout
+
+    def forward(self, x):
+        y = super().forward(x)
+        if not self.enabled:
+            return y
+        x = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype)
+        return y + (F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale).to(y.dtype)
+
+
+def add_lora(net, r, alpha, dropout, targets):
+    """Replace each Linear of the language model whose *full path* matches the regex `targets`. Returns {path: module}.
+    The language model is what `get_decoder()` returns: vision towers use the same leaf names (q_proj ...)."""
+    decoder = net.get_decoder()
+    inside = {id(m) for m in decoder.modules()} if decoder is not net else set()
+    found = {path: m for path, m in net.named_modules()
+             if isinstance(m, nn.Linear) and id(m) in inside and m is not net.get_output_embeddings() and re.fullmatch(targets, path)}
+    if not found:
+        raise SystemExit(f"lora_targets={targets!r} matches no linear layer of the language model; its layers are called like "
+                         + ", ".join([p for p, m in net.named_modules() if isinstance(m, nn.Linear) and id(m) in inside][:3]) + ".")
+    for path, base in found.items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(net.get_submodule(parent), leaf, LoRALinear(base, r, alpha, dropout))
+    return {path: net.get_submodule(path) for path in found}
+
+# -------------------------------------------------------------------------------------------------------------- Q heads
+
+class QHead(nn.Module):
+    """Last hidden state (..., H) -> Q of every token (..., V). Starts as the constant `init`.
+    'full': MLP, then a plain H x V layer. 'tied': MLP back to H, then the model's own frozen unembedding: 2 H^2 parameters."""
+
+    def __init__(self, hidden, vocab, kind="full", init=0.0, unembedding=None):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.GELU())
+        self.out = nn.Linear(hidden, vocab if kind == "full" else hidden, bias=False)
+        self.bias = nn.Parameter(torch.full((vocab if kind == "full" else 1,), float(init)))
+        nn.init.zeros_(self.out.weight)
+        self.unembedding = (lambda: unembedding) if kind == "tied" else None  # a function hides the tensor from parameters()
+
+    def forward(self, h):
+        x = self.out(self.mlp(h.float()))
+        if self.unembedding is not None:
+            x = F.linear(x, self.unembedding().detach().float())
+        return x + self.bias
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+class VLM(nn.Module):
+    """A vision-language model with adapters and critics.
+
+    net, processor   what the Auto classes gave
+    lora_r = 0       trains all weights of the net; otherwise the base is frozen
+    q_head           'full' | 'tied'; n_critics heads and their EMA targets; n_critics = 0: none
+    """
+
+    def __init__(self, net, processor, lora_r=16, lora_alpha=32, lora_dropout=0.0, lora_targets=".*", q_head="full",
+                 n_critics=1, q_init=0.0, cache_mb=512, name=""):
+        super().__init__()
+        self.net, self.processor, self.tokenizer, self.name = net, processor, processor.tokenizer, name
+        self.lora, self.lora_config = {}, dict(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
+        if lora_r:
+            net.requires_grad_(False)
+            self.lora = add_lora(net, lora_r, lora_alpha, lora_dropout, lora_targets)
+        unembed = net.get_output_embeddings()
+        (vocab, hidden), device = unembed.weight.shape, unembed.weight.device
+        self.heads = nn.ModuleList(QHead(hidden, vocab, q_head, q_init, unembed.weight) for _ in range(n_critics)).to(device)
+        self.targets = copy.deepcopy(self.heads).requires_grad_(False)
+        net.generation_config = GenerationConfig()  # a checkpoint's own top_k, penalties ... would bend the behaviour policy
+        self.eos = end_of_turn(processor)
+        # Placeholders and other special tokens may be read but never said: sampled, they would break the next forward pass.
+        banned = (set(self.tokenizer.all_special_ids) | {placeholder(net, processor)} | set(range(len(self.tokenizer), vocab))) - {self.eos}
+        self.register_buffer("banned", torch.tensor([i in banned for i in range(vocab)], device=device), persistent=False)
+        self.neutral = sorted((t for t in self.tokenizer.all_special_tokens + [getattr(processor, "image_token", "<image>")] if t), key=len)[::-1]
+        self._columns, self._hidden = None, None
+        unembed.register_forward_pre_hook(self._cut)
+        self._cache, self._cache_bytes, self._cache_limit = OrderedDict(), 0, cache_mb * 2 ** 20
+
+    device = property(lambda self: self.banned.device)
+
+    def _cut(self, unembed, args):
+        hidden = args[0] if self._columns is None else args[0][:, self._columns]
+        self._hidden = hidden
+        return (hidden, *args[1:])
+
+    # -------------------------------------------------------------------------------------------------- text to tensors
+
+    def encode(self, messages, images, key=None):
+        """One prompt -> dict of tensors with batch dimension 1 (input_ids (1, T), attention_mask, pixel_values, ...).
+        images: PIL images or functions that return one; they are called only if `key` is not in the cache of encoded prompts."""
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        images = [image() if callable(image) else image for image in images]
+        text = self.render(messages)
+        bos = self.tokenizer.bos_token
+        extra = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+        enc = dict(self.processor(text=[text], images=[images] if images else None, return_tensors="pt", **extra))
+        if key is not None:
+            self._cache[key] = enc
+            self._cache_bytes += nbytes(enc)
+            while self._cache_bytes > self._cache_limit:
+                self._cache_bytes -= nbytes(self._cache.popitem(last=False)[1])
+        return enc
+
+    def render(self, messages):
+        """Messages -> prompt text. Page text that holds a special token is neutralised by a space after its first character."""
+        def clean(text):
+            for token in self.neutral:
+                text = text.replace(token, token[0] + " " + token[1:])
+            return text
+        messages = [{**m, "content": [{**part, "text": clean(part["text"])} if part["type"] == "text" else {"type": "image"} for part in m["content"]]}
+                    for m in messages if m["role"] != "assistant"]
+        if getattr(self.processor, "chat_template", None):
+            return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # no template: image placeholders first, then the text, then the cue that LLaVA-1.5 and MiniGPT-4 descend from
+        parts = [part for m in messages for part in m["content"]]
+        return "".join(getattr(self.processor, "image_token", "") for p in parts if p["type"] == "image") \
+            + "USER: " + "\n".join(p["text"] for p in parts if p["type"] == "text") + " ASSISTANT:"
+
+    def reply_ids(self, text, ids=None):
+        """Token ids of a reply with its end-of-turn token. Stored ids are used as they are, if this tokenizer made them."""
+        if ids and max(ids) < len(self.banned) and self.decode(ids) == text:
+            return list(ids)
+        return self.tokenizer(text, add_special_tokens=False).input_ids + [self.eos]
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def span(self, ids, start):
+        """Which tokens of a reply reach behind character `start` of its text, the end-of-turn token included: list of 0 / 1."""
+        return [int(len(self.decode(ids[:j + 1])) > start or i == self.eos) for j, i in enumerate(ids)]
+
+    def collate(self, prompts, replies=None):
+        """Encoded prompts and lists of reply ids -> (inputs of the net, P, reply_ids (B, R), mask (B, R))."""
+        up = lambda n: -(-n // 4) * 4  # few different lengths: kernels are prepared anew for each shape
+        P = up(max(p["input_ids"].shape[1] for p in prompts))
+        R = up(max([len(r) for r in replies] + [1])) if replies is not None else 0
+        inputs = {}
+        for key in prompts[0]:
+            if prompts[0][key].shape == prompts[0]["input_ids"].shape:  # one value a token: pad left, room for the reply right
+                fill = self.eos if key == "input_ids" else 0
+                inputs[key] = torch.cat([F.pad(p[key], (P - p[key].shape[1], R), value=fill) for p in prompts])
+            else:                                                       # pictures: equal trailing shapes, then one after the other
+                shape = [max(s) for s in zip(*(p[key].shape[1:] for p in prompts))]
+                inputs[key] = torch.cat([F.pad(p[key], [n for have, want in list(zip(p[key].shape[1:], shape))[::-1] for n in (0, want - have)])
+                                         for p in prompts])
+        reply_ids, mask = torch.full((len(prompts), R), self.eos), torch.zeros(len(prompts), R)
+        for b, reply in enumerate(replies or []):
+            reply_ids[b, :len(reply)], mask[b, :len(reply)] = torch.tensor(reply, dtype=torch.long), 1
+        if R:
+            inputs["input_ids"][:, P:], inputs["attention_mask"][:, P:] = reply_ids, mask.to(inputs["attention_mask"].dtype)
+        to = lambda t: t.to(self.device, non_blocking=True)
+        return {k: to(v) for k, v in inputs.items()}, P, to(reply_ids), to(mask)
+
+    # --------------------------------------------------------------------------------------------------------- networks
+
+    def forward(self, inputs, P, R):
+        """-> logits (B, R, V) and hidden (B, R, H) of the states before each reply token; banned tokens have probability 0."""
+        self._columns = slice(P - 1, P + R - 1)
+        try:
+            logits = self.net(**inputs, use_cache=False).logits.float()
+        finally:
+            self._columns = None
+        hidden, self._hidden = self._hidden, None
+        return logits.masked_fill(self.banned, -1e9), hidden
+
+    def q(self, hidden, target=False):
+        """-> (C, B, R, V)"""
+        return torch.stack([head(hidden) for head in (self.targets if target else self.heads)])
+
+    @torch.no_grad()
+    def update_target(self, tau):
+        """theta' <- (1 - tau) theta' + tau theta"""
+        for slow, fast in zip(self.targets.parameters(), self.heads.parameters()):
+            slow.lerp_(fast, tau)
+
+    @contextlib.contextmanager
+    def reference(self):
+        """Within it the adapters are off: the policy before training."""
+        for m in self.lora.values():
+            m.enabled = False
+        try:
+            yield self
+        finally:
+            for m in self.lora.values():
+                m.enabled = True
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens=32, temperature=1.0, generator=None, q_weight=0.0):
+        """Encoded prompts -> for each a list of token ids (end-of-turn included, if it came in time) and of their log-probabilities.
+        temperature 0 is greedy. Sampling is Gumbel-max, so that it has a random stream of its own."""
+        was_training = self.training
+        self.eval()
+        inputs, P, _, _ = self.collate(prompts)
+        sampler = Sampler(self, temperature, generator, q_weight)
+        out = self.net.generate(**inputs, logits_processor=[sampler], generation_config=GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=self.eos, pad_token_id=self.eos))
+        self._hidden = None
+        self.train(was_training)
+        new = out[:, -len(sampler.logps):]  # some families return the prompt too, some do not
+        logps = torch.stack(sampler.logps, 1).gather(2, new[..., None])[..., 0].tolist()
+        ids = [row[:row.index(self.eos) + 1] if self.eos in row else row for row in new.tolist()]
+        return ids, [lp[:len(row)] for lp, row in zip(logps, ids)]
+
+    # ------------------------------------------------------------------------------------------------------------ files
+
+    def save(self, folder):
+        """Adapters in PEFT's layout (all weights as a model folder if lora_r = 0) and the critics beside them."""
+        os.makedirs(folder, exist_ok=True)
+        if self.lora:
+            save_file({f"base_model.model.{path}.{ab}.weight": getattr(m, ab).detach().cpu().contiguous() for path, m in self.lora.items() for ab in ("lora_A", "lora_B")},
+                      os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+            config = dict(peft_type="LORA", task_type="CAUSAL_LM", bias="none", inference_mode=True, base_model_name_or_path=self.name,
+                          target_modules=list(self.lora), **self.lora_config)
+            with open(os.path.join(folder, "adapter_config.json"), "w") as f:
+                json.dump(config, f, indent=1)
+        else:
+            self.net.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+        if len(self.heads):
+            save_file({f"{kind}.{k}": v.cpu().contiguous() for kind in ("heads", "targets") for k, v in getattr(self, kind).state_dict().items()},
+                      os.path.join(folder, "q_head.safetensors"), metadata={"format": "pt"})
+
+    def load(self, folder):
+        """What `save` wrote, exactly: a missing, foreign or misshapen tensor is an error and not a warning."""
+        def fill(params, tensors, file):
+            if set(params) != set(tensors) or any(params[k].shape != tensors[k].shape for k in params):
+                wrong = sorted(k for k in set(params) | set(tensors) if k not in params or k not in tensors or params[k].shape != tensors[k].shape)
+                raise SystemExit(f"{file} does not fit this model and its settings: {len(wrong)} tensors differ, {wrong[0]} for one; use the model, lora_* and q_head it was trained with.")
+            with torch.no_grad():
+                for k in params:
+                    params[k].copy_(tensors[k])
+        file = os.path.join(folder, "adapter_model.safetensors" if self.lora else "model.safetensors")
+        if self.lora:
+            fill({f"base_model.model.{path}.{ab}.weight": getattr(m, ab) for path, m in self.lora.items() for ab in ("lora_A", "lora_B")}, load_file(file), file)
+        else:
+            saved = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+            fill(dict(self.net.named_parameters()), dict(saved.named_parameters()), file)
+        if len(self.heads):
+            file = os.path.join(folder, "q_head.safetensors")
+            fill({f"{kind}.{k}": v for kind in ("heads", "targets") for k, v in getattr(self, kind).state_dict().items()}, load_file(file), file)
+
+
+class Sampler(LogitsProcessor):
+    """Bans, corrects by the critic (logits + q_weight * A), keeps the log-probabilities and draws: argmax(logp + Gumbel noise)."""
+
+    def __init__(self, vlm, temperature, generator, q_weight):
+        self.vlm, self.temperature, self.generator, self.q_weight, self.logps = vlm, temperature, generator, q_weight, []
+
+    def __call__(self, ids, logits):
+        logits = logits.float().masked_fill(self.vlm.banned, -1e9)
+        if self.q_weight:
+            q = self.vlm.q(self.vlm._hidden[:, -1]).mean(0)                          # (B, V)
+            logits = logits + self.q_weight * (q - (logits.softmax(-1) * q).sum(-1, keepdim=True)).masked_fill(self.vlm.banned, 0)
+        logp = (logits / (self.temperature or 1.0)).log_softmax(-1)
+        self.logps.append(logp)
+        if not self.temperature:
+            return logp
+        u = torch.rand(logp.shape, generator=self.generator, device=self.generator.device if self.generator else logp.device).to(logp.device)
+        return logp - torch.log(-torch.log(u.clamp(1e-20, 1 - 1e-7)))
+
+
+def nbytes(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def placeholder(net, processor):
+    """Id of the token that stands for an image in the text, by the config's or the processor's word; None if there is none."""
+    ids = [getattr(net.config, k, None) for k in IMAGE_KEYS] + [getattr(processor, k, None) for k in IMAGE_KEYS]
+    ids = [processor.tokenizer.convert_tokens_to_ids(str(getattr(i, "content", i))) if isinstance(i, str) or hasattr(i, "content") else i for i in ids]
+    return next((i for i in ids if isinstance(i, int)), None)
+
+
+def end_of_turn(processor):
+    """Id of the token that ends an assistant's turn: the first special token behind its text in the chat template, else eos."""
+    tok = processor.tokenizer
+    if getattr(processor, "chat_template", None):
+        chat = [{"role": r, "content": [{"type": "text", "text": "XQX"}]} for r in ("user", "assistant")]
+        tail = processor.apply_chat_template(chat, tokenize=False).rpartition("XQX")[2]
+        special = [i for i in tok(tail, add_special_tokens=False).input_ids if i in tok.all_special_ids]
+        if special:
+            return special[0]
+    if tok.eos_token_id is None:
+        raise SystemExit("The tokenizer has no end-of-turn token: set its eos_token.")
+    return tok.eos_token_id
+
+
+def load_model(path, texts=(), dtype=torch.float32, device="cpu", trust_remote_code=False):
+    """A hub id, a local folder, or 'scratch' (the tiny architecture with random weights) -> (net, processor).
+    SystemExit with one sentence if it does not exist, is no image-text model, or its processor knows no image token."""
+    if path == "scratch":
+        return scratch(texts)
+    if not os.path.isdir(path):  # the shipped model is found from any working directory
+        beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
+        path = beside if os.path.isdir(beside) else path
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as e:
+        raise SystemExit(f"model={path!r} cannot be opened: no such folder with a config.json here, and the hub did not give it ({str(e).splitlines()[0][:120]}).")
+    if type(config) not in AutoModelForImageTextToText._model_mapping.keys() and not getattr(config, "auto_map", None):
+        raise SystemExit(f"model={path!r} is a {config.model_type!r} model, which takes no image and text: choose an image-text-to-text model such as LLaVA or Qwen2-VL.")
+    try:
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+        net, report = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True)
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"model={path!r} does not load: {str(e).splitlines()[0][:200]}")
+    if report["missing_keys"]:
+        raise SystemExit(f"model={path!r} lacks {len(report['missing_keys'])} weights, {sorted(report['missing_keys'])[0]} for one: the folder is incomplete.")
+    if not hasattr(processor, "tokenizer") or placeholder(net, processor) is None:
+        raise SystemExit(f"model={path!r} has a processor without an image token, so no picture can be shown to it: its folder needs the model's own processor files.")
+    return net.to(device), processor
+
+
+def build(cfg, q_init=0.0, texts=()):
+    """The VLM that a config asks for."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    net, processor = load_model(cfg.model, texts, device=device, trust_remote_code=cfg.trust_remote_code)
+    if device == "cpu" and cfg.dtype == "bfloat16":
+        net.set_attn_implementation("eager")  # the CPU's fused attention is seven times slower backwards in bfloat16 (torch 2.13)
+    critics = cfg.n_critics if cfg.actor_loss in ("afsft", "awr") else 0
+    return VLM(net, processor, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.q_head, critics, q_init, cfg.cache_mb, name=cfg.model)
+
+
+def latest_checkpoint(run, must=True):
+    """A run's checkpoint folder; the older one if a crash fell between two renames; None if there is none (SystemExit if it must be there)."""
+    found = [p for p in (os.path.join(run, "ckpt"), os.path.join(run, "ckpt.old")) if os.path.exists(os.path.join(p, "state.json"))]
+    if must and not found:
+        raise SystemExit(f"{run!r} holds no checkpoint: let its training reach one first.")
+    return found[0] if found else None
+
+
+def scratch(texts, vocab_size=768, hidden=128, layers=4, vision_hidden=96, vision_layers=3, image_size=80, patch=16):
+    """The tiny VLM with random weights: a LLaVA (CLIP vision tower, two-layer projector, Llama), tokenizer trained on `texts`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    bpe = Tokenizer(models.BPE())  # byte level: every text can be read and written
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+                                                       special_tokens=["<|pad|>", "<|end|>", "<image>"]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>", extra_special_tokens={"image_token": "<image>"}, padding_side="left")
+    template = ("{% for m in messages %}{% if m['role'] == 'user' %}{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{{ '\n>' }}"
+                "{% else %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{{ '<|end|>' }}{% endif %}{% endfor %}")
+    processor = LlavaProcessor(CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}), tokenizer,
+                               patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=template)
+    vision = CLIPVisionConfig(hidden_size=vision_hidden, intermediate_size=3 * vision_hidden, num_hidden_layers=vision_layers, num_attention_heads=vision_hidden // 32,
+                              image_size=image_size, patch_size=patch, projection_dim=vision_hidden)
+    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
+                       num_key_value_heads=hidden // 32, max_position_embeddings=4096, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=2, vision_feature_layer=-1, vision_feature_select_strategy="default", tie_word_embeddings=True)
+    return LlavaForConditionalGeneration(config), processor

@@ -1,0 +1,304 @@
+"""
+Train a vision-language model to act, off-policy: offline on recorded play, then online on its own.
+
+    python train.py config/numberline.py                                       # the main job: about five minutes on two CPU cores
+    python train.py config/numberline.py --actor_loss=sft --out_dir=out/sft    # an ablation
+    python train.py config/numberline.py --resume=True                         # after a stop
+    python train.py --help                                                     # every key
+"""
+import json, math, os, platform, shutil, subprocess, sys, time
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+import envs
+from agent_rl import compute_loss, summarise
+from buffer import Buffer, batch
+from configurator import check_config, configure
+from evaluate import evaluate, full_evaluation, model_agent, play, record, scripted_agent, summary, table
+from model import build, latest_checkpoint
+
+# --- config ---
+# run
+out_dir = 'out/run'     # everything this run writes
+resume = False          # go on from out_dir's last checkpoint
+overwrite = False       # start anew in an out_dir that holds a run, deleting it
+seed = 0                # every random draw is a function of (seed, what for, step)
+log_interval = 10       # updates between two lines of metrics.jsonl
+eval_interval = 100     # updates between two short evaluations; 0: at the end only
+ckpt_interval = 100     # updates between two checkpoints
+stop_at = 0             # stop cleanly after this update, for machines with a time limit; 0: do not
+wandb_project = ''      # log to Weights & Biases too (needs the package); '': do not
+# model
+model = 'tiny-vlm'      # a hub id or local folder of any image-text-to-text model; 'scratch': the tiny one with random weights
+trust_remote_code = False # run Python files that come with the model folder
+device = 'auto'         # auto: cuda if there is one, else cpu
+dtype = 'auto'          # float32 | bfloat16 (autocast); auto: bfloat16 on cuda, float32 on the cpu
+lora_r = 16             # rank; 0 trains all weights
+lora_alpha = 32         # the adapters' output is scaled by lora_alpha / lora_r
+lora_dropout = 0.0
+lora_targets = '.*'     # regex over the full paths of the language model's linear layers
+q_head = 'full'         # full: H x V | tied: 2 H^2 parameters through the frozen unembedding, for large vocabularies
+n_critics = 2           # the targets take the minimum over them
+cache_mb = 512          # memory for encoded prompts
+# environment
+env = 'NumberLine'      # NumberLine | EZPoints | Points24 | Blackjack | Reading
+size = 80               # side of the picture, pixels
+penalty = -1.0          # reward of a reply that does not parse; the environment does not move
+invalid = 'penalty'     # penalty | random: RL4VLM's rule, a random action without a penalty
+# data
+data = ''               # folder of recorded episodes; '': record data_episodes by data_mix into out_dir/data
+data_mix = {'expert': 0.3, 'random': 0.5, 'malformed': 0.2} # who plays a turn: expert, random, malformed, biased, and their shares
+data_episodes = 600
+# method
+actor_loss = 'afsft'    # sft: clone all | afsft: clone where A > beta | awr: weigh by exp(A / awr_temperature) | fbc: clone the better episodes
+mdp = 'token'           # token: an advantage a token | turn: one a reply
+bc_coef = 0.0           # plain cloning, always on
+af_coef = 1.0           # value-corrected cloning
+critic_coef = 1.0
+cql_coef = 0.02         # conservative term: keeps tokens that no data shows below those it shows; 0: off
+q_init: float = None    # where the head starts; None: the lowest discounted return in the data
+v_support = 0.0         # V over tokens with pi >= v_support * max pi only; 0: the whole vocabulary
+beta = -0.02            # a token passes if A > beta
+awr_temperature = 0.3
+fbc_quantile = 0.7      # fbc clones episodes with a return at or above this quantile
+filter_warmup = 100     # updates in which everything passes
+gamma = 0.9             # discount a turn
+gamma_token = 1.0       # discount a token
+lam = 1.0               # TD(lambda) inside a turn; 0: one-token TD
+reward_scale = 1.0      # rewards are multiplied by this before the critic sees them
+critic_detach = False   # stop the critic's gradient at the trunk
+target_tau = 0.02       # EMA of the target heads
+# optimisation
+offline_updates = 600
+online_updates = 200
+batch_size = 32         # windows an update
+window = 3              # consecutive turns of an episode in a window
+micro_batch = 32        # windows that are on the device at once
+lr = 2e-3               # of the adapters (or of all weights)
+critic_lr = 1e-3        # of the Q heads
+min_lr = 0.1            # where the cosine ends, as a share of lr
+warmup_updates = 20
+weight_decay = 0.0
+grad_clip = 1.0
+# online phase
+num_envs = 32           # environments that play at once
+rollout_episodes = 64   # whole episodes in a rollout
+updates_per_rollout = 20
+offline_ratio = 0.25    # share of an online batch that comes from the recorded data
+rollout_temperature = 1.0
+max_new_tokens = 16     # of a reply
+# evaluation
+eval_episodes = 300     # of each row of the final table
+eval_quick = 60         # of the short evaluations on the way
+reference = {}          # success rates to show beside ours in the last table, {name: (goal reached or None, summed reward > 0 or None)}
+# --- end of config ---
+
+OURS = ("config.json", "metrics.jsonl", "eval.json", "meta.json", "ckpt", "ckpt.old", "ckpt.tmp", "data", "replay", "model")  # what `overwrite` may delete
+
+
+def lr_at(step, cfg):
+    """Factor on the learning rates: linear warm-up, then a cosine down to min_lr over both phases; a function of the global step alone."""
+    if step < cfg.warmup_updates:
+        return (step + 1) / cfg.warmup_updates
+    done = (step - cfg.warmup_updates) / max(1, cfg.offline_updates + cfg.online_updates - cfg.warmup_updates)
+    return cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def open_run(cfg):
+    """Make out_dir, or refuse: a run that stands there is neither mixed with nor lost."""
+    there = [name for name in OURS if os.path.exists(os.path.join(cfg.out_dir, name))]
+    if cfg.resume:
+        if not latest_checkpoint(cfg.out_dir, must=False):
+            raise SystemExit(f"out_dir={cfg.out_dir!r} has no checkpoint to resume from: start without --resume.")
+        with open(os.path.join(cfg.out_dir, "config.json")) as f:
+            old = json.load(f)
+        free = ("resume", "overwrite", "stop_at", "log_interval", "eval_interval", "wandb_project", "device", "reference", "cache_mb", "ckpt_interval", "eval_episodes", "eval_quick")
+        changed = [k for k, v in json.loads(json.dumps(vars(cfg))).items() if k not in free and old.get(k) != v]
+        if changed:
+            k = changed[0]
+            raise SystemExit(f"{k}={getattr(cfg, k)!r} but the run in {cfg.out_dir!r} has {k}={old.get(k)!r}: resume with the same settings, or start a new out_dir.")
+    elif there and not cfg.overwrite:
+        raise SystemExit(f"out_dir={cfg.out_dir!r} already holds a run ({there[0]}): --resume=True goes on with it, --overwrite=True deletes it, another --out_dir keeps it.")
+    else:
+        for name in there:
+            path = os.path.join(cfg.out_dir, name)
+            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+    os.makedirs(cfg.out_dir, exist_ok=True)
+
+
+def save_checkpoint(cfg, step, vlm, optimizer, replay):
+    """Written aside and renamed: a crash leaves the old one or the new one."""
+    ckpt = os.path.join(cfg.out_dir, "ckpt")
+    shutil.rmtree(ckpt + ".tmp", ignore_errors=True)
+    vlm.save(ckpt + ".tmp")
+    torch.save(optimizer.state_dict(), os.path.join(ckpt + ".tmp", "optimizer.pt"))
+    with open(os.path.join(ckpt + ".tmp", "state.json"), "w") as f:
+        json.dump(dict(step=step, replay_rows=len(replay)), f)
+    if os.path.exists(ckpt):
+        shutil.rmtree(ckpt + ".old", ignore_errors=True)
+        os.rename(ckpt, ckpt + ".old")
+    os.rename(ckpt + ".tmp", ckpt)
+    shutil.rmtree(ckpt + ".old", ignore_errors=True)
+
+
+def git_commit():
+    try:
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def main(argv):
+    cfg = configure(__file__, argv)
+    check_config(cfg)
+    open_run(cfg)
+    rng = lambda *what: np.random.default_rng([cfg.seed, *what])          # what: (purpose, step); streams never meet
+    DATA, SAMPLE, ROLLOUT, INIT = range(4)
+    make_env = lambda: envs.make(cfg.env, size=cfg.size, penalty=cfg.penalty, invalid=cfg.invalid)
+    path = lambda name: os.path.join(cfg.out_dir, name)
+
+    # -- data: what was recorded (offline), what the agent plays itself (replay)
+    if not cfg.data and not os.path.exists(path("data/complete")):
+        shutil.rmtree(path("data"), ignore_errors=True)
+        seeds = rng(DATA, 0).integers(2 ** 31, size=cfg.data_episodes).tolist()
+        record(play(make_env, scripted_agent(cfg.data_mix, rng(DATA, 1)), seeds, split="train", prefix="data-", bar="recording data"), Buffer(path("data"), create=True))
+        open(path("data/complete"), "w").close()
+    offline, replay = Buffer(cfg.data or path("data")), Buffer(path("replay"), create=True)
+    stats = offline.stats()
+    lowest, quantile = offline.lowest_return(cfg.gamma) * cfg.reward_scale, offline.return_quantile(cfg.fbc_quantile)
+
+    # -- model
+    torch.manual_seed(int(rng(INIT).integers(2 ** 31)))
+    vlm = build(cfg, q_init=lowest if cfg.q_init is None else cfg.q_init, texts=envs.corpus(20_000) if cfg.model == 'scratch' else ())
+    actor, critic = [p for p in vlm.net.parameters() if p.requires_grad], list(vlm.heads.parameters())
+    optimizer = torch.optim.AdamW([dict(params=actor, lr=cfg.lr, base=cfg.lr), dict(params=critic, lr=cfg.critic_lr, base=cfg.critic_lr)][:2 if critic else 1], weight_decay=cfg.weight_decay)
+    bf16 = cfg.dtype == 'bfloat16' or (cfg.dtype == 'auto' and vlm.device.type == 'cuda')
+    autocast = lambda: torch.autocast(vlm.device.type, torch.bfloat16, enabled=bf16)
+
+    start = 0
+    if cfg.resume:
+        ckpt = latest_checkpoint(cfg.out_dir)
+        vlm.load(ckpt)
+        optimizer.load_state_dict(torch.load(os.path.join(ckpt, "optimizer.pt"), map_location=vlm.device, weights_only=True))
+        with open(os.path.join(ckpt, "state.json")) as f:
+            state = json.load(f)
+        start = state["step"]
+        replay.rewind(state["replay_rows"])
+        with open(path("metrics.jsonl")) as f:                             # what was logged behind the checkpoint will come again
+            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= start]
+        with open(path("metrics.jsonl"), "w") as f:
+            f.writelines(kept)
+
+    # -- the derived facts
+    total = cfg.offline_updates + cfg.online_updates
+    count = lambda params: sum(p.numel() for p in params)
+    kinds = {p.rpartition(".")[2] for p in vlm.lora}
+    meta = dict(argv=argv, commit=git_commit(), python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, numpy=np.__version__, threads=torch.get_num_threads())
+    print(f"model    {cfg.model}: {count(vlm.net.parameters()):,} parameters, {count(actor):,} trained" + (f" by LoRA r={cfg.lora_r} on {len(vlm.lora)} layers ({', '.join(sorted(kinds))})" if vlm.lora else " (all weights)")
+          + f"; {len(vlm.heads)} x Q head {count(critic):,}, {'bfloat16 autocast' if bf16 else 'float32'} on {vlm.device}")
+    print(f"data     {offline.folder}: {stats['episodes']} episodes, {stats['turns']} turns; goal reached {100 * stats['success']:.1f} %, summed reward > 0 {100 * stats['success_return']:.1f} %, "
+          f"return {stats['episode_return']:.2f}, valid {100 * stats['valid']:.1f} %; lowest discounted return {lowest:.2f}")
+    print(f"schedule {cfg.offline_updates} offline + {cfg.online_updates} online updates of {cfg.batch_size} windows x {cfg.window} turns; seed {cfg.seed}, commit {meta['commit'][:8]}"
+          + (f"; resumed at {start}" if start else ""))
+    for name, content in (("config.json", vars(cfg)), ("meta.json", meta)):
+        with open(path(name), "w") as f:
+            json.dump(content, f, indent=1)
+    if cfg.wandb_project:
+        try:
+            import wandb
+        except ImportError:
+            raise SystemExit(f"wandb_project={cfg.wandb_project!r} needs the package wandb: pip install wandb, or leave it empty.")
+        wandb.init(project=cfg.wandb_project, config=vars(cfg), dir=cfg.out_dir)
+
+    # -- the loop
+    clock, infos, vlm_began = dict(rollout=0.0, update=0.0, eval=0.0), [], time.time()
+    def timed(name, since): clock[name] += time.time() - since
+
+    for step in tqdm(range(start, total), initial=start, total=total, disable=None, desc="updates"):
+        online = step >= cfg.offline_updates
+        extra = {}
+        if online and (step - cfg.offline_updates) % cfg.updates_per_rollout == 0:
+            t = time.time()
+            seeds = rng(ROLLOUT, step).integers(2 ** 31, size=cfg.rollout_episodes).tolist()
+            act = model_agent(vlm, cfg.max_new_tokens, cfg.rollout_temperature, torch.Generator(vlm.device).manual_seed(seeds[0]))
+            played = list(play(make_env, act, seeds, cfg.num_envs, split="train", prefix=f"{step}-"))
+            record(played, replay)
+            s = summary(played)
+            extra = {f"rollout/{k}": s[k] for k in ("success", "success_return", "episode_return", "valid", "turns")}
+            timed("rollout", t)
+
+        t = time.time()
+        draw = rng(SAMPLE, step)
+        torch.manual_seed(int(draw.integers(2 ** 31)))                     # LoRA dropout, if any
+        n_online = cfg.batch_size - round(cfg.batch_size * cfg.offline_ratio) if online else 0
+        windows = [(b, w) for b, n in ((offline, cfg.batch_size - n_online), (replay, n_online)) if n for w in b.sample(draw, n, cfg.window)]
+        micro = [batch([(b, [w]) for b, w in windows[i:i + cfg.micro_batch]], vlm, envs.MARKER, cfg.gamma, cfg.reward_scale) for i in range(0, len(windows), cfg.micro_batch)]
+        tokens = sum(m["mask"].sum() for m in micro)                       # of the whole update: gradients do not depend on the split
+        critic_tokens = sum((m["mask"] * ((m["terminated"] > 0) | (m["next"] >= 0))[:, None]).sum() for m in micro)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base"] * lr_at(step, cfg)
+        vlm.train()
+        step_infos = []
+        for m in micro:
+            with autocast():
+                loss, info = compute_loss(vlm, m, cfg, step < cfg.filter_warmup, quantile, tokens, critic_tokens)
+            loss.backward()
+            step_infos.append(info)
+        norm = torch.nn.utils.clip_grad_norm_(actor + critic, cfg.grad_clip)
+        if not torch.isfinite(norm):
+            raise SystemExit(f"The gradient is not finite at update {step + 1}: lower lr or critic_lr; the last checkpoint stands.")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        vlm.update_target(cfg.target_tau)
+        infos += step_infos
+        timed("update", t)
+
+        done = step + 1
+        last = done == total or done == cfg.stop_at
+        if cfg.eval_interval and done % cfg.eval_interval == 0 and not done == total:
+            t = time.time()
+            s = evaluate(vlm, make_env, cfg.eval_quick, cfg.max_new_tokens, seed=cfg.seed)
+            extra |= {f"eval/{k}": s[k] for k in ("success", "success_return", "episode_return", "valid")}
+            timed("eval", t)
+        if done % cfg.log_interval == 0 or extra or last:
+            row = dict(step=done, phase="online" if online else "offline", **summarise(infos), grad_norm=float(norm), lr=optimizer.param_groups[0]["lr"], **extra,
+                       **{f"time/{k}": round(v, 2) for k, v in clock.items()})
+            with open(path("metrics.jsonl"), "a") as f:
+                f.write(json.dumps(row) + "\n")
+            if cfg.wandb_project:
+                wandb.log(row, step=done)
+            infos = []
+            if extra or done % (5 * cfg.log_interval) == 0:
+                show = lambda key, name, scale=1, form="7.3f": f" {name} {scale * row[key]:{form}}" if key in row else ""
+                tqdm.write(f"{done:6d} {row['phase']:7s} nll {row['nll']:.3f}" + show("td_error", "td") + show("v_mean", "V") + show("pass_action", "pass", 100, "4.0f") + show("pass_syntax", "syntax", 100, "4.0f")
+                           + show("rollout/success", "| played", 100, "5.1f") + show("rollout/success_return", "clean", 100, "5.1f") + show("eval/success", "| eval", 100, "5.1f")
+                           + show("eval/success_return", "clean", 100, "5.1f") + show("eval/valid", "valid", 100, "5.1f") + "  | s " + " ".join(f"{k} {v:.0f}" for k, v in clock.items()))
+        if done % cfg.ckpt_interval == 0 or last:
+            save_checkpoint(cfg, done, vlm, optimizer, replay)
+        if done == cfg.stop_at and done < total:
+            print(f"Stopped at update {done} of {total} as stop_at says; go on with --resume=True.")
+            return
+
+    # -- how well it went
+    if not vlm.lora:
+        vlm.net.save_pretrained(path("model"))
+        vlm.processor.save_pretrained(path("model"))
+    t = time.time()
+    results = full_evaluation(vlm, make_env, cfg.eval_episodes, cfg.max_new_tokens, seed=cfg.seed)
+    timed("eval", t)
+    with open(path("eval.json"), "w") as f:
+        json.dump(dict(checkpoint=path("ckpt"), argv=argv, seed=cfg.seed, results=results), f, indent=1)
+    print(f"\n{cfg.env}, {cfg.actor_loss}, seed {cfg.seed}: {time.time() - vlm_began:.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in clock.items())}); held-out starts, Wilson 95 % intervals")
+    print(table({"the recorded data": stats | dict(turns=stats["turns"] / stats["episodes"]), **results}))
+    for name, shares in cfg.reference.items():
+        print(f"{name:<28}" + "".join(f"{'' if x is None else f'{100 * x:.1f} %':>{w}}" for x, w in zip(shares, (24, 26))))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        raise SystemExit("\nInterrupted: the last checkpoint stands, go on with --resume=True.")
