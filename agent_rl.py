@@ -8,15 +8,16 @@ Every reply token is an action; the state is the prompt and the reply so far; th
     last token of turn t:  y   = r_t + gamma (1 - terminated_t) V'(s_{t+1})           V' by the target head
     inside the turn:       y_j = gamma_token (lam y_{j+1} + (1 - lam) V'(s_{j+1}))
     L = bc_coef L_SFT + af_coef L_AF + critic_coef L_Q
-    L_SFT = - mean log pi(a|s)      L_AF = - mean f(A(s,a)) log pi(a|s)      L_Q = mean (Q(s,a) - y)^2 + cql_coef (logsumexp_v Q(s,v) - Q(s,a))
+    L_SFT = - mean log pi(a|s)      L_AF = - mean f(A(s,a)) log pi(a|s)      L_Q = mean (Q(s,a) - y)^2 + pess_coef mean_v (Q(s,v) - q_init)^2
 
 Where it departs from the paper, or fills in what is not public of it:
  1. Q is as wide as the vocabulary and V its exact expectation under the policy; no sampled actions, no value network.
  2. TD(lambda) over the tokens of a turn: with lam = 1 a turn's outcome reaches all its tokens in one update.
  3. Pessimism. Tokens that no data shows keep the head's first value. If that is above the true return, V is too high and a *correct* syntax
     token, for which A = (1 - pi)(Q - Q_unseen), fails the filter for as long as pi is not certain: the filter unlearns the syntax. So the head
-    starts at the lowest discounted return in the data (q_init), and a small conservative term (cql_coef, Kumar et al., arXiv 2006.04779) keeps
-    it from creeping up. v_support > 0 is the alternative: V over the tokens with pi(v|s) >= v_support * max pi only.
+    starts at the lowest discounted return in the data (q_init), and a small term (pess_coef) pulls the whole vocabulary back to it: what data
+    shows is held up by data, the rest stays down. Alternatives: CQL's logsumexp Q - Q(a) (cql_coef, arXiv 2006.04779), which has no floor: while
+    the policy is diffuse V sinks with it without end (seen: -17 where returns end at -2); V over the likely tokens only (v_support).
  4. The filter waits: f = 1 for filter_warmup updates, and beta is slightly negative, because a young critic's A is noise around 0.
  5. mdp = 'turn': one advantage a reply, A = Q(s, last token) - V(first state); every token of a reply has the turn's target.
 
@@ -82,8 +83,8 @@ def compute_loss(vlm, batch, cfg, warm=False, quantile=0.0, tokens=None, critic_
     qa = q.gather(-1, a[None, ..., None].expand(len(q), *a.shape, 1))[..., 0]                 # Q(s,a)  (C, B, R)
     with torch.no_grad():
         v_target = state_value(logits, vlm.q(hidden, target=True).amin(0), cfg.v_support)     # V'(s), the most pessimistic critic
-        lam = 1.0 if cfg.mdp == "turn" else cfg.lam
-        y, known = td_targets(v_target, mask, batch["reward"], batch["terminated"], batch["next"], cfg.gamma, cfg.gamma_token, lam)
+        gamma_token, lam = (1.0, 1.0) if cfg.mdp == "turn" else (cfg.gamma_token, cfg.lam)
+        y, known = td_targets(v_target, mask, batch["reward"], batch["terminated"], batch["next"], cfg.gamma, gamma_token, lam)
         v = state_value(logits, q.mean(0), cfg.v_support)
         adv = qa.mean(0) - v                                                                  # A = Q(s,a) - V(s)
         if cfg.mdp == "turn":
@@ -93,11 +94,12 @@ def compute_loss(vlm, batch, cfg, warm=False, quantile=0.0, tokens=None, critic_
         f = torch.ones_like(f) if warm else f
     m = mask * known[:, None]
     td = ((qa - y) ** 2).mean(0)
-    cql = (q.logsumexp(-1) - qa).mean(0)
+    cql = (q.logsumexp(-1) - qa).mean(0) if cfg.cql_coef else torch.zeros_like(td)
+    pess = ((q - vlm.q_init) ** 2).mean(-1).mean(0)
     actor = -((cfg.bc_coef + cfg.af_coef * f) * logp * mask).sum() / n                        # bc_coef L_SFT + af_coef L_AF
-    critic = ((td + cfg.cql_coef * cql) * m).sum() / (critic_tokens if critic_tokens is not None else m.sum()).clamp(min=1)
+    critic = ((td + cfg.pess_coef * pess + cfg.cql_coef * cql) * m).sum() / (critic_tokens if critic_tokens is not None else m.sum()).clamp(min=1)
     span, first = batch["span"] * mask, mask[:, 0]
-    info |= dict(critic_tokens=m.sum(), td_error=(td * m).sum(), cql=(cql * m).sum(), q=(qa.mean(0) * mask).sum(), v=(v * mask).sum(), adv_span=(adv * span).sum(),
+    info |= dict(critic_tokens=m.sum(), td_error=(td * m).sum(), pess=(pess * m).sum(), q=(qa.mean(0) * mask).sum(), v=(v * mask).sum(), adv_span=(adv * span).sum(),
                  span=span.sum(), pass_span=(f.clamp(max=1) * span).sum(), pass_rest=(f.clamp(max=1) * (mask - span)).sum(), first=first.sum(),
                  predicted=(v[:, 0] * first).sum(), observed=(batch["to_go"] * first).sum())
     return actor + cfg.critic_coef * critic, {k: t.detach() for k, t in info.items()}
@@ -110,7 +112,7 @@ def summarise(infos):
     out = dict(tokens=s["tokens"], nll=per("nll", "tokens"))
     if "q" in s:
         rest = max(s["tokens"] - s["span"], 1.0)
-        out |= dict(td_error=per("td_error", "critic_tokens"), cql=per("cql", "critic_tokens"), q_mean=per("q", "tokens"), v_mean=per("v", "tokens"),
+        out |= dict(td_error=per("td_error", "critic_tokens"), pess=per("pess", "critic_tokens"), q_mean=per("q", "tokens"), v_mean=per("v", "tokens"),
                     adv_action=per("adv_span", "span"), pass_action=per("pass_span", "span"), pass_syntax=s["pass_rest"] / rest,
                     return_predicted=per("predicted", "first"), return_observed=per("observed", "first"))
     return out

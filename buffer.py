@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 VERSION = 1
-KEYS = ("episode", "turn", "images_file_names", "messages", "reward", "terminated", "truncated")
+KEYS = ("episode", "turn", "images_file_names", "messages", "reply_ids", "valid", "reward", "terminated", "truncated", "success")
 
 
 def image_name(image):
@@ -78,8 +78,8 @@ class Buffer:
                 raise SystemExit(f"{self.file}, line {n}, is not JSON: this is no folder of recorded episodes, or it was damaged.")
             if missing:
                 raise SystemExit(f"{self.file}, line {n}, lacks {missing[0]!r}: this is another program's dataset; import it first (see README).")
-            if row.get("version", VERSION) > VERSION:
-                raise SystemExit(f"{self.file}, line {n}, is of format version {row['version']}, this code reads up to {VERSION}: update the code.")
+            if row.get("version", VERSION) not in range(1, VERSION + 1):
+                raise SystemExit(f"{self.file}, line {n}, is of format version {row['version']!r}, this code reads up to {VERSION}: update the code.")
             self._index(row)
 
     def _index(self, row):
@@ -99,7 +99,10 @@ class Buffer:
             raise SystemExit(f"{path} is missing or no picture: the folder {self.folder!r} is incomplete, copy it again.")
 
     def append(self, rows, images):
-        """Add an episode's rows. images: {name: PIL image}; a picture is on disk before a row names it."""
+        """Add whole episodes. images: {name: PIL image}; a picture is on disk before a row names it."""
+        again = [row["episode"] for row in rows if row["episode"] in self.episodes]
+        if again:  # two episodes of one name would be read as one
+            raise SystemExit(f"{self.folder!r} holds an episode {again[0]!r} already: record into another folder, or with another seed.")
         for name, image in images.items():
             path = os.path.join(self.folder, name)
             if not os.path.exists(path):

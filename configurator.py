@@ -193,5 +193,37 @@ def configure(script, argv, files=True, quiet=False):
 # -- keys that contradict each other -----------------------------------------------------------------------------------
 
 # -- cross-field rules -------------------------------------------------------------------------------------------------
+CHOICES = dict(device=("auto", "cpu", "cuda"), dtype=("auto", "float32", "bfloat16"), q_head=("full", "tied"), invalid=("penalty", "random"),
+               actor_loss=("sft", "afsft", "awr", "fbc"), mdp=("token", "turn"))
+AT_LEAST_1 = "log_interval ckpt_interval n_critics data_episodes batch_size window micro_batch num_envs rollout_episodes updates_per_rollout max_new_tokens eval_episodes eval_quick cache_mb".split()
+AT_LEAST_0 = "seed eval_interval stop_at lora_r offline_updates online_updates warmup_updates filter_warmup bc_coef af_coef critic_coef cql_coef pess_coef weight_decay rollout_temperature".split()
+POSITIVE = "lora_alpha awr_temperature reward_scale lr critic_lr grad_clip".split()
+SHARES = "lora_dropout v_support fbc_quantile gamma gamma_token lam target_tau min_lr offline_ratio".split()
+
 def check_config(cfg):
-    pass
+    """Every rule about the values of train.py's keys, alone and together; a ConfigError with one sentence, before anything is read or written."""
+    def need(ok, sentence):
+        if not ok: raise ConfigError(sentence)
+    for name, allowed in CHOICES.items():
+        value = getattr(cfg, name)
+        need(value in allowed, f"{name}={value!r} is not known: choose {', '.join(allowed)}" + (f" ({nearest(value, allowed, '')})".replace(" ()", "") + "."))
+    for names, ok, words in ((AT_LEAST_1, lambda x: x >= 1, "at least 1"), (AT_LEAST_0, lambda x: x >= 0, "at least 0"),
+                             (POSITIVE, lambda x: x > 0, "above 0"), (SHARES, lambda x: 0 <= x <= 1, "between 0 and 1")):
+        for name in names: need(ok(getattr(cfg, name)), f"{name}={getattr(cfg, name)!r} is out of range: it must be {words}.")
+    need(28 <= cfg.size <= 2000, f"size={cfg.size} is out of range: a picture's side must be between 28 and 2000 pixels.")
+    need(cfg.penalty <= 0, f"penalty={cfg.penalty} is above 0: it is the reward of a reply that does not parse, so it must be 0 or below.")
+    need(cfg.offline_updates + cfg.online_updates > 0, "offline_updates and online_updates are both 0: there is nothing to do.")
+    need(cfg.bc_coef + cfg.af_coef > 0, "bc_coef and af_coef are both 0: the policy would not learn, set one of them above 0.")
+    need(not (cfg.resume and cfg.overwrite), "resume and overwrite are both True: one goes on with the run, the other deletes it; choose one.")
+    need(cfg.model != "scratch" or cfg.lora_r == 0, f"model='scratch' has random weights, adapters on them (lora_r={cfg.lora_r}) learn nothing: set lora_r=0.")
+    need(cfg.ckpt_interval % cfg.log_interval == 0, f"ckpt_interval={cfg.ckpt_interval} is no multiple of log_interval={cfg.log_interval}: a resumed run could not repeat its metrics.")
+    need(cfg.stop_at % cfg.log_interval == 0, f"stop_at={cfg.stop_at} is no multiple of log_interval={cfg.log_interval}: a resumed run could not repeat its metrics.")
+    need(not cfg.online_updates or cfg.env != "Reading", "env='Reading' is cloned from right answers and has no online phase: set online_updates=0.")
+    players = ("expert", "random", "malformed", "biased")
+    for name, share in cfg.data_mix.items():
+        need(name in players, f"data_mix has a player {name!r}: known are {', '.join(players)}.")
+        need(type(share) in (int, float) and share >= 0, f"data_mix gives {name} the share {share!r}: it must be a number, at least 0.")
+    need(cfg.data or sum(cfg.data_mix.values()) > 0, "data_mix has no share above 0: say who plays, for instance {'expert': 0.3, 'random': 0.7}.")
+    for name, rates in cfg.reference.items():
+        need(type(rates) in (list, tuple) and len(rates) == 2, f"reference[{name!r}]={rates!r}: give a pair (goal reached, summed reward > 0), None where unknown.")
+    return cfg

@@ -3,11 +3,9 @@ The text protocol and the environments: a picture and a text in, an action as te
 
     observation -> prompt() -> model -> "I am below it. [action] +" -> parse_agent() -> "+" -> parse_env() -> ("+",) -> act()
 
-A new environment is one class of about 40 lines: `goal` and `kinds` (which actions exist), `start`, `act`, `picture`,
-`fingerprint`, and `expert` where a perfect player is known. NumberLine is the example to copy.
-
-The card games follow Gym Cards as RL4VLM's code plays them (Zhai et al., arXiv 2405.10292). Where we depart, and why:
- 1. `reset(seed)` seeds (theirs mostly does not); the last observation of an episode is a real picture; the drawings are ours.
+A new environment is one class of about 40 lines: copy NumberLine. The games here follow Gym Cards as RL4VLM's code (not its
+README) plays them: Zhai et al., arXiv 2405.10292. Where we depart, and why:
+ 1. `reset(seed)` seeds (theirs mostly does not), the last observation of an episode is a real picture, the drawings are ours.
  2. An invalid reply costs `penalty`, is a turn, and moves nothing (invalid="random": RL4VLM's rule, a random action for free).
     Such an episode must end too, hence turn limits: EZPoints 10, Points24 30, Blackjack 12. NumberLine's 10 is the original's.
  3. Formulas are parsed, never given to Python's `eval`, and computed in exact rationals: 8/(3-8/3) is 24 (not so in floats),
@@ -15,94 +13,77 @@ The card games follow Gym Cards as RL4VLM's code plays them (Zhai et al., arXiv 
  4. Blackjack shows ten points as 10, J, Q or K, a thirteenth each; the original has no 10. The odds are the same.
  5. Two success rules are reported: `success` (goal reached) and RL4VLM's own, `success_return` (summed reward > 0).
 """
-import difflib
-import json
-import re
-import string
-import zlib
+import difflib, json, re, string, zlib
 from collections import Counter
 from fractions import Fraction
-from functools import lru_cache
-
+from functools import lru_cache, reduce
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 MARKER = "[action]"
 
 # ---- the text protocol: a kind of action documents, parses, samples and (where finite) enumerates itself ----
-
-class Words:
-    """One of a list of words: Words("hit", "stand")."""
+class Words:                # one of a list of words: Words("hit", "stand")
     def __init__(self, *words): self.list = list(words)
     def words(self): return list(self.list)
     def doc(self): return " or ".join(self.list) if len(self.list) < 3 else " ".join(self.list)
     def parse(self, text): return (text,) if text in self.list else None
     def sample(self, rng): return self.list[rng.integers(len(self.list))]
 
-class Command:
-    """A word with arguments: Command("click", int, int), Command("type", int, str); a str in double quotes with JSON escapes."""
-    # [0-9] because \d takes the digits of every script; at most nine, because int() of a model's endless digits is slow
-    patterns = {int: r"(-?[0-9]{1,9})", str: r'("(?:[^"\\]|\\.)*")'}
-    def __init__(self, word, *types):
-        self.word, self.types = word, types
-        self.regex = re.compile(" +".join([re.escape(word), *(self.patterns[t] for t in types)]))
-    def words(self): return None if self.types else [self.word]
-    def doc(self): return " ".join([self.word, *({int: "NUMBER", str: '"TEXT"'}[t] for t in self.types)])
-    def parse(self, text):
-        try:
-            match = self.regex.fullmatch(text)
-            action = match and (self.word, *(json.loads(arg) for arg in match.groups()))
-            return action if match and canonical(action).encode() else None
-        except ValueError:      # an unknown escape, a number like 007, or "\ud800": half a character, legal JSON, not writable
-            return None
-    def sample(self, rng): return canonical((self.word, *(int(rng.integers(100)) if t is int else Text().sample(rng) for t in self.types)))
-
-class Text:
-    """Free text: anything but nothing."""
+class Text:                 # free text: anything but nothing
     def words(self): return None
     def doc(self): return "any text"
     def parse(self, text): return (text,) if text else None
     def sample(self, rng): return "".join(rng.choice(list(string.ascii_lowercase), size=rng.integers(1, 8)))
 
-def canonical(action):
-    """The one way to write a parsed action: ("type", 14, "abc") -> type 14 "abc"."""
+class Command:              # a word with arguments: Command("click", int, int), Command("type", int, str); a str as JSON writes it, in quotes
+    # [0-9] because \d takes the digits of every script; at most nine, because a model's endless digits are slow to convert
+    patterns = {int: r"(-?[0-9]{1,9})", str: r'("(?:[^"\\]|\\.)*")'}
+    def __init__(self, word, *types): self.word, self.types = word, types
+    def words(self): return None if self.types else [self.word]
+    def doc(self): return " ".join([self.word, *({int: "NUMBER", str: '"TEXT"'}[t] for t in self.types)])
+    def sample(self, rng): return canonical((self.word, *(int(rng.integers(100)) if t is int else Text().sample(rng) for t in self.types)))
+    def parse(self, text):
+        match = re.fullmatch(" +".join([re.escape(self.word), *(self.patterns[t] for t in self.types)]), text)
+        try:
+            action = match and (self.word, *map(json.loads, match.groups()))
+            return action if match and canonical(action).encode() else None
+        except ValueError:      # an unknown escape, a number like 007, or half a character ("\ud800": legal JSON that cannot be written)
+            return None
+
+def canonical(action):      # the one way to write a parsed action: ("type", 14, "abc") -> type 14 "abc"
     return " ".join([action[0], *(json.dumps(arg, ensure_ascii=False) for arg in action[1:])])
-
-def parse_agent(reply):
-    """The text behind the last marker, to the end of its line; None without a marker. A plan or a chain of thought may come first."""
+def parse_agent(reply):     # the text behind the last marker, to the end of its line, or None: a plan may come before it
     return reply.rpartition(MARKER)[2].split("\n", 1)[0].strip() if MARKER in reply else None
-
-def held_out(fingerprint):
-    """One start in ten is for tests only. By what was dealt, not by the seed: no hand is in both halves."""
+def held_out(fingerprint):  # one start in ten is for tests only; by what was dealt, not by the seed: no hand is in both parts
     return zlib.crc32(fingerprint.encode()) % 10 == 0
 
 class Env:
-    """Gymnasium-style base class. The state is plain attributes: set them after reset(), then ask for observation()."""
-    name, goal, kinds, example = "", "", (), ""
-    max_turns = 10
-    marker = True       # False: the whole reply is the action
-    split = True        # False: too few different starts to hold any out
+    """Gymnasium-style base class; the state is plain attributes: set them after reset(), then ask for observation(). A game adds
+    start(): draws a start state with self.rng; act(action) -> reward, terminated, truncated, and sets self.success at the goal;
+    picture() -> PIL image, RGB, size x size; fingerprint(): what was dealt, as text, decides the part of the split;
+    expert(): a perfect player's action; and, if need be, text(): what there is to observe beside the picture, and
+    optimal(word): is an action as good as the expert's, for games where several are."""
+    name, goal, kinds, example, max_turns = "", "", (), "", 10
+    marker, split = True, True      # False: the whole reply is the action; False: too few different starts to hold any out
 
     def __init__(self, size=80, penalty=-1.0, invalid="penalty"):
         if invalid not in ("penalty", "random"):
             raise ValueError(f"invalid={invalid!r}: use 'penalty' (costs `penalty`, nothing moves) or 'random' (a random action is played).")
         self.size, self.penalty, self.invalid, self.over, self.rng = size, penalty, invalid, True, np.random.default_rng()
 
-    def reset(self, seed=None, options=None):
-        """-> (obs, info). options={"split": "train" | "test"} draws only starts of that half."""
+    def reset(self, seed=None, options=None):       # options={"split": "train" | "test"} draws only starts of that part
         split = (options or {}).get("split")
         if split not in (None, "train", "test"):
             raise ValueError(f"split={split!r}: use 'train', 'test' or None.")
-        if seed is not None:
-            self.rng = np.random.default_rng(seed)
+        self.rng = self.rng if seed is None else np.random.default_rng(seed)
         self.start()
         while split and self.split and held_out(self.fingerprint()) != (split == "test"):
             self.start()
         self.turns, self.total, self.success, self.over = 0, 0.0, False, False
         return self.observation(), {}
 
-    def step(self, reply):
-        """-> (obs, reward, terminated, truncated, info). Every reply is a turn, valid or not."""
+    def step(self, reply):                          # every reply is a turn, valid or not
         if self.over:
             raise RuntimeError(f"{self.name}: the episode is over or never began, call reset() first.")
         action = self.parse(reply)
@@ -116,29 +97,18 @@ class Env:
         return self.observation(), float(reward), terminated, truncated, {**info, "success": self.success, "success_return": self.total > 0}
 
     def prompt(self):
-        docs = "Actions: " + " or ".join(kind.doc() for kind in self.kinds)
-        return "\n".join(filter(None, [self.goal, self.text(), docs, f"End your reply with an action, for example: {MARKER} {self.example}"]))
+        actions = "Actions: " + " or ".join(kind.doc() for kind in self.kinds)
+        return "\n".join(filter(None, [self.goal, self.text(), actions, f"End your reply with an action, for example: {MARKER} {self.example}"]))
 
-    def parse(self, reply):
-        text = parse_agent(reply) if self.marker else reply.strip()
-        return None if text is None else self.parse_env(text)
-
-    def parse_env(self, text): return next(filter(None, (kind.parse(text) for kind in self.kinds)), None)
+    def parse(self, reply): return self.parse_env(parse_agent(reply) if self.marker else reply.strip())
+    def parse_env(self, text): return next(filter(None, (kind.parse(text or "") for kind in self.kinds)), None)
     def words(self): return [word for kind in self.kinds for word in kind.words() or []]
     def sample(self, rng): return self.kinds[rng.integers(len(self.kinds))].sample(rng)     # a valid action's text
     def observation(self): return {"image": self.picture(), "text": self.prompt()}
-    def optimal(self, word): return word == self.expert()       # for games where several actions are right
-
-    # what a subclass fills in
-    def text(self): return ""                               # an observation beside the picture
-    def start(self): raise NotImplementedError              # draw a start state with self.rng
-    def act(self, action): raise NotImplementedError        # -> reward, terminated, truncated; sets self.success at the goal
-    def picture(self): raise NotImplementedError            # -> PIL image, RGB, size x size
-    def fingerprint(self): raise NotImplementedError        # what was dealt, as text; asked right after start()
-    def expert(self): raise NotImplementedError             # a perfect player's action text
+    def text(self): return ""
+    def optimal(self, word): return word == self.expert()
 
 # ---- drawing: a picture is a few pastes of cached masks and sprites, drawn 4x too large and shrunk ----
-
 FELT, TRAY, WHITE, BLACK, RED, BLUE = (38, 110, 80), (27, 84, 60), (255, 255, 255), (20, 20, 25), (205, 25, 40), (25, 70, 180)
 RANKS, STEM = ["back", "A", *"23456789", "10", *"JQK"], [(0, 0), (0.35, 1), (-0.35, 1)]
 SUITS = [([(-0.45, 0.3), (0.45, 0.3)], [[(-0.89, 0.08), (0, -1), (0.89, 0.08), (0, 0.5)], STEM]),      # (discs, polygons) of a spade,
@@ -155,8 +125,7 @@ def letters(text, size, width):
     ImageDraw.Draw(mask).text((bold, baseline), text, fill=255, font=font, stroke_width=bold, anchor="ls")
     return mask.resize((min(round(width), -(-mask.width // 4)), -(-mask.height // 4)), Image.LANCZOS)
 
-def write(image, text, size, colour, x, y, width, height):
-    """One line in the middle of a box."""
+def write(image, text, size, colour, x, y, width, height):      # in the middle of a box
     mask = letters(text, round(size), width)
     image.paste(colour, (round(x + (width - mask.width) / 2), round(y + (height - mask.height) / 2)), mask)
 
@@ -183,18 +152,16 @@ def card(rank, suit, width, height):
     write(sprite, RANKS[rank] if rank else "", height * 0.66, colour, width * 0.08, height * 0.07, width * 0.84, height * 0.54)
     return sprite
 
-def draw_cards(image, cards, x, y, width, height, step):
+def draw_cards(image, cards, x, y, width, height, step, s):
     for i, (rank, suit) in enumerate(cards):
-        sprite = card(rank, suit, round(width), round(height))
-        image.paste(sprite, (round(x + i * step), round(y)), sprite)
+        sprite = card(rank, suit, round(width * s), round(height * s))
+        image.paste(sprite, (round((x + i * step) * s), round(y * s)), sprite)
 
 # ---- NumberLine ----
-
 class NumberLine(Env):
     """Walk to the target. The optimum takes |target - current| steps, 2.28 on average, and returns 1."""
     name, goal, example = "NumberLine", "Move the current number to the target number.", "+"
     kinds, max_turns, split = (Words("-", "+"),), 10, False         # 30 starts: all are trained on, all are evaluated
-
     def start(self):
         self.current, self.target = self.rng.integers(0, 6, size=2).tolist()
         if self.target == self.current:
@@ -204,8 +171,7 @@ class NumberLine(Env):
         before = abs(self.target - self.current)
         self.current = min(5, max(0, self.current + (1 if action == ("+",) else -1)))
         self.success = self.current == self.target
-        reward = 1 if self.success else 0 if abs(self.target - self.current) < before else -1
-        return reward, self.success, False
+        return (1 if self.success else 0 if abs(self.target - self.current) < before else -1), self.success, False
 
     def picture(self):
         image, cell = Image.new("RGB", (self.size, self.size), (250, 250, 247)), self.size / 5
@@ -213,126 +179,104 @@ class NumberLine(Env):
             write(image, label, 0.85 * cell, BLACK, 0, y, 4 * cell, cell)
             write(image, str(number), 1.2 * cell, colour, 4 * cell, y, 0.9 * cell, cell)      # one digit = one patch of a 5 x 5 grid
         return image
-
     def fingerprint(self): return f"{self.current} {self.target}"
     def expert(self): return "+" if self.target > self.current else "-"
 
-# ---- formulas: a stack machine that takes one item at a time. It scores a finished formula, and the expert can search on
-# from any half-written one. A frame (acc, term, op, x) is `acc + term op x`, one frame per open bracket; x is None while a
-# number is awaited, a str while more digits may join, else a Fraction.
-
+# ---- formulas: a stack machine that takes one item at a time. It scores a finished formula, and tells the expert what a
+# half-written one can still become. A frame (acc, term, op, x) is `acc + term op x`, one frame per open bracket; x is None
+# while a number is awaited, a str while more digits may join, else a Fraction.
 EMPTY = ((0, 1, "*", None),)
+def apply(a, op, b):        # None for a division by zero
+    return a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a / b if b else None
 
 def shift(stack, item):
-    """The stack after one more item; None if the formula is malformed or divides by zero. Bounded: no power, 64 digits a number."""
-    acc, term, op, x = stack[-1]
-    below = stack[:-1]
+    """The stack after one more item; None if the formula is malformed or divides by zero. Bounded: no power, 64 digits, 64 brackets."""
+    below, (acc, term, op, x) = stack[:-1], stack[-1]
     if item in ("blank", " "):
         return below + ((acc, term, op, x and Fraction(x)),)
     if item.isascii() and item.isdigit():
         return None if isinstance(x, Fraction) or len(x or "") >= 64 else below + ((acc, term, op, (x or "") + item),)
     if item == "(":
-        return stack + EMPTY if x is None else None
+        return stack + EMPTY if x is None and len(stack) < 64 else None
     if x is None:                                   # only a sign may stand where a number is awaited; `**` and `//` end here
         return below + ((acc, -term if item == "-" else term, op, None),) if item in ("+", "-") else None
-    if op == "/" and Fraction(x) == 0:
+    if (term := apply(term, op, Fraction(x))) is None:
         return None
-    term = term * Fraction(x) if op == "*" else term / Fraction(x)
-    if item in ("*", "/"):
-        return below + ((acc, term, item, None),)
-    if item in ("+", "-"):
-        return below + ((acc + term, 1 if item == "+" else -1, "*", None),)
+    if item in ("*", "/", "+", "-"):
+        return below + ((acc, term, item, None) if item in "*/" else (acc + term, 1 if item == "+" else -1, "*", None),)
     return below[:-1] + (below[-1][:3] + (acc + term,),) if item == ")" and below else None
 
-def value(stack):
-    """What the formula equals if it is complete, else None."""
-    done = len(stack) == 1 and stack[0][3] is not None and shift(stack, "+")        # a + completes what stands before it
-    return done[0][0] if done else None
-
-def read(items):
-    stack = EMPTY
-    for item in items:
-        stack = stack and shift(stack, item)
-    return stack
-
+def read(items):            # the stack of a whole formula
+    return reduce(lambda stack, item: stack and shift(stack, item), items, EMPTY)
 def evaluate(items):
     """The exact value of a formula (items, or a text), None if it is malformed: evaluate("8/(3-8/3)") == 24."""
     stack = read(items)
-    return stack and value(stack)
+    done = stack and len(stack) == 1 and stack[0][3] is not None and shift(stack, "+")      # a + completes what stands before it
+    return done[0][0] if done else None
 
-@lru_cache(maxsize=100_000)
-def makeable(numbers):
-    """All values that formulas over these numbers can have (a sorted tuple): split into two halves in every way, combine."""
-    if len(numbers) == 1:
-        return {Fraction(numbers[0])}
-    halves = {tuple(n for i, n in enumerate(numbers) if mask >> i & 1 == side) for mask in range(1, 2 ** len(numbers) - 1) for side in (0, 1)}
-    rest = lambda half: tuple((Counter(numbers) - Counter(half)).elements())
-    return {z for half in halves for a in makeable(half) for b in makeable(rest(half)) for z in (a + b, a - b, a * b, *([a / b] if b else []))}
+def splits(numbers):        # every way to sort the numbers into two heaps
+    return {tuple(tuple(n for i, n in enumerate(numbers) if mask >> i & 1 == side) for side in (0, 1)) for mask in range(2 ** len(numbers))}
 
-@lru_cache(maxsize=100_000)
-def solve(stack, left, target, words, room):
-    """The items, as few as possible and at most `room`, that finish a half-written formula with all numbers `left`; or None."""
-    def search(stack, left, pairs, room):
-        if not left and value(stack) == target:
-            return ()
-        if room == 0 or (stack, left, pairs) in dead:
-            return None
-        if stack[-1][3] is None:
-            moves = [*map(str, dict.fromkeys(left)), *("(" if pairs and len(left) > 1 else "")]
-        else:
-            moves = [*(op for op in "+-*/" if left and op in words), *(")" if len(stack) > 1 else "")]
-        for move in moves:
-            i = left.index(int(move)) if move.isdigit() else len(left)
-            after = shift(stack, move)
-            rest = after and search(after, left[:i] + left[i + 1:], pairs - (move == "("), room - 1)
-            if rest is not None:
-                return move, *rest
-        dead.add((stack, left, pairs))
+@lru_cache(maxsize=1000)
+def makeable(numbers, operators):
+    """The values of all formulas that use each number once. Each has an operator that is done last: two heaps, two smaller formulas."""
+    heaps = [(one, two) for one, two in splits(numbers) if one and two]
+    return {apply(a, op, b) for one, two in heaps for a in makeable(one, operators) for b in makeable(two, operators) for op in operators} - {None} \
+        if heaps else {Fraction(n) for n in numbers}
 
-    for pairs in range(max(1, len(left)) if "(" in words else 1):        # n numbers need at most n - 1 more pairs of brackets
-        dead = set()
-        if (found := search(stack, left, pairs, room)) is not None:
-            return found
+@lru_cache(maxsize=50_000)
+def ends(stack, left, operators):
+    """All values a half-written formula can still end with when it uses all numbers `left`."""
+    below, (acc, term, op, x) = stack[:-1], stack[-1]
+    if x is not None and (term := apply(term, op, Fraction(x))) is None:
+        return set()
+    out = set()
+    for inside, outside in splits(left) if below else [(left, ())]:         # numbers for the innermost bracket, and for after it
+        for factors, terms in splits(inside):                               # numbers that join its last product, and that are added to that
+            signs = op if x is None else [o for o in "*/" if o in operators]
+            products = {term} if x is not None and not factors else {apply(term, o, f) for o in signs for f in makeable(factors, operators)} - {None}
+            tails = {apply(acc, o, t) for o in "+-" if o in operators for t in makeable(terms, operators)} if terms else {acc}
+            here = {a + b for a in products for b in tails}
+            out |= set().union(*(ends(below[:-1] + (below[-1][:3] + (v,),), outside, operators) for v in here)) if below else here
+    return out
 
 class Points(Env):
     """Write a formula from the cards' points, one item a turn; `=` ends it. What EZPoints and Points24 share."""
     wanted, limit = 0, 0        # the value to make; an episode is truncated once the formula has more items than this
-
     def act(self, action):
-        item, used, points = action[0], self.used(self.formula), Counter(self.points())
+        item, (used, points) = action[0], self.used(self.formula)
         if len(self.formula) > self.limit:
             return -1, False, True
-        if item.isdigit() and used[int(item)] >= points[int(item)]:      # on no card, or its cards are used up
-            self.formula.append("blank")
-            return -1, False, False
         if item == "=":
             self.success = used == points and evaluate(self.formula) == self.wanted
             return (10 if self.success else -1), True, False
-        self.formula.append(item)
-        return 0, False, False
-
+        wrong = item.isdigit() and used[int(item)] >= points[int(item)]     # on no card, or its cards are used up
+        self.formula.append("blank" if wrong else item)
+        return -1 if wrong else 0, False, False
     def points(self): return [min(rank, 10) for rank, _ in self.cards]
-    def used(self, formula): return Counter(int(item) for item in formula if item.isdigit())
+    def used(self, formula): return Counter(int(item) for item in formula if item.isdigit()), Counter(self.points())
     def text(self): return "Formula: " + (" ".join(self.formula) or "empty")
-    def fingerprint(self): return " ".join(f"{rank}{'shdc'[suit]}" for rank, suit in self.cards)
-
-    def plan(self, *more):
-        """The items that finish the formula with `more` appended, None if nothing does."""
-        formula, points = [*self.formula, *more], Counter(self.points())
-        stack, used, joined = read(formula), self.used(formula), any(a.isdigit() and b.isdigit() for a, b in zip(formula, formula[1:]))
-        if stack is None or used - points or not joined and self.wanted not in makeable(tuple(sorted(points.elements()))):
-            return None                                                  # the last test saves the long search of a hopeless deal
-        return solve(stack, tuple(sorted((points - used).elements())), self.wanted, tuple(self.words()), self.limit - len(formula))
-
+    def fingerprint(self): return suited(self.cards)
+    def optimal(self, word):
+        """Can the formula with this item still be finished? Exact, but for brackets that no longer fit under the limit."""
+        if word == "=":
+            return self.expert() == "="
+        stack, (used, points) = read([*self.formula, word]), self.used([*self.formula, word])
+        if stack is None or used - points:
+            return False
+        left = tuple(sorted((points - used).elements()))
+        needed = 2 * len(left) - (stack[-1][3] is None) + len(stack)        # this item, a number and an operator each, closing brackets
+        return needed <= self.limit - len(self.formula) and self.wanted in ends(stack, left, "".join(o for o in "+-*/" if o in self.words()))
     def expert(self):
-        """The next item of the shortest way on. `=` when it stands there, or when there is none: it ends with the least loss."""
-        return ((self.plan() or ()) + ("=",))[0]
-
-    def optimal(self, word): return self.expert() == "=" if word == "=" else self.plan(word) is not None
-
+        """The first item that keeps the formula alive; `=` when it is done, or cannot be saved: that ends it with the least loss."""
+        stack, (used, points) = read(self.formula), self.used(self.formula)
+        if stack is None or used == points and evaluate(self.formula) == self.wanted:
+            return "="
+        fits = [w for w in self.words()[:-1] if (w.isdigit() or w == "(") == (stack[-1][3] is None)]       # no joined digits, no signs
+        return next(filter(self.optimal, fits), "=")
     def picture(self):
         s, image, two = self.size / 80, Image.new("RGB", (self.size, self.size), FELT), len(self.cards) == 2
-        draw_cards(image, self.cards, *((3 * s, 3 * s, 34 * s, 46 * s, 40 * s) if two else (1 * s, 2 * s, 18.5 * s, 31 * s, 20 * s)))
+        draw_cards(image, self.cards, *((3, 3, 34, 46, 40) if two else (1, 2, 18.5, 31, 20)), s)
         top, columns, tall = (54, 6, 22) if two else (35.5, 7, 14)          # every item has its place: easier to read than running text
         ImageDraw.Draw(image).rounded_rectangle([s, top * s, 79 * s, 79 * s], radius=3 * s, fill=TRAY)
         for i, item in enumerate(self.formula):
@@ -342,9 +286,8 @@ class Points(Env):
 
 class EZPoints(Points):
     """Make 12 from two cards. Every hand can be solved; four steps and a return of 10 at best."""
-    name, goal, example = "EZPoints", "Write a formula that makes 12 from both cards. J, Q and K count 10. = ends it.", "+"
-    kinds, max_turns, wanted, limit = (Words(*map(str, range(1, 11)), "+", "*", "="),), 10, 12, 5
-
+    name, goal, example = "EZPoints", "Make 12 from both cards. J Q K count 10. End with =.", "+"
+    kinds, max_turns, wanted, limit = (Words(*map(str, range(1, 11)), *"+*="),), 10, 12, 5
     def start(self):
         rank = int(self.rng.integers(2, 14))
         points = min(rank, 10)
@@ -354,20 +297,15 @@ class EZPoints(Points):
 
 class Points24(Points):
     """Make 24 from four cards. 73.1 % of the deals can be solved, the others only lost cheaply."""
-    name, goal, example = "Points24", "Write a formula that makes 24 from all four cards. J, Q and K count 10. = ends it.", "+"
+    name, goal, example = "Points24", "Make 24 from all four cards. J Q K count 10. End with =.", "+"
     kinds, max_turns, wanted, limit = (Words(*map(str, range(1, 11)), *"+-*/()="),), 30, 24, 20
-
     def start(self): self.cards, self.formula = deal(self.rng, 4), []
 
 # ---- Blackjack ----
-
-def deal(rng, n):
-    """n cards, (rank 1..13, suit 0..3), from an infinite deck."""
-    return [(int(rng.integers(1, 14)), int(rng.integers(4))) for _ in range(n)]
-
+def deal(rng, n): return [(int(rng.integers(1, 14)), int(rng.integers(4))) for _ in range(n)]               # (rank, suit), infinite deck
+def suited(cards): return " ".join(f"{rank}{'shdc'[suit]}" for rank, suit in cards)                         # for fingerprints
 def hand(cards): return sum(min(rank, 10) for rank, _ in cards), any(rank == 1 for rank, _ in cards)      # (points, is there an ace)
-def best(points, ace): return points + 10 if ace and points <= 11 else points                           # an ace counts 11 if it can
-
+def best(points, ace): return points + 10 if ace and points <= 11 else points                             # an ace counts 11 if it can
 DRAWS = [(points, 4 / 13 if points == 10 else 1 / 13) for points in range(1, 11)]
 
 @lru_cache(maxsize=None)
@@ -393,9 +331,7 @@ class Blackjack(Env):
     """Beat the dealer. A perfect player wins 42.9 % of the hands, a random one 28.1 %: compare over thousands of hands."""
     name, goal, example = "Blackjack", "Blackjack: come closer to 21 than the dealer, but not over it.", "stand"
     kinds, max_turns = (Words("stand", "hit"),), 12
-
     def start(self): self.player, self.dealer, self.stood = deal(self.rng, 2), deal(self.rng, 2), False
-
     def act(self, action):
         if action == ("hit",):
             self.player += deal(self.rng, 1)
@@ -407,79 +343,67 @@ class Blackjack(Env):
         mine, theirs = best(*hand(self.player)), best(*hand(self.dealer))
         self.success = mine > theirs or theirs > 21
         return (1 if self.success else 0 if mine == theirs else -1), True, False
-
     def picture(self):      # a card is as wide as a patch; the dealer's second card stays hidden to the end, as in the original
         s, image, rows = self.size / 80, Image.new("RGB", (self.size, self.size), FELT), -(-len(self.player) // 5)
         ImageDraw.Draw(image).rectangle([0, 0, self.size, 27.5 * s], fill=TRAY)
-        draw_cards(image, [self.dealer[0], (0, 0)], 0.5 * s, 2 * s, 15 * s, 23.5 * s, 16 * s)
+        draw_cards(image, [self.dealer[0], (0, 0)], 0.5, 2, 15, 23.5, 16, s)
         for i in range(rows):
-            draw_cards(image, self.player[5 * i:5 * i + 5], 0.5 * s, (30 + i * 25 / max(1, rows - 1)) * s, 15 * s, 23.5 * s, 16 * s)
+            draw_cards(image, self.player[5 * i:5 * i + 5], 0.5, 30 + i * 25 / max(1, rows - 1), 15, 23.5, 16, s)
         return image
-
-    # the cards one can see: with the hidden one in it, hands that look alike would be in both halves of the split
-    def fingerprint(self): return " ".join(f"{rank}{'shdc'[suit]}" for rank, suit in [*self.player[:2], self.dealer[0]])
+    # of the cards one can see: with the hidden one in it, hands that look alike would be in both parts of the split
+    def fingerprint(self): return suited([*self.player[:2], self.dealer[0]])
     def expert(self): return best_play(*hand(self.player), min(self.dealer[0][0], 10))[1]
 
 ENVS = {"NumberLine": NumberLine, "EZPoints": EZPoints, "Points24": Points24, "Blackjack": Blackjack}
 
 # ---- Reading: the pre-training task. What a vision-language model can do before it has met any action syntax ----
-
 ASKED = "What is the target number? current Which larger, difference? are cards? first second third fourth card? values sum product of dealer " \
         "show? your cards? Is there a soft ace? How many do you have? Repeat: yes no empty blank A J Q K End reply with an action, for example:"
 ATOMS = [sorted({w for c in ENVS.values() for w in f"{ASKED} {c.goal} Formula: Actions: {c.kinds[0].doc()}".split()}), [str(n) for n in range(100)],
          list(string.ascii_letters + string.digits + string.punctuation), "th he in er an re on at en nd ti es or te of ed is it al ar".split()]
 
 class Reading(Env):
-    """One question a turn about a random state of a random game, a sum, or a text to repeat. No marker; the answer is the reply."""
+    """One question a turn about a random state of a random game, a sum, or a text to repeat. The reply is the answer, no marker."""
     name, kinds, marker, split, max_turns = "Reading", (Text(),), False, False, 1
-
     def start(self):
-        name = list(ENVS)[self.rng.integers(4)]
+        name, which = list(ENVS)[self.rng.integers(4)], self.rng.random()
         self.game = ENVS[name](self.size)
-        asked, which = self.ask(name, self.game), self.rng.random()
-        asked = self.echo() if which < 0.25 else self.arithmetic() if which < 0.35 else asked
-        self.kind, self.question, answer = asked[self.rng.integers(len(asked))]
-        self.answer = str(answer)
-
-    def ask(self, name, game):
-        """Draws the game's state, returns [(kind, question, answer)]."""
-        ints = lambda *args: self.rng.integers(*args).tolist()
+        asked = self.ask(name, self.game, lambda *args: self.rng.integers(*args).tolist())      # also draws the game's state
+        if which < 0.35:
+            b, a = sorted(self.rng.integers(0, 25, size=2).tolist())
+            sums = [(f"{a} + {b}", a + b), (f"{a} - {b}", a - b), (f"{a % 11} * {b % 11}", (a % 11) * (b % 11))]
+            asked = [self.echo()] if which < 0.25 else [("arithmetic", f"What is {text}?", result) for text, result in sums]
+        kind, self.question, answer = asked[self.rng.integers(len(asked))]
+        self.kind, self.answer = kind if which < 0.35 else f"{name} {kind}", str(answer)
+    def ask(self, name, game, draw):
         if name == "NumberLine":
-            game.current, game.target = ints(0, 6, 2)
+            game.current, game.target = draw(0, 6, 2)
             larger = "target" if game.target > game.current else "current" if game.current > game.target else "equal"
             return [("target", "What is the target number?", game.target), ("current", "What is the current number?", game.current),
                     ("larger", "Which is larger, target or current?", larger), ("difference", "What is the difference?", abs(game.target - game.current))]
         if name == "Blackjack":
-            game.player, game.dealer, game.stood = deal(self.rng, ints(2, 7)), deal(self.rng, 2), bool(ints(2))
+            game.player, game.dealer, game.stood = deal(self.rng, draw(2, 7)), deal(self.rng, 2), bool(draw(2))
             points, total = hand(game.player)[0], best(*hand(game.player))
             return [("dealer", "What does the dealer show?", RANKS[game.dealer[0][0]]), ("your sum", "What is the sum of your cards?", total),
                     ("your cards", "What are your cards?", " ".join(RANKS[rank] for rank, _ in game.player)),
                     ("soft ace", "Is there a soft ace?", "no" if total == points else "yes"), ("count", "How many cards do you have?", len(game.player))]
         game.cards, items = deal(self.rng, 2 if name == "EZPoints" else 4), [*game.words()[:-1], "blank"]
-        game.formula = [items[i] for i in ints(0, len(items), ints(game.limit + 2) if ints(2) else ints(5))]    # half short: as in real play
-        names, points, i = [RANKS[rank] for rank, _ in game.cards], game.points(), ints(len(game.cards))
-        asked = [("cards", "What are the cards?", " ".join(names)), ("values", "What are the values of the cards?", " ".join(map(str, points))),
-                 ("card", f"What is the {['first', 'second', 'third', 'fourth'][i]} card?", names[i]), ("sum", "What is the sum of the cards?", sum(points)),
-                 ("product", "What is the product of the cards?", points[0] * points[1]), ("formula", "What is the formula?", game.text()[9:])]
-        return [a for a in asked if not (a[0] == "product" and len(points) > 2 or a[0] == "formula" and len(game.formula) > 8)]
-
-    def arithmetic(self):
-        a, b = sorted(self.rng.integers(0, 25, size=2).tolist(), reverse=True)
-        return [("arithmetic", f"What is {a} + {b}?", a + b), ("arithmetic", f"What is {a} - {b}?", a - b),
-                ("arithmetic", f"What is {a % 11} * {b % 11}?", (a % 11) * (b % 11))]
-
+        game.formula = [items[i] for i in draw(0, len(items), draw(game.limit + 2) if draw(2) else draw(5))]    # half short: as in real play
+        ranks, points, i = [RANKS[rank] for rank, _ in game.cards], game.points(), draw(len(game.cards))
+        asked = [("cards", "What are the cards?", " ".join(ranks)), ("values", "What are the values of the cards?", " ".join(map(str, points))),
+                 ("card", f"What is the {['first', 'second', 'third', 'fourth'][i]} card?", ranks[i]), ("sum", "What is the sum of the cards?", sum(points))]
+        return asked + [("product", "What is the product of the cards?", points[0] * points[1])] * (len(points) == 2) \
+            + [("formula", "What is the formula?", " ".join(game.formula) or "empty")] * (len(game.formula) <= 8)
     def echo(self):
         """A random text to repeat: copying has to be learned, and no question about a picture needs most of the tokens."""
         out = MARKER
         while MARKER in out:                                             # "[", "action", "]" may meet by chance
             pools = [ATOMS[i] for i in self.rng.integers(len(ATOMS), size=self.rng.integers(2, 11))]
             out = "".join(("", " ")[self.rng.integers(2)] + pool[self.rng.integers(len(pool))] for pool in pools).strip()
-        return [("echo", f"Repeat: {out}", out)]
-
+        return "echo", f"Repeat: {out}", out
     def act(self, action):
         self.success = action[0].strip() == self.answer
         return int(self.success), True, False
-
     def prompt(self): return self.question
     def picture(self): return self.game.picture()
     def fingerprint(self): return self.question
@@ -491,13 +415,9 @@ def corpus(n, seed=0):
     reading.rng = np.random.default_rng(seed)
     for i in range(n):
         reading.start()
-        yield reading.question
-        yield reading.answer
-        if i % 8 == 0:
-            yield reading.game.prompt().rpartition("\n")[0]
+        yield from (reading.question, reading.answer, *([reading.game.prompt().rpartition("\n")[0]] if i % 8 == 0 else []))
 
 # ---- scripted players and the front door ----
-
 def player(name, env, rng):
     """One reply of a scripted player: 'expert', 'random', 'malformed' (never parses) or 'biased': 70 % one wrong action, the same
     in every visit of a state, so that whoever clones the most frequent action always fails."""
@@ -524,6 +444,6 @@ def mixture(mix, env, rng):
 def make(name, **kw):
     known = {**ENVS, "Reading": Reading}
     if name not in known:
-        near = difflib.get_close_matches(name.lower(), map(str.lower, known), n=2, cutoff=0)
-        raise ValueError(f"env={name!r} is unknown; nearest: {', '.join(k for k in known if k.lower() in near)}; known: {', '.join(known)}.")
+        near = difflib.get_close_matches(name, known, n=2, cutoff=0)
+        raise ValueError(f"env={name!r} is unknown; nearest: {', '.join(near)}; known: {', '.join(known)}.")
     return known[name](**kw)

@@ -27,6 +27,7 @@ q_weight = 0.0       # adds q_weight * A to the logits: the critic corrects the 
 seed = 0             # of the sampling; the held-out starts do not depend on it
 # --- end of config ---
 
+PLAYERS = ("expert", "random", "malformed", "biased")
 TEST_SEEDS = 10 ** 6  # held-out starts are drawn by seeds from here on
 
 
@@ -170,17 +171,21 @@ def main(argv):
     make_env = lambda: envs.make(run_cfg.env, size=run_cfg.size, penalty=run_cfg.penalty, invalid=run_cfg.invalid)
     buffer = Buffer(cfg.save, create=True) if cfg.save else None
     if cfg.agent:
-        if cfg.agent not in envs.PLAYERS:
-            raise ConfigError(f"--agent={cfg.agent!r} is not known: leave it empty for the run's model, or choose one of {', '.join(envs.PLAYERS)}.")
+        if cfg.agent not in PLAYERS:
+            raise ConfigError(f"--agent={cfg.agent!r} is not known: leave it empty for the run's model, or choose one of {', '.join(PLAYERS)}.")
         act = scripted_agent({cfg.agent: 1.0}, np.random.default_rng(cfg.seed))
         played = list(play(make_env, act, held_out(make_env(), n), prefix=f"{cfg.agent}{cfg.seed}-", bar=cfg.agent))
         if buffer is not None:
             record(played, buffer)
         results = {cfg.agent: summary(played)}
     else:
-        vlm = build(run_cfg)
         folder = latest_checkpoint(run)
+        if run_cfg.model == "scratch":  # its tokenizer was trained by the run: take the whole model from there
+            run_cfg.model = folder
+        vlm = build(run_cfg)
         vlm.load(folder)
+        if cfg.q_weight and not len(vlm.heads):
+            raise ConfigError(f"--q_weight={cfg.q_weight} needs a critic, and actor_loss={run_cfg.actor_loss!r} trains none: leave it at 0.")
         results = full_evaluation(vlm, make_env, n, run_cfg.max_new_tokens, cfg.temperature, cfg.seed, cfg.q_weight, buffer)
         with open(os.path.join(run, "eval.json"), "w") as f:
             json.dump(dict(checkpoint=folder, argv=argv, seed=cfg.seed, q_weight=cfg.q_weight, results=results), f, indent=1)

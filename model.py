@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LogitsProcessor
 
@@ -103,13 +104,14 @@ class VLM(nn.Module):
         unembed = net.get_output_embeddings()
         (vocab, hidden), device = unembed.weight.shape, unembed.weight.device
         self.heads = nn.ModuleList(QHead(hidden, vocab, q_head, q_init, unembed.weight) for _ in range(n_critics)).to(device)
-        self.targets = copy.deepcopy(self.heads).requires_grad_(False)
+        self.targets, self.q_init = copy.deepcopy(self.heads).requires_grad_(False), q_init
         net.generation_config = GenerationConfig()  # a checkpoint's own top_k, penalties ... would bend the behaviour policy
         self.eos = end_of_turn(processor)
         # Placeholders and other special tokens may be read but never said: sampled, they would break the next forward pass.
-        banned = (set(self.tokenizer.all_special_ids) | {placeholder(net, processor)} | set(range(len(self.tokenizer), vocab))) - {self.eos}
+        banned = (set(special_tokens(self.tokenizer)) | {placeholder(net, processor)} | set(range(len(self.tokenizer), vocab))) - {self.eos}
         self.register_buffer("banned", torch.tensor([i in banned for i in range(vocab)], device=device), persistent=False)
-        self.neutral = sorted((t for t in self.tokenizer.all_special_tokens + [getattr(processor, "image_token", "<image>")] if t), key=len)[::-1]
+        self.image_token = str(getattr(processor, "image_token", ""))
+        self.neutral = sorted({*special_tokens(self.tokenizer).values(), self.image_token} - {""}, key=len)[::-1]
         self._columns, self._hidden = None, None
         unembed.register_forward_pre_hook(self._cut)
         self._cache, self._cache_bytes, self._cache_limit = OrderedDict(), 0, cache_mb * 2 ** 20
@@ -134,6 +136,7 @@ class VLM(nn.Module):
         bos = self.tokenizer.bos_token
         extra = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
         enc = dict(self.processor(text=[text], images=[images] if images else None, return_tensors="pt", **extra))
+        enc.pop("labels", None)  # some processors add them to every prompt; the loss is ours
         if key is not None:
             self._cache[key] = enc
             self._cache_bytes += nbytes(enc)
@@ -151,9 +154,11 @@ class VLM(nn.Module):
                     for m in messages if m["role"] != "assistant"]
         if getattr(self.processor, "chat_template", None):
             return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        # no template: image placeholders first, then the text, then the cue that LLaVA-1.5 and MiniGPT-4 descend from
+        # no template: image placeholders first (a Q-Former's processor puts them there on its own), then the text, then the cue
+        # that LLaVA-1.5 and MiniGPT-4 descend from
         parts = [part for m in messages for part in m["content"]]
-        return "".join(getattr(self.processor, "image_token", "") for p in parts if p["type"] == "image") \
+        own = getattr(self.processor, "num_query_tokens", None)
+        return "".join(self.image_token for p in parts if p["type"] == "image" and not own) \
             + "USER: " + "\n".join(p["text"] for p in parts if p["type"] == "text") + " ASSISTANT:"
 
     def reply_ids(self, text, ids=None):
@@ -174,20 +179,23 @@ class VLM(nn.Module):
         up = lambda n: -(-n // 4) * 4  # few different lengths: kernels are prepared anew for each shape
         P = up(max(p["input_ids"].shape[1] for p in prompts))
         R = up(max([len(r) for r in replies] + [1])) if replies is not None else 0
-        inputs = {}
-        for key in prompts[0]:
-            if prompts[0][key].shape == prompts[0]["input_ids"].shape:  # one value a token: pad left, room for the reply right
-                fill = self.eos if key == "input_ids" else 0
-                inputs[key] = torch.cat([F.pad(p[key], (P - p[key].shape[1], R), value=fill) for p in prompts])
-            else:                                                       # pictures: equal trailing shapes, then one after the other
-                shape = [max(s) for s in zip(*(p[key].shape[1:] for p in prompts))]
-                inputs[key] = torch.cat([F.pad(p[key], [n for have, want in list(zip(p[key].shape[1:], shape))[::-1] for n in (0, want - have)])
-                                         for p in prompts])
         reply_ids, mask = torch.full((len(prompts), R), self.eos), torch.zeros(len(prompts), R)
         for b, reply in enumerate(replies or []):
             reply_ids[b, :len(reply)], mask[b, :len(reply)] = torch.tensor(reply, dtype=torch.long), 1
-        if R:
-            inputs["input_ids"][:, P:], inputs["attention_mask"][:, P:] = reply_ids, mask.to(inputs["attention_mask"].dtype)
+        per_token = [key for key in prompts[0] if all(p[key].shape == p["input_ids"].shape for p in prompts)]
+        inputs = {}
+        for key in prompts[0]:
+            if key in per_token:  # pad left
+                fill = self.eos if key == "input_ids" else 0
+                inputs[key] = torch.cat([F.pad(p[key], (P - p[key].shape[1], 0), value=fill) for p in prompts])
+            else:                 # pictures: equal trailing shapes, then one after the other
+                shape = [max(s) for s in zip(*(p[key].shape[1:] for p in prompts))]
+                inputs[key] = torch.cat([F.pad(p[key], [n for have, want in list(zip(p[key].shape[1:], shape))[::-1] for n in (0, want - have)])
+                                         for p in prompts])
+        if R:  # a reply's tokens carry what the family's `generate` gives a new token (a token type, for one)
+            new = self.net._update_model_kwargs_for_generation({}, {key: inputs[key] for key in per_token if key != "input_ids"})
+            new = {key: value[:, -1:].expand(-1, R) for key, value in new.items()} | dict(input_ids=reply_ids, attention_mask=mask.to(inputs["attention_mask"].dtype))
+            inputs |= {key: torch.cat([inputs[key], value], 1) for key, value in new.items()}
         to = lambda t: t.to(self.device, non_blocking=True)
         return {k: to(v) for k, v in inputs.items()}, P, to(reply_ids), to(mask)
 
@@ -269,15 +277,20 @@ class VLM(nn.Module):
             with torch.no_grad():
                 for k in params:
                     params[k].copy_(tensors[k])
+        def read(file):
+            try:
+                return load_file(file)
+            except (OSError, SafetensorError) as e:
+                raise SystemExit(f"{file} does not load: {brief(e)}.")
         file = os.path.join(folder, "adapter_model.safetensors" if self.lora else "model.safetensors")
         if self.lora:
-            fill({f"base_model.model.{path}.{ab}.weight": getattr(m, ab) for path, m in self.lora.items() for ab in ("lora_A", "lora_B")}, load_file(file), file)
+            fill({f"base_model.model.{path}.{ab}.weight": getattr(m, ab) for path, m in self.lora.items() for ab in ("lora_A", "lora_B")}, read(file), file)
         else:
-            saved = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+            saved, _ = load_model(folder)
             fill(dict(self.net.named_parameters()), dict(saved.named_parameters()), file)
         if len(self.heads):
             file = os.path.join(folder, "q_head.safetensors")
-            fill({f"{kind}.{k}": v for kind in ("heads", "targets") for k, v in getattr(self, kind).state_dict().items()}, load_file(file), file)
+            fill({f"{kind}.{k}": v for kind in ("heads", "targets") for k, v in getattr(self, kind).state_dict().items()}, read(file), file)
 
 
 class Sampler(LogitsProcessor):
@@ -303,6 +316,16 @@ def nbytes(tensors):
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+def brief(error):
+    """The first sentence of a library's error, on one line."""
+    return " ".join(str(error).split()).split(". ")[0].rstrip(".")[:200]
+
+
+def special_tokens(tokenizer):
+    """{id: text} of the control tokens: the named ones (pad, eos, ...) and all others that the tokenizer's file marks as special."""
+    return {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special} | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
+
+
 def placeholder(net, processor):
     """Id of the token that stands for an image in the text, by the config's or the processor's word; None if there is none."""
     ids = [getattr(net.config, k, None) for k in IMAGE_KEYS] + [getattr(processor, k, None) for k in IMAGE_KEYS]
@@ -316,7 +339,7 @@ def end_of_turn(processor):
     if getattr(processor, "chat_template", None):
         chat = [{"role": r, "content": [{"type": "text", "text": "XQX"}]} for r in ("user", "assistant")]
         tail = processor.apply_chat_template(chat, tokenize=False).rpartition("XQX")[2]
-        special = [i for i in tok(tail, add_special_tokens=False).input_ids if i in tok.all_special_ids]
+        special = [i for i in tok(tail, add_special_tokens=False).input_ids if i in special_tokens(tok)]
         if special:
             return special[0]
     if tok.eos_token_id is None:
@@ -335,14 +358,14 @@ def load_model(path, texts=(), dtype=torch.float32, device="cpu", trust_remote_c
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as e:
-        raise SystemExit(f"model={path!r} cannot be opened: no such folder with a config.json here, and the hub did not give it ({str(e).splitlines()[0][:120]}).")
+        raise SystemExit(f"model={path!r} cannot be opened: no such folder with a config.json here, and the hub did not give it ({brief(e)}).")
     if type(config) not in AutoModelForImageTextToText._model_mapping.keys() and not getattr(config, "auto_map", None):
         raise SystemExit(f"model={path!r} is a {config.model_type!r} model, which takes no image and text: choose an image-text-to-text model such as LLaVA or Qwen2-VL.")
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
         net, report = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True)
-    except (OSError, ValueError) as e:
-        raise SystemExit(f"model={path!r} does not load: {str(e).splitlines()[0][:200]}")
+    except Exception as e:  # a library has many words for a torn folder, and ImportError for a processor that needs torchvision
+        raise SystemExit(f"model={path!r} does not load: {brief(e)}.")
     if report["missing_keys"]:
         raise SystemExit(f"model={path!r} lacks {len(report['missing_keys'])} weights, {sorted(report['missing_keys'])[0]} for one: the folder is incomplete.")
     if not hasattr(processor, "tokenizer") or placeholder(net, processor) is None:

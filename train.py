@@ -58,7 +58,8 @@ mdp = 'token'           # token: an advantage a token | turn: one a reply
 bc_coef = 0.0           # plain cloning, always on
 af_coef = 1.0           # value-corrected cloning
 critic_coef = 1.0
-cql_coef = 0.02         # conservative term: keeps tokens that no data shows below those it shows; 0: off
+pess_coef = 0.1         # pulls Q of the whole vocabulary back to q_init: tokens that no data shows stay low; 0: off
+cql_coef = 0.0          # CQL's conservative term, an alternative; 0: off
 q_init: float = None    # where the head starts; None: the lowest discounted return in the data
 v_support = 0.0         # V over tokens with pi >= v_support * max pi only; 0: the whole vocabulary
 beta = -0.02            # a token passes if A > beta
@@ -115,7 +116,7 @@ def open_run(cfg):
             raise SystemExit(f"out_dir={cfg.out_dir!r} has no checkpoint to resume from: start without --resume.")
         with open(os.path.join(cfg.out_dir, "config.json")) as f:
             old = json.load(f)
-        free = ("resume", "overwrite", "stop_at", "log_interval", "eval_interval", "wandb_project", "device", "reference", "cache_mb", "ckpt_interval", "eval_episodes", "eval_quick")
+        free = ("out_dir", "resume", "overwrite", "stop_at", "log_interval", "eval_interval", "wandb_project", "device", "reference", "cache_mb", "ckpt_interval", "eval_episodes", "eval_quick")
         changed = [k for k, v in json.loads(json.dumps(vars(cfg))).items() if k not in free and old.get(k) != v]
         if changed:
             k = changed[0]
@@ -123,6 +124,11 @@ def open_run(cfg):
     elif there and not cfg.overwrite:
         raise SystemExit(f"out_dir={cfg.out_dir!r} already holds a run ({there[0]}): --resume=True goes on with it, --overwrite=True deletes it, another --out_dir keeps it.")
     else:
+        for name in there:
+            path = os.path.join(cfg.out_dir, name)
+            for key in ("data", "model"):
+                if getattr(cfg, key) and (os.path.realpath(getattr(cfg, key)) + os.sep).startswith(os.path.realpath(path) + os.sep):
+                    raise SystemExit(f"{key}={getattr(cfg, key)!r} lies in the run that overwrite would delete: move it, or choose another out_dir.")
         for name in there:
             path = os.path.join(cfg.out_dir, name)
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
@@ -154,10 +160,14 @@ def git_commit():
 def main(argv):
     cfg = configure(__file__, argv)
     check_config(cfg)
+    make_env = lambda: envs.make(cfg.env, size=cfg.size, penalty=cfg.penalty, invalid=cfg.invalid)
+    try:
+        make_env()
+    except ValueError as e:
+        raise SystemExit(str(e))
     open_run(cfg)
     rng = lambda *what: np.random.default_rng([cfg.seed, *what])          # what: (purpose, step); streams never meet
     DATA, SAMPLE, ROLLOUT, INIT = range(4)
-    make_env = lambda: envs.make(cfg.env, size=cfg.size, penalty=cfg.penalty, invalid=cfg.invalid)
     path = lambda name: os.path.join(cfg.out_dir, name)
 
     # -- data: what was recorded (offline), what the agent plays itself (replay)

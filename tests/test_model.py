@@ -1,0 +1,430 @@
+"""What the network promises, for the tiny LLaVA and for small random models of other families alike."""
+import functools, json, os, shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+import families, model
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemma's processor and NumPy 2
+END = dict(llava="<|end|>", idefics3="<end_of_utterance>", qwen2_vl="<|im_end|>", blip2="</s>", paligemma="<eos>")
+LANGUAGE = dict(llava="model.language_model.", idefics3="model.text_model.", qwen2_vl="model.language_model.", blip2="language_model.", paligemma="model.language_model.")
+PAGES = ["3 + 4 = ?", "Possible actions: + - stop. State the action of this card, as JSON.", "é"]
+every_family = pytest.mark.parametrize("family", families.FAMILIES)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """family -> its model folder, built once."""
+    return functools.cache(lambda family: families.build(family, tmp_path_factory.mktemp(family)))
+
+
+@pytest.fixture
+def make(folder):
+    """make(family, ...) -> a VLM opened from the family's folder; all that it adds is random unless fresh=True."""
+    def make(family="llava", fresh=False, **settings):
+        torch.manual_seed(0)
+        vlm = model.VLM(*model.load_model(folder(family)), **dict(lora_r=4, lora_alpha=8, name=folder(family)) | settings)
+        if not fresh:
+            with torch.no_grad():
+                for p in [m.lora_B for m in vlm.lora.values()] + [*vlm.heads.parameters(), *vlm.targets.parameters()]:
+                    p.normal_(std=0.3)
+        return vlm.eval()
+    return make
+
+
+def ask(text):
+    return [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": text}]}]
+
+
+def picture(i):
+    """Noise; each i has a size of its own."""
+    size = (32 + 16 * (i % 2), 32)
+    return Image.frombytes("RGB", size, bytes(torch.randint(256, (size[0] * size[1] * 3,), generator=torch.Generator().manual_seed(i)).tolist()))
+
+
+def encoded(vlm, pages=PAGES):
+    return [vlm.encode(ask(text), [picture(i)]) for i, text in enumerate(pages)]
+
+
+def rolled(vlm, **how):
+    """Prompts of different lengths, sampled replies cut to different lengths, their log-probabilities."""
+    prompts = encoded(vlm)
+    ids, logps = vlm.generate(prompts, 7, generator=torch.Generator().manual_seed(1), **how)
+    return prompts, [r[:7 - 2 * b] for b, r in enumerate(ids)], [r[:7 - 2 * b] for b, r in enumerate(logps)]
+
+
+def refuses(path, action):
+    """SystemExit with one line that names the path."""
+    with pytest.raises(SystemExit) as error:
+        action()
+    assert str(path) in str(error.value) and "\n" not in str(error.value) and str(error.value).endswith(".")
+
+# -------------------------------------------------------------------------------------------------------------- forward
+
+@every_family
+def test_logits_are_the_librarys(make, family):
+    """Cutting the hidden state before the unembedding gives what the library's full forward gives at the reply's positions."""
+    vlm = make(family)
+    prompts, replies, _ = rolled(vlm)
+    inputs, P, reply_ids, mask = vlm.collate(prompts, replies)
+    R = reply_ids.shape[1]
+    with torch.no_grad():
+        logits, hidden = vlm(inputs, P, R)
+        full = vlm.net(**inputs).logits[:, P - 1:P + R - 1]
+    assert logits.shape == full.shape == (3, R, len(vlm.banned)) and hidden.shape[:2] == (3, R)
+    assert (logits - full)[..., ~vlm.banned].abs().max() < 1e-5
+    assert logits.softmax(-1)[..., vlm.banned].max() == 0
+
+
+@every_family
+def test_left_padding_changes_nothing(make, family):
+    """A row alone, and beside longer rows: the same logits and the same greedy reply."""
+    vlm = make(family)
+    prompts, replies, _ = rolled(vlm)
+    both, _ = vlm.generate(prompts, 6, temperature=0)
+    with torch.no_grad():
+        inputs, P, ids, _ = vlm.collate(prompts, replies)
+        together, _ = vlm(inputs, P, ids.shape[1])
+        for b in range(3):
+            inputs, P, ids, _ = vlm.collate(prompts[b:b + 1], replies[b:b + 1])
+            alone, _ = vlm(inputs, P, ids.shape[1])
+            assert (alone[0] - together[b, :ids.shape[1]])[:len(replies[b])].abs().max() < 1e-4
+            assert vlm.generate(prompts[b:b + 1], 6, temperature=0)[0][0] == both[b]
+
+
+@every_family
+def test_picture_and_text_are_seen(make, family):
+    """Another picture or another page: other logits."""
+    vlm = make(family)
+    prompts = [vlm.encode(ask("State the action"), [picture(0)]), vlm.encode(ask("State the action"), [picture(2)]), vlm.encode(ask("State the card"), [picture(0)])]
+    inputs, P, _, _ = vlm.collate(prompts, [[vlm.eos]] * 3)
+    with torch.no_grad():
+        logits, _ = vlm(inputs, P, 1)
+    assert (logits[0] - logits[1]).abs().max() > 1e-4 and (logits[0] - logits[2]).abs().max() > 1e-4
+
+# ------------------------------------------------------------------------------------------------------------- generate
+
+@every_family
+def test_greedy_is_the_librarys(make, family):
+    """Temperature 0 in a padded batch = the library's own greedy decoding of each prompt alone, banned tokens suppressed."""
+    vlm = make(family)
+    ours, _ = vlm.generate(encoded(vlm), 6, temperature=0)
+    for i, text in enumerate(PAGES):
+        inputs = vlm.processor(text=[vlm.render(ask(text))], images=[[picture(i)]], return_tensors="pt")
+        inputs.pop("labels", None)
+        out = vlm.net.generate(**inputs, generation_config=GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=vlm.eos, pad_token_id=0,
+                                                                            suppress_tokens=vlm.banned.nonzero()[:, 0].tolist()))
+        assert out[0].tolist()[-len(ours[i]):] == ours[i]
+
+
+@every_family
+def test_rollout_agrees_with_training(make, family):
+    """Log-probabilities kept while sampling = those of the training path for the same ids, dropout configured or not."""
+    vlm = make(family, lora_dropout=0.5).train()
+    prompts, replies, kept = rolled(vlm)
+    assert vlm.training
+    vlm.eval()
+    inputs, P, ids, mask = vlm.collate(prompts, replies)
+    with torch.no_grad():
+        logp = vlm(inputs, P, ids.shape[1])[0].log_softmax(-1).gather(2, ids[..., None])[..., 0]
+    for b, reply in enumerate(replies):
+        assert mask[b].tolist() == inputs["attention_mask"][b, P:].tolist() == [1] * len(reply) + [0] * (len(mask[b]) - len(reply))
+        assert (logp[b, :len(reply)] - torch.tensor(kept[b])).abs().max() < 1e-4
+
+
+@every_family
+def test_critic_guides_sampling(make, family):
+    """With q_weight the policy is softmax((logits + q_weight * A) / temperature), A of the critics' mean."""
+    vlm = make(family, n_critics=2)
+    prompts, replies, kept = rolled(vlm, q_weight=2.0, temperature=0.7)
+    inputs, P, ids, _ = vlm.collate(prompts, replies)
+    with torch.no_grad():
+        logits, hidden = vlm(inputs, P, ids.shape[1])
+        q = vlm.q(hidden).mean(0)
+        advantage = q - (logits.softmax(-1) * q).sum(-1, keepdim=True)
+        guided = ((logits + 2 * advantage) / 0.7).log_softmax(-1).gather(2, ids[..., None])[..., 0]
+        plain = (logits / 0.7).log_softmax(-1).gather(2, ids[..., None])[..., 0]
+    for b, reply in enumerate(replies):
+        assert (guided - plain)[b, :len(reply)].abs().max() > 1e-2
+        assert (guided[b, :len(reply)] - torch.tensor(kept[b])).abs().max() < 1e-4
+
+
+def test_sampling_follows_the_policy(make):
+    """Frequencies of the first sampled token match its probability; temperature 0 takes the likeliest."""
+    vlm = make()
+    prompts = encoded(vlm, PAGES[:1]) * 400
+    first = torch.tensor(vlm.generate(prompts, 1, generator=torch.Generator().manual_seed(0))[0])[:, 0]
+    inputs, P, _, _ = vlm.collate(prompts[:1], [[vlm.eos]])
+    with torch.no_grad():
+        p = vlm(inputs, P, 1)[0][0, 0].softmax(-1)
+    seen = torch.bincount(first, minlength=len(p)) / 400
+    assert ((seen - p).abs() < 4 * (p * (1 - p) / 400).sqrt() + 4 / 400).all()
+    assert vlm.generate(prompts[:1], 1, temperature=0)[0] == [[int(p.argmax())]]
+
+
+def test_random_stream_of_its_own(make):
+    """A generator's seed decides the samples, and the global stream is left as it was."""
+    vlm = make()
+    prompts, state = encoded(vlm), torch.get_rng_state()
+    play = lambda seed: vlm.generate(prompts, 8, generator=torch.Generator().manual_seed(seed))
+    assert play(3) == play(3) and play(3) != play(4)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@every_family
+def test_banned_tokens_are_never_said(make, folder, family):
+    """Placeholder, pad and other special tokens are not sampled even if their logit or their Q is huge; the end of the turn is."""
+    vlm = make(family, fresh=True)
+    with open(os.path.join(folder(family), "tokenizer.json")) as f:
+        specials = {token["id"] for token in json.load(f)["added_tokens"] if token["special"]}
+    assert set(vlm.banned.nonzero()[:, 0].tolist()) == (specials | set(range(len(vlm.tokenizer), len(vlm.banned)))) - {vlm.eos}
+    assert vlm.banned[model.placeholder(vlm.net, vlm.processor)]
+    vlm.net.get_output_embeddings().register_forward_hook(lambda module, args, out: out + 1e4 * vlm.banned)
+    vlm.heads[0].bias.data += 1e4 * vlm.banned
+    for how in dict(temperature=0), dict(temperature=5.0), dict(q_weight=3.0):
+        ids, logps = vlm.generate(encoded(vlm), 8, generator=torch.Generator().manual_seed(0), **how)
+        assert not any(vlm.banned[i] for row in ids for i in row) and all(-50 < lp <= 0 for row in logps for lp in row)
+    vlm.net.get_output_embeddings().register_forward_hook(lambda module, args, out: out + 1e5 * (torch.arange(len(vlm.banned)) == vlm.eos))
+    assert vlm.generate(encoded(vlm), 8)[0] == [[vlm.eos]] * 3
+
+# ----------------------------------------------------------------------------------------------------------------- text
+
+@every_family
+def test_page_text_cannot_forge_tokens(make, family):
+    """Text with special tokens in it adds none to the prompt: same number of placeholders and control tokens as a harmless page."""
+    vlm = make(family)
+    special = list(model.special_tokens(vlm.tokenizer)) + [model.placeholder(vlm.net, vlm.processor)]
+    count = lambda text: [(vlm.encode(ask(text), [picture(0)])["input_ids"] == i).sum() for i in special]
+    harmless = count("a page")
+    assert harmless[-1] > 0
+    for token in [*vlm.neutral, "<image>"]:
+        for text in token, f"a {token}{token} page", token[:2] + token + token[2:], f"{token}\n{END[family]}":
+            assert count(text) == harmless
+
+
+@every_family
+def test_end_of_turn(make, family):
+    """It comes from the chat template (Qwen's eos is another token), and from the tokenizer's eos where there is no template."""
+    vlm = make(family)
+    assert vlm.tokenizer.convert_ids_to_tokens(vlm.eos) == END[family]
+    assert not vlm.banned[vlm.eos] and (vlm.eos == vlm.tokenizer.eos_token_id) == (family != "qwen2_vl")
+
+
+@every_family
+def test_stored_ids_are_used(make, family):
+    """A recorded tokenisation is kept even if it is not the canonical one or was cut short; another tokenizer's is made anew."""
+    vlm, text = make(family), '{"action": "+"}'
+    one = lambda t: vlm.tokenizer(t, add_special_tokens=False).input_ids
+    own = [i for letter in text for i in one(letter)]
+    assert own != one(text) and vlm.reply_ids(text, own + [vlm.eos]) == own + [vlm.eos] and vlm.reply_ids(text, own) == own
+    for foreign in None, [], [10 ** 6], one("something else"):
+        assert vlm.reply_ids(text, foreign) == one(text) + [vlm.eos] and vlm.decode(vlm.reply_ids(text, foreign)) == text
+
+
+@every_family
+@pytest.mark.parametrize("text", ['{"action": "+"}', "é action: 🙂 stop", "no action"])
+def test_span_is_what_stands_behind_the_marker(make, family, text):
+    """Marked: exactly the tokens that reach behind the marker, and the end of the turn."""
+    vlm = make(family)
+    start = text.index("action") + len("action")
+    ids = vlm.reply_ids(text)
+    span = vlm.span(ids, start)
+    first = span.index(1)
+    assert span == [0] * first + [1] * (len(ids) - first) and ids[-1] == vlm.eos
+    assert len(vlm.decode(ids[:first])) <= start and (first == len(ids) - 1 or len(vlm.decode(ids[:first + 1])) > start)
+    assert vlm.decode(ids[first:]).endswith(text[start:].strip())
+
+
+def test_cache_of_encoded_prompts(make):
+    """A hit gives the same tensors without touching the picture; the size is bounded in bytes; the oldest goes first."""
+    vlm, drawn = make(cache_mb=0.05), []
+    def draw():
+        drawn.append(1)
+        return picture(0)
+    get = lambda key: vlm.encode(ask("a page"), [draw], key=key)
+    first = get("a")
+    assert get("a") is first and len(drawn) == 1
+    fits = int(0.05 * 2 ** 20 // model.nbytes(first))
+    for k in range(3 * fits):
+        get(k)
+        get("a")
+        assert vlm._cache_bytes == sum(map(model.nbytes, vlm._cache.values())) <= 0.05 * 2 ** 20
+    assert get("a") is first and len(vlm._cache) == fits and len(drawn) == 1 + 3 * fits
+    assert get(None) is not get(None)
+    small = make(cache_mb=0)
+    assert small.encode(ask("a page"), [picture(0)], key="a") is not None and not small._cache and small._cache_bytes == 0
+
+# ----------------------------------------------------------------------------------------------------------------- LoRA
+
+@every_family
+def test_lora_is_on_the_language_model_only(make, family):
+    """Two layers of seven projections, none of the vision tower's or the projector's; everything else is frozen."""
+    vlm = make(family, fresh=True)
+    assert len(vlm.lora) == 14 and all(path.startswith(LANGUAGE[family]) and "vision" not in path for path in vlm.lora)
+    adapters = {id(p) for m in vlm.lora.values() for p in (m.lora_A, m.lora_B)}
+    assert {id(p) for p in vlm.net.parameters() if p.requires_grad} == adapters
+    assert len(make(family, lora_targets=r".*\.(q|v)_proj").lora) == 4
+    refuses("nothing_like_it", lambda: make(family, lora_targets="nothing_like_it"))
+
+
+@every_family
+def test_reference_is_the_base(make, folder, family):
+    """Fresh adapters change nothing; trained ones are W + alpha / r * B A; `reference` gives the base policy back, exactly and only within it."""
+    net, _ = model.load_model(folder(family))
+    def logits(vlm):
+        inputs, P, _, _ = vlm.collate(encoded(vlm), [[vlm.eos]] * 3)
+        with torch.no_grad():
+            return vlm(inputs, P, 1)[0], net(**inputs).logits[:, P - 1:P].masked_fill(vlm.banned, -1e9)
+    ours, base = logits(make(family, fresh=True))
+    assert (ours - base).abs().max() < 1e-6
+    fresh, vlm = ours, make(family)
+    trained, _ = logits(vlm)
+    with vlm.reference():
+        assert torch.equal(logits(vlm)[0], fresh)
+    assert torch.equal(logits(vlm)[0], trained) and (trained - base).abs().max() > 1e-2
+    with torch.no_grad():
+        for path, m in vlm.lora.items():
+            net.get_submodule(path).weight += 8 / 4 * m.lora_B @ m.lora_A
+    ours, merged = logits(vlm)
+    assert (ours - merged).abs().max() < 1e-4
+
+
+@every_family
+def test_one_step_moves_adapters_and_heads(make, family):
+    """After an optimizer step on policy and Q, every adapter and every head has moved, nothing else has."""
+    vlm = make(family).train()
+    prompts, replies, _ = rolled(vlm)
+    before = {k: v.clone() for k, v in vlm.state_dict().items()}
+    inputs, P, ids, _ = vlm.collate(prompts, replies)
+    logits, hidden = vlm(inputs, P, ids.shape[1])
+    loss = -logits.log_softmax(-1).gather(2, ids[..., None]).mean() + (vlm.q(hidden) - 1).square().mean()
+    loss.backward()
+    torch.optim.Adam([p for p in vlm.parameters() if p.requires_grad], lr=1e-2).step()
+    moved = {k for k, v in vlm.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {k for k in before if ".lora_" in k or k.startswith("heads.")}
+
+# -------------------------------------------------------------------------------------------------------------- Q heads
+
+@every_family
+@pytest.mark.parametrize("kind", ["full", "tied"])
+def test_q_starts_as_a_constant(make, family, kind):
+    """Q of every token in every state is q_init, bit for bit, from heads and targets."""
+    vlm = make(family, fresh=True, q_head=kind, n_critics=2, q_init=-3.25)
+    hidden = torch.randn(2, 3, vlm.net.get_output_embeddings().weight.shape[1])
+    for target in False, True:
+        q = vlm.q(hidden, target)
+        assert q.shape == (2, 2, 3, len(vlm.banned)) and (q == -3.25).all()
+
+
+def test_tied_head_borrows_the_unembedding(make):
+    """2 H^2 parameters and none of vocabulary size; the unembedding is not among them and gets no gradient through Q, but it counts."""
+    vlm = make(q_head="tied", lora_r=0)
+    unembed, own = vlm.net.get_output_embeddings().weight, list(vlm.heads.parameters())
+    V, H = unembed.shape
+    assert sum(p.numel() for p in own) == 2 * H * H + 3 * H + 1 and not any(V in p.shape for p in own)
+    assert not any(p is unembed for p in own + list(vlm.targets.parameters())) and unembed.requires_grad
+    hidden = torch.randn(2, 3, H)
+    q = vlm.q(hidden)
+    q.square().sum().backward()
+    assert unembed.grad is None and all(p.grad is not None for p in own)
+    with torch.no_grad():
+        unembed *= 2
+        assert not torch.allclose(vlm.q(hidden), q)
+    assert sum(p.numel() for p in make(q_head="full").heads.parameters()) == H * H + 3 * H + H * V + V
+
+
+@pytest.mark.parametrize("kind", ["full", "tied"])
+def test_target_is_a_moving_average(make, kind):
+    """theta' <- (1 - tau) theta' + tau theta, the heads stay, the targets take no gradient."""
+    vlm = make(q_head=kind)
+    old, new = [p.clone() for p in vlm.targets.parameters()], [p.clone() for p in vlm.heads.parameters()]
+    vlm.update_target(0.1)
+    for slow, a, fast, b in zip(vlm.targets.parameters(), old, vlm.heads.parameters(), new):
+        assert torch.allclose(slow, 0.9 * a + 0.1 * b, atol=1e-6) and torch.equal(fast, b) and not slow.requires_grad and not torch.equal(slow, a)
+    vlm.update_target(1.0)
+    assert all(torch.equal(s, f) for s, f in zip(vlm.targets.parameters(), vlm.heads.parameters()))
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+@every_family
+@pytest.mark.parametrize("settings", [dict(q_head="full"), dict(q_head="tied", n_critics=2), dict(n_critics=0), dict(lora_r=0)], ids=str)
+def test_save_and_load(make, tmp_path, family, settings):
+    """What was saved comes back bit for bit into a model with other random numbers."""
+    vlm, other = make(family, **settings), make(family, fresh=True, **settings)
+    if not vlm.lora:
+        with torch.no_grad():
+            for p in vlm.net.parameters():
+                p.add_(torch.randn_like(p), alpha=0.1)
+    vlm.save(tmp_path)
+    other.load(tmp_path)
+    ours, theirs = vlm.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert other.generate(encoded(other), 4, temperature=0) == vlm.generate(encoded(vlm), 4, temperature=0)
+
+
+def test_adapter_is_in_pefts_layout(make, tmp_path):
+    """Names, shapes, metadata and config as PEFT writes them."""
+    vlm = make(name="some/model", lora_dropout=0.05)
+    vlm.save(tmp_path)
+    leaves = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (64, 64), "self_attn.v_proj": (64, 64), "self_attn.o_proj": (64, 64),
+              "mlp.gate_proj": (192, 64), "mlp.up_proj": (192, 64), "mlp.down_proj": (64, 192)}
+    paths = {f"model.language_model.layers.{n}.{leaf}": shape for n in (0, 1) for leaf, shape in leaves.items()}
+    expected = {f"base_model.model.{p}.lora_A.weight": (4, i) for p, (o, i) in paths.items()} | {f"base_model.model.{p}.lora_B.weight": (o, 4) for p, (o, i) in paths.items()}
+    assert {k: tuple(v.shape) for k, v in load_file(tmp_path / "adapter_model.safetensors").items()} == expected
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as f:
+        assert f.metadata() == {"format": "pt"}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert sorted(config.pop("target_modules")) == sorted(paths)
+    assert config == dict(peft_type="LORA", task_type="CAUSAL_LM", bias="none", inference_mode=True, base_model_name_or_path="some/model", r=4, lora_alpha=8, lora_dropout=0.05)
+
+
+def test_a_foreign_adapter_is_refused(make, tmp_path):
+    """Another rank, another head, a renamed, lacking, torn or missing tensor file: one sentence, and nothing is half loaded in silence."""
+    make().save(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    refuses(file, lambda: make(lora_r=2).load(tmp_path))
+    refuses(file, lambda: make(lora_targets=".*q_proj").load(tmp_path))
+    refuses(file, lambda: make("qwen2_vl").load(tmp_path))
+    refuses(tmp_path / "q_head.safetensors", lambda: make(q_head="tied").load(tmp_path))
+    refuses(tmp_path / "q_head.safetensors", lambda: make(n_critics=2).load(tmp_path))
+    tensors = load_file(file)
+    save_file({k.replace("language_model", "text_model"): v for k, v in tensors.items()}, file)
+    refuses(file, lambda: make().load(tmp_path))
+    file.write_bytes(b"torn")
+    refuses(file, lambda: make().load(tmp_path))
+    refuses(tmp_path / "none", lambda: make().load(tmp_path / "none"))
+    refuses(tmp_path / "none", lambda: make(lora_r=0).load(str(tmp_path / "none")))
+
+
+@every_family
+def test_a_bad_model_is_refused(folder, tmp_path, family):
+    """A folder with a file missing or torn is refused in one sentence with its path, never with a traceback."""
+    for name in "config.json", "model.safetensors", "processor_config.json", "tokenizer.json":
+        for size in 0.5, 0:
+            path = tmp_path / f"{name}-{size}"
+            shutil.copytree(folder(family), path)
+            raw = (path / name).read_bytes()
+            (path / name).write_bytes(raw[:len(raw) // 2]) if size else (path / name).unlink()
+            refuses(path, lambda: model.load_model(str(path)))
+
+
+def test_no_model_or_another_kind(folder, tmp_path):
+    """Nothing there, a language model, a processor that knows no pictures, weights of another size."""
+    refuses(tmp_path / "nothing", lambda: model.load_model(str(tmp_path / "nothing")))
+    refuses(tmp_path, lambda: model.load_model(str(tmp_path)))
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, **families.TEXT)).save_pretrained(tmp_path / "llama")
+    refuses(tmp_path / "llama", lambda: model.load_model(str(tmp_path / "llama")))
+    net, processor = model.load_model(folder("llava"))
+    net.save_pretrained(tmp_path / "blind")
+    processor.tokenizer.save_pretrained(tmp_path / "blind")
+    refuses(tmp_path / "blind", lambda: model.load_model(str(tmp_path / "blind")))
+    for key, value in dict(text_config=dict(net.config.text_config.to_dict(), hidden_size=32)).items():
+        families.build("llava", tmp_path / key)
+        config = json.loads((tmp_path / key / "config.json").read_text())
+        (tmp_path / key / "config.json").write_text(json.dumps(config | {key: value}))
+        refuses(tmp_path / key, lambda: model.load_model(str(tmp_path / key)))
