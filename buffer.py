@@ -160,13 +160,17 @@ class Buffer:
     # ---------------------------------------------------------------------------------------------------------- batches
 
     def sample(self, rng, n, window):
-        """n windows, each a list of up to `window` consecutive row numbers of one episode; starts uniform over played turns."""
+        """n windows, each a list of up to `window` consecutive row numbers of one episode. A window may overhang an episode's first or last turn
+        and is cut there: so every played turn is drawn equally often, whatever its place. A last observation comes with the turn before it."""
+        turns = list(self.episodes.values())
+        played = np.array([len(t) - (reply_text(self.rows[t[-1]]) is None) for t in turns])
+        places = np.cumsum(played + window - 1)
         windows = []
-        while len(windows) < n:
-            i = int(rng.integers(len(self.rows)))
-            if reply_text(self.rows[i]) is not None:
-                episode, k = self.place[i]
-                windows.append(self.episodes[episode][k:k + window])
+        for u in rng.integers(places[-1], size=n):
+            e = int(np.searchsorted(places, u, side="right"))
+            end = int(places[e] - u)                                        # 1 .. played + window - 1
+            cut = turns[e][max(0, end - window):min(end, int(played[e]))]
+            windows.append(cut + turns[e][played[e]:] if end >= played[e] else cut)
         return windows
 
     def prompt(self, i, vlm):

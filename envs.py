@@ -106,6 +106,7 @@ class Env:
     def sample(self, rng): return self.kinds[rng.integers(len(self.kinds))].sample(rng)     # a valid action's text
     def observation(self): return {"image": self.picture(), "text": self.prompt()}
     def text(self): return ""
+    def tag(self): return ""                        # a group of episodes that evaluation reports apart
     def optimal(self, word): return word == self.expert()
 
 # ---- drawing: a picture is a few pastes of cached masks and sprites, drawn 4x too large and shrunk ----
@@ -300,6 +301,7 @@ class Points24(Points):
     name, goal, example = "Points24", "Make 24 from all four cards. J Q K count 10. End with =.", "+"
     kinds, max_turns, wanted, limit = (Words(*map(str, range(1, 11)), *"+-*/()="),), 30, 24, 20
     def start(self): self.cards, self.formula = deal(self.rng, 4), []
+    def tag(self): return "solvable" if self.wanted in makeable(tuple(sorted(self.points())), "+-*/") else "unsolvable"
 
 # ---- Blackjack ----
 def deal(rng, n): return [(int(rng.integers(1, 14)), int(rng.integers(4))) for _ in range(n)]               # (rank, suit), infinite deck
@@ -357,7 +359,8 @@ class Blackjack(Env):
 ENVS = {"NumberLine": NumberLine, "EZPoints": EZPoints, "Points24": Points24, "Blackjack": Blackjack}
 
 # ---- Reading: the pre-training task. What a vision-language model can do before it has met any action syntax ----
-ASKED = "What is the target number? current Which larger, difference? are cards? first second third fourth card? values sum product of dealer " \
+SEEN = "What is in the picture?"
+ASKED = f"{SEEN} What is the target number? current Which larger, difference? are cards? first second third fourth card? values sum product of dealer " \
         "show? your cards? Is there a soft ace? How many do you have? Repeat: yes no empty blank A J Q K End reply with an action, for example:"
 ATOMS = [sorted({w for c in ENVS.values() for w in f"{ASKED} {c.goal} Formula: Actions: {c.kinds[0].doc()}".split()}), [str(n) for n in range(100)],
          list(string.ascii_letters + string.digits + string.punctuation), "th he in er an re on at en nd ti es or te of ed is it al ar".split()]
@@ -369,36 +372,37 @@ class Reading(Env):
         name, which = list(ENVS)[self.rng.integers(4)], self.rng.random()
         self.game = ENVS[name](self.size)
         asked = self.ask(name, self.game, lambda *args: self.rng.integers(*args).tolist())      # also draws the game's state
-        if which < 0.35:
+        if which < 0.23:
             b, a = sorted(self.rng.integers(0, 25, size=2).tolist())
             sums = [(f"{a} + {b}", a + b), (f"{a} - {b}", a - b), (f"{a % 11} * {b % 11}", (a % 11) * (b % 11))]
-            asked = [self.echo()] if which < 0.25 else [("arithmetic", f"What is {text}?", result) for text, result in sums]
-        kind, self.question, answer = asked[self.rng.integers(len(asked))]
-        self.kind, self.answer = kind if which < 0.35 else f"{name} {kind}", str(answer)
+            asked = [self.echo()] if which < 0.15 else [("arithmetic", f"What is {text}?", result) for text, result in sums]
+        # the first is the caption: half of the pictures' questions, for what a picture holds has to be seen before it can be asked about
+        kind, self.question, answer = asked[0 if which > 0.6 else self.rng.integers(len(asked))]
+        self.kind, self.answer = kind if which < 0.23 else f"{name} {kind}", str(answer)
     def ask(self, name, game, draw):
         if name == "NumberLine":
             game.current, game.target = draw(0, 6, 2)
             larger = "target" if game.target > game.current else "current" if game.current > game.target else "equal"
-            return [("target", "What is the target number?", game.target), ("current", "What is the current number?", game.current),
+            return [("picture", SEEN, f"target {game.target} current {game.current}"), ("target", "What is the target number?", game.target), ("current", "What is the current number?", game.current),
                     ("larger", "Which is larger, target or current?", larger), ("difference", "What is the difference?", abs(game.target - game.current))]
         if name == "Blackjack":
-            game.player, game.dealer, game.stood = deal(self.rng, draw(2, 7)), deal(self.rng, 2), bool(draw(2))
+            game.player, game.dealer, game.stood = deal(self.rng, draw(2, 6)), deal(self.rng, 2), bool(draw(2))
             points, total = hand(game.player)[0], best(*hand(game.player))
-            return [("dealer", "What does the dealer show?", RANKS[game.dealer[0][0]]), ("your sum", "What is the sum of your cards?", total),
-                    ("your cards", "What are your cards?", " ".join(RANKS[rank] for rank, _ in game.player)),
+            mine = " ".join(RANKS[rank] for rank, _ in game.player)
+            return [("picture", SEEN, f"dealer {RANKS[game.dealer[0][0]]} you {mine}"), ("dealer", "What does the dealer show?", RANKS[game.dealer[0][0]]), ("your sum", "What is the sum of your cards?", total),
+                    ("your cards", "What are your cards?", mine),
                     ("soft ace", "Is there a soft ace?", "no" if total == points else "yes"), ("count", "How many cards do you have?", len(game.player))]
         game.cards, items = deal(self.rng, 2 if name == "EZPoints" else 4), [*game.words()[:-1], "blank"]
         game.formula = [items[i] for i in draw(0, len(items), draw(game.limit + 2) if draw(2) else draw(5))]    # half short: as in real play
         ranks, points, i = [RANKS[rank] for rank, _ in game.cards], game.points(), draw(len(game.cards))
-        asked = [("cards", "What are the cards?", " ".join(ranks)), ("values", "What are the values of the cards?", " ".join(map(str, points))),
+        asked = [("picture", SEEN, f"cards {' '.join(ranks)}"), ("cards", "What are the cards?", " ".join(ranks)), ("values", "What are the values of the cards?", " ".join(map(str, points))),
                  ("card", f"What is the {['first', 'second', 'third', 'fourth'][i]} card?", ranks[i]), ("sum", "What is the sum of the cards?", sum(points))]
-        return asked + [("product", "What is the product of the cards?", points[0] * points[1])] * (len(points) == 2) \
-            + [("formula", "What is the formula?", " ".join(game.formula) or "empty")] * (len(game.formula) <= 8)
+        return asked + [("product", "What is the product of the cards?", points[0] * points[1])] * (len(points) == 2)
     def echo(self):
         """A random text to repeat: copying has to be learned, and no question about a picture needs most of the tokens."""
         out = MARKER
         while MARKER in out:                                             # "[", "action", "]" may meet by chance
-            pools = [ATOMS[i] for i in self.rng.integers(len(ATOMS), size=self.rng.integers(2, 11))]
+            pools = [ATOMS[i] for i in self.rng.integers(len(ATOMS), size=self.rng.integers(1, 7))]
             out = "".join(("", " ")[self.rng.integers(2)] + pool[self.rng.integers(len(pool))] for pool in pools).strip()
         return "echo", f"Repeat: {out}", out
     def act(self, action):
@@ -406,7 +410,8 @@ class Reading(Env):
         return int(self.success), True, False
     def prompt(self): return self.question
     def picture(self): return self.game.picture()
-    def fingerprint(self): return self.question
+    def fingerprint(self): return f"{self.question} {self.answer} {self.game.fingerprint()}"
+    def tag(self): return self.kind
     def expert(self): return self.answer
 
 def corpus(n, seed=0):

@@ -97,7 +97,7 @@ def play(make_env, act, seeds, num_envs=32, split="test", prefix="", bar=None):
                         e.images[last["images_file_names"][0]] = obs["image"]
                         e.rows.append(last)
                     yield dict(rows=e.rows, images=e.images, success=bool(info["success"]), success_return=bool(info["success_return"]), episode_return=ret,
-                               turns=turns, valid=sum(valid), tag=getattr(e.env, 'kind', ''))
+                               turns=turns, valid=sum(valid), tag=e.env.tag())
                     live.remove(e)
                     spare.append(e.env)
                     progress.update()

@@ -45,7 +45,7 @@ class LoRALinear(nn.Linear):
         if not self.enabled:
             return y
         x = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype)
-        return y + (F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale).to(y.dtype)
+        return y + F.linear(F.linear(x, self.lora_A) * self.scale, self.lora_B).to(y.dtype)
 
 
 def add_lora(net, r, alpha, dropout, targets):
@@ -373,14 +373,19 @@ def load_model(path, texts=(), dtype=torch.float32, device="cpu", trust_remote_c
     return net.to(device), processor
 
 
-def build(cfg, q_init=0.0, texts=()):
-    """The VLM that a config asks for."""
+def load_base(cfg, texts=()):
+    """(net, processor) that a config asks for."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     net, processor = load_model(cfg.model, texts, device=device, trust_remote_code=cfg.trust_remote_code)
     if device == "cpu" and cfg.dtype == "bfloat16":
         net.set_attn_implementation("eager")  # the CPU's fused attention is seven times slower backwards in bfloat16 (torch 2.13)
+    return net, processor
+
+
+def build(cfg, base=None, q_init=0.0):
+    """The VLM that a config asks for: its base with adapters and critics, as they are before training."""
     critics = cfg.n_critics if cfg.actor_loss in ("afsft", "awr") else 0
-    return VLM(net, processor, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.q_head, critics, q_init, cfg.cache_mb, name=cfg.model)
+    return VLM(*(base or load_base(cfg)), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.q_head, critics, q_init, cfg.cache_mb, name=cfg.model)
 
 
 def latest_checkpoint(run, must=True):
@@ -410,4 +415,13 @@ def scratch(texts, vocab_size=768, hidden=128, layers=4, vision_hidden=96, visio
     text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
                        num_key_value_heads=hidden // 32, max_position_embeddings=4096, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=2, vision_feature_layer=-1, vision_feature_select_strategy="default", tie_word_embeddings=True)
-    return LlavaForConditionalGeneration(config), processor
+    net = LlavaForConditionalGeneration(config)
+    with torch.no_grad():  # at the library's std of 0.02, meant for large models, this one needs thousands of updates before it tells places and digits apart
+        for name, p in net.named_parameters():
+            if name.endswith("position_embedding.weight"):
+                p.normal_(0, 0.7)
+            elif name.endswith("embed_tokens.weight"):
+                p.normal_(0, 0.1)
+            elif p.dim() == 2 and "embeddings" not in name:
+                p.normal_(0, p.shape[1] ** -0.5)
+    return net, processor

@@ -18,7 +18,7 @@ from agent_rl import compute_loss, summarise
 from buffer import Buffer, batch
 from configurator import check_config, configure
 from evaluate import evaluate, full_evaluation, model_agent, play, record, scripted_agent, summary, table
-from model import build, latest_checkpoint
+from model import build, latest_checkpoint, load_base
 
 # --- config ---
 # run
@@ -165,10 +165,13 @@ def main(argv):
         make_env()
     except ValueError as e:
         raise SystemExit(str(e))
-    open_run(cfg)
     rng = lambda *what: np.random.default_rng([cfg.seed, *what])          # what: (purpose, step); streams never meet
     DATA, SAMPLE, ROLLOUT, INIT = range(4)
     path = lambda name: os.path.join(cfg.out_dir, name)
+    torch.manual_seed(int(rng(INIT).integers(2 ** 31)))
+    base = load_base(cfg, envs.corpus(20_000) if cfg.model == 'scratch' else ())  # what can fail by a user's mistake comes before anything is written
+    offline = Buffer(cfg.data) if cfg.data else None
+    open_run(cfg)
 
     # -- data: what was recorded (offline), what the agent plays itself (replay)
     if not cfg.data and not os.path.exists(path("data/complete")):
@@ -176,15 +179,14 @@ def main(argv):
         seeds = rng(DATA, 0).integers(2 ** 31, size=cfg.data_episodes).tolist()
         record(play(make_env, scripted_agent(cfg.data_mix, rng(DATA, 1)), seeds, split="train", prefix="data-", bar="recording data"), Buffer(path("data"), create=True))
         open(path("data/complete"), "w").close()
-    offline, replay = Buffer(cfg.data or path("data")), Buffer(path("replay"), create=True)
+    offline, replay = offline or Buffer(path("data")), Buffer(path("replay"), create=True)
     stats = offline.stats()
     lowest, quantile = offline.lowest_return(cfg.gamma) * cfg.reward_scale, offline.return_quantile(cfg.fbc_quantile)
 
     # -- model
-    torch.manual_seed(int(rng(INIT).integers(2 ** 31)))
-    vlm = build(cfg, q_init=lowest if cfg.q_init is None else cfg.q_init, texts=envs.corpus(20_000) if cfg.model == 'scratch' else ())
+    vlm = build(cfg, base, lowest if cfg.q_init is None else cfg.q_init)
     actor, critic = [p for p in vlm.net.parameters() if p.requires_grad], list(vlm.heads.parameters())
-    optimizer = torch.optim.AdamW([dict(params=actor, lr=cfg.lr, base=cfg.lr), dict(params=critic, lr=cfg.critic_lr, base=cfg.critic_lr)][:2 if critic else 1], weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW([dict(params=actor, lr=cfg.lr, base=cfg.lr), dict(params=critic, lr=cfg.critic_lr, base=cfg.critic_lr)][:2 if critic else 1], betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
     bf16 = cfg.dtype == 'bfloat16' or (cfg.dtype == 'auto' and vlm.device.type == 'cuda')
     autocast = lambda: torch.autocast(vlm.device.type, torch.bfloat16, enabled=bf16)
 

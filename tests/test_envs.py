@@ -618,13 +618,6 @@ def test_pictures_show_the_state(size):
     assert differ(env, player=[(1, 0)] * 14) > 20
 
 
-def test_reset_and_step_are_fast():
-    for name in [*GAMES, "Reading"]:
-        play(make(name), "random", np.random.default_rng(0), 50)      # fill the sprite cache
-        start, (*_, turns) = time.time(), play(make(name), "random", np.random.default_rng(1), 100)
-        assert (time.time() - start) / (turns.sum() + 100) < 0.003, name
-
-
 # ---------------------------------------------------------------- Reading
 
 def test_reading_is_answered_by_its_expert_only():
@@ -636,7 +629,7 @@ def test_reading_is_answered_by_its_expert_only():
         kinds[env.kind] += 1
         assert MARKER not in env.question + env.answer and env.question and env.answer == env.answer.strip() != ""
         assert env.kind != "echo" or env.question == f"Repeat: {env.answer}"
-    assert 0.2 < kinds["echo"] / 3000 < 0.3 and kinds["arithmetic"] > 200 and len(kinds) > 18 and min(kinds.values()) > 15
+    assert 0.17 < kinds["echo"] / 3000 < 0.23 and kinds["arithmetic"] > 180 and len(kinds) > 18 and min(kinds.values()) > 15
     for i in range(100):
         obs, _ = env.reset()
         assert obs["text"] == env.question and "\n" not in obs["text"]        # the question and nothing else
@@ -656,7 +649,8 @@ def test_reading_answers_are_right():
         game, kind, answer = env.game, env.kind, env.answer
         seen.add(kind)
         if kind == "arithmetic":
-            assert eval(env.question[8:-1]) == int(answer)            # "What is 12 - 7?"
+            a, op, b = env.question[8:-1].split()                        # "What is 12 - 7?"
+            assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[op] == int(answer)
         elif kind == "NumberLine target":
             assert answer == str(game.target)
         elif kind == "NumberLine larger":
@@ -665,15 +659,13 @@ def test_reading_answers_are_right():
             assert answer.split() == [str(min(rank, 10)) for rank, _ in game.cards]
         elif kind in ("EZPoints cards", "Points24 cards"):
             assert [{"A": 1, "J": 11, "Q": 12, "K": 13}.get(w) or int(w) for w in answer.split()] == [rank for rank, _ in game.cards]
-        elif kind.endswith("formula"):
-            assert game.text() == f"Formula: {answer}" and len(game.formula) <= 8
         elif kind == "Blackjack your sum":
             points = [min(rank, 10) for rank, _ in game.player]
             assert int(answer) == sum(points) + (10 if 1 in points and sum(points) <= 11 else 0) and 2 <= len(points) <= 6
         elif kind == "Blackjack soft ace":
             points = [min(rank, 10) for rank, _ in game.player]
             assert answer == ("yes" if 1 in points and sum(points) <= 11 else "no")
-    assert {"arithmetic", "NumberLine larger", "EZPoints product", "Points24 formula", "Blackjack soft ace"} <= seen
+    assert {"arithmetic", "NumberLine larger", "EZPoints product", "Points24 values", "Blackjack soft ace"} <= seen
 
 
 def test_reading_seeds_make_different_items_and_echo_covers_ascii():
