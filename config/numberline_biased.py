@@ -1,0 +1,12 @@
+"""
+NumberLine from biased play: in every state the wrong action is the more frequent one, so whoever clones the crowd always fails.
+
+    python train.py config/numberline_biased.py
+"""
+out_dir = 'out/numberline_biased'
+env = 'NumberLine'
+data_mix = {'biased': 1.0}
+data_episodes = 600
+offline_updates = 400
+online_updates = 0
+gamma = 0.5
