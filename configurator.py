@@ -218,7 +218,7 @@ def check_config(cfg):
     need(cfg.model != "scratch" or cfg.lora_r == 0, f"model='scratch' has random weights, adapters on them (lora_r={cfg.lora_r}) learn nothing: set lora_r=0.")
     need(cfg.ckpt_interval % cfg.log_interval == 0, f"ckpt_interval={cfg.ckpt_interval} is no multiple of log_interval={cfg.log_interval}: a resumed run could not repeat its metrics.")
     need(cfg.stop_at % cfg.log_interval == 0, f"stop_at={cfg.stop_at} is no multiple of log_interval={cfg.log_interval}: a resumed run could not repeat its metrics.")
-    need(not cfg.online_updates or cfg.env != "Reading", "env='Reading' is cloned from right answers and has no online phase: set online_updates=0.")
+    need(not cfg.online_updates or cfg.env not in ("Reading", "Captions"), f"env={cfg.env!r} is cloned from right answers and has no online phase: set online_updates=0.")
     players = ("expert", "random", "malformed", "biased")
     for name, share in cfg.data_mix.items():
         need(name in players, f"data_mix has a player {name!r}: known are {', '.join(players)}.")

@@ -367,18 +367,17 @@ ATOMS = [sorted({w for c in ENVS.values() for w in f"{ASKED} {c.goal} Formula: A
 
 class Reading(Env):
     """One question a turn about a random state of a random game, a sum, or a text to repeat. The reply is the answer, no marker."""
-    name, kinds, marker, split, max_turns = "Reading", (Text(),), False, False, 1
+    name, kinds, marker, split, max_turns, captions_only = "Reading", (Text(),), False, False, 1, False
     def start(self):
-        name, which = list(ENVS)[self.rng.integers(4)], self.rng.random()
+        name, which = list(ENVS)[self.rng.integers(4)], 1.0 if self.captions_only else self.rng.random()
         self.game = ENVS[name](self.size)
         asked = self.ask(name, self.game, lambda *args: self.rng.integers(*args).tolist())      # also draws the game's state
-        if which < 0.23:
+        if which < 0.26:
             b, a = sorted(self.rng.integers(0, 25, size=2).tolist())
             sums = [(f"{a} + {b}", a + b), (f"{a} - {b}", a - b), (f"{a % 11} * {b % 11}", (a % 11) * (b % 11))]
-            asked = [self.echo()] if which < 0.15 else [("arithmetic", f"What is {text}?", result) for text, result in sums]
-        # the first is the caption: half of the pictures' questions, for what a picture holds has to be seen before it can be asked about
-        kind, self.question, answer = asked[0 if which > 0.6 else self.rng.integers(len(asked))]
-        self.kind, self.answer = kind if which < 0.23 else f"{name} {kind}", str(answer)
+            asked = [self.echo()] if which < 0.18 else [("arithmetic", f"What is {text}?", result) for text, result in sums]
+        kind, self.question, answer = asked[0 if which > 0.8 else self.rng.integers(len(asked))]        # the first one is the caption
+        self.kind, self.answer = kind if which < 0.26 else f"{name} {kind}", str(answer)
     def ask(self, name, game, draw):
         if name == "NumberLine":
             game.current, game.target = draw(0, 6, 2)
@@ -414,6 +413,10 @@ class Reading(Env):
     def tag(self): return self.kind
     def expert(self): return self.answer
 
+class Captions(Reading):
+    """"What is in the picture?" only. What a picture holds has to be seen before it can be asked about: the first stage of pre-training."""
+    name, captions_only = "Captions", True
+
 def corpus(n, seed=0):
     """Texts to train a tokenizer on: n questions and answers, with some of the games' prompts less the line that shows the marker."""
     reading = Reading()
@@ -447,7 +450,7 @@ def mixture(mix, env, rng):
     return player(name, env, rng), name
 
 def make(name, **kw):
-    known = {**ENVS, "Reading": Reading}
+    known = {**ENVS, "Reading": Reading, "Captions": Captions}
     if name not in known:
         near = difflib.get_close_matches(name, known, n=2, cutoff=0)
         raise ValueError(f"env={name!r} is unknown; nearest: {', '.join(near)}; known: {', '.join(known)}.")

@@ -139,10 +139,11 @@ def evaluate(vlm, make_env, episodes, max_new_tokens, temperature=1.0, seed=0, q
     return summary(played)
 
 
-def full_evaluation(vlm, make_env, episodes, max_new_tokens, temperature=1.0, seed=0, q_weight=0.0, buffer=None):
+def full_evaluation(vlm, make_env, episodes, max_new_tokens, temperature=1.0, seed=0, q_weight=0.0, buffer=None, only=("greedy", "sampled", "hidden"), prefix=""):
     """The rows of the table: {name: summary}."""
-    rows = {"greedy": dict(temperature=0.0), f"sampled, T={temperature:g}": dict(temperature=temperature, buffer=buffer), "picture hidden, greedy": dict(temperature=0.0, hide=True)}
-    return {name: evaluate(vlm, make_env, episodes, max_new_tokens, seed=seed, q_weight=q_weight, bar=name, **kw) for name, kw in rows.items()}
+    ways = dict(greedy=("greedy", dict(temperature=0.0)), sampled=(f"sampled, T={temperature:g}", dict(temperature=temperature, buffer=buffer)),
+                hidden=("picture hidden, greedy", dict(temperature=0.0, hide=True)))
+    return {prefix + name: evaluate(vlm, make_env, episodes, max_new_tokens, seed=seed, q_weight=q_weight, bar=name, **kw) for name, kw in (ways[k] for k in only)}
 
 
 def table(results):

@@ -44,7 +44,7 @@ q_head = 'full'         # full: H x V | tied: 2 H^2 parameters through the froze
 n_critics = 2           # the targets take the minimum over them
 cache_mb = 512          # memory for encoded prompts
 # environment
-env = 'NumberLine'      # NumberLine | EZPoints | Points24 | Blackjack | Reading
+env = 'NumberLine'      # NumberLine | EZPoints | Points24 | Blackjack, or pre-training's Captions | Reading
 size = 80               # side of the picture, pixels
 penalty = -1.0          # reward of a reply that does not parse; the environment does not move
 invalid = 'penalty'     # penalty | random: RL4VLM's rule, a random action without a penalty
@@ -97,7 +97,7 @@ eval_quick = 60         # of the short evaluations on the way
 reference = {}          # success rates to show beside ours in the last table, {name: (goal reached or None, summed reward > 0 or None)}
 # --- end of config ---
 
-OURS = ("config.json", "metrics.jsonl", "eval.json", "meta.json", "ckpt", "ckpt.old", "ckpt.tmp", "data", "replay", "model")  # what `overwrite` may delete
+OURS = ("config.json", "metrics.jsonl", "eval.json", "eval_offline.json", "meta.json", "ckpt", "ckpt.old", "ckpt.tmp", "data", "replay", "model")  # what `overwrite` may delete
 
 
 def lr_at(step, cfg):
@@ -275,6 +275,11 @@ def main(argv):
             s = evaluate(vlm, make_env, cfg.eval_quick, cfg.max_new_tokens, seed=cfg.seed)
             extra |= {f"eval/{k}": s[k] for k in ("success", "success_return", "episode_return", "valid")}
             timed("eval", t)
+        if done == cfg.offline_updates and done < total:                   # what the recorded data alone gave
+            t = time.time()
+            with open(path("eval_offline.json"), "w") as f:
+                json.dump(full_evaluation(vlm, make_env, cfg.eval_episodes, cfg.max_new_tokens, seed=cfg.seed, only=("greedy", "sampled"), prefix="offline, "), f, indent=1)
+            timed("eval", t)
         if done % cfg.log_interval == 0 or extra or last:
             row = dict(step=done, phase="online" if online else "offline", **summarise(infos), grad_norm=float(norm), lr=optimizer.param_groups[0]["lr"], **extra,
                        **{f"time/{k}": round(v, 2) for k, v in clock.items()})
@@ -299,7 +304,11 @@ def main(argv):
         vlm.net.save_pretrained(path("model"))
         vlm.processor.save_pretrained(path("model"))
     t = time.time()
-    results = full_evaluation(vlm, make_env, cfg.eval_episodes, cfg.max_new_tokens, seed=cfg.seed)
+    results = {}
+    if os.path.exists(path("eval_offline.json")):
+        with open(path("eval_offline.json")) as f:
+            results = json.load(f)
+    results |= full_evaluation(vlm, make_env, cfg.eval_episodes, cfg.max_new_tokens, seed=cfg.seed)
     timed("eval", t)
     with open(path("eval.json"), "w") as f:
         json.dump(dict(checkpoint=path("ckpt"), argv=argv, seed=cfg.seed, results=results), f, indent=1)
