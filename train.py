@@ -57,15 +57,15 @@ actor_loss = 'afsft'    # sft: clone all | afsft: clone where A > beta | awr: we
 mdp = 'token'           # token: an advantage a token | turn: one a reply
 bc_coef = 0.0           # plain cloning, always on
 af_coef = 1.0           # value-corrected cloning
-critic_coef = 1.0
+critic_coef = 3.0       # the critic has to tell states apart before the filter can: it leads
 pess_coef = 0.1         # pulls Q of the whole vocabulary back to q_init: tokens that no data shows stay low; 0: off
 cql_coef = 0.0          # CQL's conservative term, an alternative; 0: off
 q_init: float = None    # where the head starts; None: the lowest discounted return in the data
 v_support = 0.0         # V over tokens with pi >= v_support * max pi only; 0: the whole vocabulary
-beta = -0.02            # a token passes if A > beta
+beta = -0.05            # a token passes if A > beta
 awr_temperature = 0.3
 fbc_quantile = 0.7      # fbc clones episodes with a return at or above this quantile
-filter_warmup = 100     # updates in which everything passes
+filter_warmup = 50      # updates in which everything passes
 gamma = 0.9             # discount a turn
 gamma_token = 1.0       # discount a token
 lam = 1.0               # TD(lambda) inside a turn; 0: one-token TD
@@ -75,11 +75,11 @@ target_tau = 0.02       # EMA of the target heads
 # optimisation
 offline_updates = 600
 online_updates = 200
-batch_size = 32         # windows an update
+batch_size = 16         # windows an update
 window = 3              # consecutive turns of an episode in a window
 micro_batch = 32        # windows that are on the device at once
-lr = 2e-3               # of the adapters (or of all weights)
-critic_lr = 1e-3        # of the Q heads
+lr = 4e-3               # of the adapters (or of all weights)
+critic_lr = 2e-3        # of the Q heads
 min_lr = 0.1            # where the cosine ends, as a share of lr
 warmup_updates = 20
 weight_decay = 0.0
@@ -300,9 +300,6 @@ def main(argv):
             return
 
     # -- how well it went
-    if not vlm.lora:
-        vlm.net.save_pretrained(path("model"))
-        vlm.processor.save_pretrained(path("model"))
     t = time.time()
     results = {}
     if os.path.exists(path("eval_offline.json")):
@@ -314,6 +311,9 @@ def main(argv):
         json.dump(dict(checkpoint=path("ckpt"), argv=argv, seed=cfg.seed, results=results), f, indent=1)
     print(f"\n{cfg.env}, {cfg.actor_loss}, seed {cfg.seed}: {time.time() - vlm_began:.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in clock.items())}); held-out starts, Wilson 95 % intervals")
     print(table({"the recorded data": stats | dict(turns=stats["turns"] / stats["episodes"]), **results}))
+    if not vlm.lora:
+        vlm.net.half().save_pretrained(path("model"))                      # a model folder to share, two bytes a weight
+        vlm.processor.save_pretrained(path("model"))
     for name, shares in cfg.reference.items():
         print(f"{name:<28}" + "".join(f"{'' if x is None else f'{100 * x:.1f} %':>{w}}" for x, w in zip(shares, (24, 26))))
 

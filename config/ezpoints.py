@@ -11,5 +11,5 @@ offline_updates = 600
 online_updates = 300
 gamma = 0.9
 reward_scale = 0.1     # a win is 10, a slip -1: the critic sees 1 and -0.1
-beta = -0.005
+beta = -0.01
 reference = {'SFT of a 7B (RL4VLM)': (None, 0.230), 'PPO of a 7B (RL4VLM)': (None, 0.500), 'optimum': (1.0, 1.0)}
