@@ -97,9 +97,11 @@ def read(path): # (text, syntax tree) of a Python file
 
 def assignments(path, source, nodes):
     """Yields (name, node, where) for each `name = value` or `name: type = value`; any other statement is a ConfigError."""
-    lines = {}
+    lines, text = {}, source.splitlines() # ast.get_source_segment splits the whole source anew for every statement
     for node in nodes:
-        where = f"{path}:{node.lineno}: {show(ast.get_source_segment(source, node))}"
+        own = text[node.lineno - 1:node.end_lineno]
+        if len(own) == 1: own[0] = own[0].encode()[:node.end_col_offset].decode() # without the comment behind it
+        where = f"{path}:{node.lineno}: {show(' '.join(own))}"
         targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
         if not isinstance(node, (ast.Assign, ast.AnnAssign)) or len(targets) > 1 or not isinstance(targets[0], ast.Name) or node.value is None:
             raise ConfigError(f"{where}: write `key = value` with a literal value, nothing else can stand here.")

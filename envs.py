@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 MARKER = "[action]"
+SEEN = "What is in the picture?"    # think=True asks this first: the reply then is a plan or a description, and behind the marker the action
 
 # ---- the text protocol: a kind of action documents, parses, samples and (where finite) enumerates itself ----
 class Words:                # one of a list of words: Words("hit", "stand")
@@ -67,10 +68,10 @@ class Env:
     name, goal, kinds, example, max_turns = "", "", (), "", 10
     marker, split = True, True      # False: the whole reply is the action; False: too few different starts to hold any out
 
-    def __init__(self, size=80, penalty=-1.0, invalid="penalty"):
+    def __init__(self, size=80, penalty=-1.0, invalid="penalty", think=False):
         if invalid not in ("penalty", "random"):
             raise ValueError(f"invalid={invalid!r}: use 'penalty' (costs `penalty`, nothing moves) or 'random' (a random action is played).")
-        self.size, self.penalty, self.invalid, self.over, self.rng = size, penalty, invalid, True, np.random.default_rng()
+        self.size, self.penalty, self.invalid, self.think, self.over, self.rng = size, penalty, invalid, think, True, np.random.default_rng()
 
     def reset(self, seed=None, options=None):       # options={"split": "train" | "test"} draws only starts of that part
         split = (options or {}).get("split")
@@ -98,7 +99,7 @@ class Env:
 
     def prompt(self):
         actions = "Actions: " + " or ".join(kind.doc() for kind in self.kinds)
-        return "\n".join(filter(None, [self.goal, self.text(), actions, f"End your reply with an action, for example: {MARKER} {self.example}"]))
+        return "\n".join(filter(None, [self.goal, self.text(), actions, self.think and SEEN, f"End your reply with an action, for example: {MARKER} {self.example}"]))
 
     def parse(self, reply): return self.parse_env(parse_agent(reply) if self.marker else reply.strip())
     def parse_env(self, text): return next(filter(None, (kind.parse(text or "") for kind in self.kinds)), None)
@@ -106,6 +107,7 @@ class Env:
     def sample(self, rng): return self.kinds[rng.integers(len(self.kinds))].sample(rng)     # a valid action's text
     def observation(self): return {"image": self.picture(), "text": self.prompt()}
     def text(self): return ""
+    def caption(self): return ""                    # what is in the picture, in words: scripted players that think say it first
     def tag(self): return ""                        # a group of episodes that evaluation reports apart
     def optimal(self, word): return word == self.expert()
 
@@ -181,6 +183,7 @@ class NumberLine(Env):
             write(image, str(number), 1.2 * cell, colour, 4 * cell, y, 0.9 * cell, cell)      # one digit = one patch of a 5 x 5 grid
         return image
     def fingerprint(self): return f"{self.current} {self.target}"
+    def caption(self): return f"target {self.target} current {self.current}"
     def expert(self): return "+" if self.target > self.current else "-"
 
 # ---- formulas: a stack machine that takes one item at a time. It scores a finished formula, and tells the expert what a
@@ -258,6 +261,7 @@ class Points(Env):
     def used(self, formula): return Counter(int(item) for item in formula if item.isdigit()), Counter(self.points())
     def text(self): return "Formula: " + (" ".join(self.formula) or "empty")
     def fingerprint(self): return suited(self.cards)
+    def caption(self): return "cards " + " ".join(RANKS[rank] for rank, _ in self.cards)
     def optimal(self, word):
         """Can the formula with this item still be finished? Exact, but for brackets that no longer fit under the limit."""
         if word == "=":
@@ -354,12 +358,12 @@ class Blackjack(Env):
         return image
     # of the cards one can see: with the hidden one in it, hands that look alike would be in both parts of the split
     def fingerprint(self): return suited([*self.player[:2], self.dealer[0]])
+    def caption(self): return " ".join(["dealer", RANKS[self.dealer[0][0]], "you", *(RANKS[rank] for rank, _ in self.player)])
     def expert(self): return best_play(*hand(self.player), min(self.dealer[0][0], 10))[1]
 
 ENVS = {"NumberLine": NumberLine, "EZPoints": EZPoints, "Points24": Points24, "Blackjack": Blackjack}
 
 # ---- Reading: the pre-training task. What a vision-language model can do before it has met any action syntax ----
-SEEN = "What is in the picture?"
 ASKED = f"{SEEN} What is the target number? current Which larger, difference? are cards? first second third fourth card? values sum product of dealer " \
         "show? your cards? Is there a soft ace? How many do you have? Repeat: yes no empty blank A J Q K End reply with an action, for example:"
 ATOMS = [sorted({w for c in ENVS.values() for w in f"{ASKED} {c.goal} Formula: Actions: {c.kinds[0].doc()}".split()}), [str(n) for n in range(100)],
@@ -382,19 +386,18 @@ class Reading(Env):
         if name == "NumberLine":
             game.current, game.target = draw(0, 6, 2)
             larger = "target" if game.target > game.current else "current" if game.current > game.target else "equal"
-            return [("picture", SEEN, f"target {game.target} current {game.current}"), ("target", "What is the target number?", game.target), ("current", "What is the current number?", game.current),
+            return [("picture", SEEN, game.caption()), ("target", "What is the target number?", game.target), ("current", "What is the current number?", game.current),
                     ("larger", "Which is larger, target or current?", larger), ("difference", "What is the difference?", abs(game.target - game.current))]
         if name == "Blackjack":
             game.player, game.dealer, game.stood = deal(self.rng, draw(2, 6)), deal(self.rng, 2), bool(draw(2))
             points, total = hand(game.player)[0], best(*hand(game.player))
-            mine = " ".join(RANKS[rank] for rank, _ in game.player)
-            return [("picture", SEEN, f"dealer {RANKS[game.dealer[0][0]]} you {mine}"), ("dealer", "What does the dealer show?", RANKS[game.dealer[0][0]]), ("your sum", "What is the sum of your cards?", total),
-                    ("your cards", "What are your cards?", mine),
+            return [("picture", SEEN, game.caption()), ("dealer", "What does the dealer show?", RANKS[game.dealer[0][0]]), ("your sum", "What is the sum of your cards?", total),
+                    ("your cards", "What are your cards?", game.caption().split(" you ")[1]),
                     ("soft ace", "Is there a soft ace?", "no" if total == points else "yes"), ("count", "How many cards do you have?", len(game.player))]
         game.cards, items = deal(self.rng, 2 if name == "EZPoints" else 4), [*game.words()[:-1], "blank"]
         game.formula = [items[i] for i in draw(0, len(items), draw(game.limit + 2) if draw(2) else draw(5))]    # half short: as in real play
         ranks, points, i = [RANKS[rank] for rank, _ in game.cards], game.points(), draw(len(game.cards))
-        asked = [("picture", SEEN, f"cards {' '.join(ranks)}"), ("cards", "What are the cards?", " ".join(ranks)), ("values", "What are the values of the cards?", " ".join(map(str, points))),
+        asked = [("picture", SEEN, game.caption()), ("cards", "What are the cards?", " ".join(ranks)), ("values", "What are the values of the cards?", " ".join(map(str, points))),
                  ("card", f"What is the {['first', 'second', 'third', 'fourth'][i]} card?", ranks[i]), ("sum", "What is the sum of the cards?", sum(points))]
         return asked + [("product", "What is the product of the cards?", points[0] * points[1])] * (len(points) == 2)
     def echo(self):
@@ -429,7 +432,8 @@ def corpus(n, seed=0):
 def player(name, env, rng):
     """One reply of a scripted player: 'expert', 'random', 'malformed' (never parses) or 'biased': 70 % one wrong action, the same
     in every visit of a state, so that whoever clones the most frequent action always fails."""
-    sign, word = f"{MARKER} " if env.marker else "", env.sample(rng)
+    said = env.caption() + " " if env.think else ""
+    sign, word = f"{said}{MARKER} " if env.marker else "", env.sample(rng)
     if name == "random":
         return sign + word
     if name == "expert" or name == "biased" and rng.random() < 0.3:
@@ -440,7 +444,7 @@ def player(name, env, rng):
         return sign + next((w for w in words[after:] + words[:after] if not env.optimal(w)), right)
     if name == "malformed":
         broken = [word, f"[act] {word}", f"move {word}", MARKER, f"{MARKER} go", f"action: {word}", f"{MARKER} {word} {word}", f"{MARKER}\n{word}"]
-        return next((broken[i] for i in rng.permutation(len(broken)) if env.parse(broken[i]) is None), "")
+        return next((said + broken[i] for i in rng.permutation(len(broken)) if env.parse(broken[i]) is None), "")
     raise ValueError(f"player={name!r} is unknown; known are expert, random, biased, malformed.")
 
 def mixture(mix, env, rng):

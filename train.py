@@ -47,6 +47,7 @@ cache_mb = 512          # memory for encoded prompts
 env = 'NumberLine'      # NumberLine | EZPoints | Points24 | Blackjack, or pre-training's Captions | Reading
 size = 80               # side of the picture, pixels
 penalty = -1.0          # reward of a reply that does not parse; the environment does not move
+think = False           # the prompt asks what is in the picture, scripted players say it before they act: a short chain of thought
 invalid = 'penalty'     # penalty | random: RL4VLM's rule, a random action without a penalty
 # data
 data = ''               # folder of recorded episodes; '': record data_episodes by data_mix into out_dir/data
@@ -57,7 +58,7 @@ actor_loss = 'afsft'    # sft: clone all | afsft: clone where A > beta | awr: we
 mdp = 'token'           # token: an advantage a token | turn: one a reply
 bc_coef = 0.0           # plain cloning, always on
 af_coef = 1.0           # value-corrected cloning
-critic_coef = 3.0       # the critic has to tell states apart before the filter can: it leads
+critic_coef = 10.0      # the critic has to tell states apart before the filter can: it leads
 pess_coef = 0.1         # pulls Q of the whole vocabulary back to q_init: tokens that no data shows stay low; 0: off
 cql_coef = 0.0          # CQL's conservative term, an alternative; 0: off
 q_init: float = None    # where the head starts; None: the lowest discounted return in the data
@@ -71,11 +72,11 @@ gamma_token = 1.0       # discount a token
 lam = 1.0               # TD(lambda) inside a turn; 0: one-token TD
 reward_scale = 1.0      # rewards are multiplied by this before the critic sees them
 critic_detach = False   # stop the critic's gradient at the trunk
-target_tau = 0.02       # EMA of the target heads
+target_tau = 0.05       # EMA of the target heads
 # optimisation
 offline_updates = 600
 online_updates = 200
-batch_size = 16         # windows an update
+batch_size = 32         # windows an update
 window = 3              # consecutive turns of an episode in a window
 micro_batch = 32        # windows that are on the device at once
 lr = 4e-3               # of the adapters (or of all weights)
@@ -90,7 +91,7 @@ rollout_episodes = 64   # whole episodes in a rollout
 updates_per_rollout = 20
 offline_ratio = 0.25    # share of an online batch that comes from the recorded data
 rollout_temperature = 1.0
-max_new_tokens = 16     # of a reply
+max_new_tokens = 20     # of a reply
 # evaluation
 eval_episodes = 300     # of each row of the final table
 eval_quick = 60         # of the short evaluations on the way
@@ -160,7 +161,7 @@ def git_commit():
 def main(argv):
     cfg = configure(__file__, argv)
     check_config(cfg)
-    make_env = lambda: envs.make(cfg.env, size=cfg.size, penalty=cfg.penalty, invalid=cfg.invalid)
+    make_env = lambda: envs.make(cfg.env, size=cfg.size, penalty=cfg.penalty, invalid=cfg.invalid, think=cfg.think)
     try:
         make_env()
     except ValueError as e:

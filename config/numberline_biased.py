@@ -2,6 +2,8 @@
 NumberLine from biased play: in every state the wrong action is the more frequent one, so whoever clones the crowd always fails.
 
     python train.py config/numberline_biased.py
+
+Not measured yet with AFSFT; SFT (200 updates, seeds 0, 1, 2, sampled, summed reward > 0): 15.3, 18.0, 20.3 %.
 """
 out_dir = 'out/numberline_biased'
 env = 'NumberLine'

@@ -2,6 +2,8 @@
 NumberLine from purely random play: no expert anywhere in the data.
 
     python train.py config/numberline_random.py
+
+Not measured yet with AFSFT; SFT (200 updates, seeds 0, 1, 2, sampled, summed reward > 0): 25.3, 30.3, 27.0 %.
 """
 out_dir = 'out/numberline_random'
 env = 'NumberLine'
