@@ -4,10 +4,9 @@ The whole: data, training, resume, evaluation, end to end with a model of a few 
 """
 import ast, glob, json, os, re, shutil, sys
 import numpy as np
-import torch
-from safetensors.torch import load_file
 import pytest
 import torch
+from safetensors.torch import load_file
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import envs, evaluate, model, train
