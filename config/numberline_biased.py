@@ -3,12 +3,13 @@ NumberLine from biased play: in every state the wrong action is the more frequen
 
     python train.py config/numberline_biased.py
 
-Not measured yet with AFSFT; SFT (200 updates, seeds 0, 1, 2, sampled, summed reward > 0): 15.3, 18.0, 20.3 %.
+Sampled, summed reward > 0: data 13.7 %, AFSFT 91.0 % [87.2, 93.7], goal reached 100 % (seed 0 only; under three minutes on two cores).
+SFT (200 updates, seeds 0, 1, 2): 15.3, 18.0, 20.3 %.
 """
 out_dir = 'out/numberline_biased'
 env = 'NumberLine'
 data_mix = {'biased': 1.0}
 data_episodes = 600
-offline_updates = 400
+offline_updates = 350
 online_updates = 0
 gamma = 0.5
