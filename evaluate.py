@@ -190,7 +190,7 @@ def main(argv):
         results = full_evaluation(vlm, make_env, n, run_cfg.max_new_tokens, cfg.temperature, cfg.seed, cfg.q_weight, buffer)
         with open(os.path.join(run, "eval.json"), "w") as f:
             json.dump(dict(checkpoint=folder, argv=argv, seed=cfg.seed, q_weight=cfg.q_weight, results=results), f, indent=1)
-    print(f"{run_cfg.env}, {run}: {n} episodes on held-out starts, Wilson 95 % intervals\n{table(results)}")
+    print(f"{run_cfg.env}, {run}: {n} episodes on {'held-out starts' if make_env().split else 'starts that training also draws'}, Wilson 95 % intervals\n{table(results)}")
 
 
 if __name__ == "__main__":

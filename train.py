@@ -310,7 +310,7 @@ def main(argv):
     timed("eval", t)
     with open(path("eval.json"), "w") as f:
         json.dump(dict(checkpoint=path("ckpt"), argv=argv, seed=cfg.seed, results=results), f, indent=1)
-    print(f"\n{cfg.env}, {cfg.actor_loss}, seed {cfg.seed}: {time.time() - vlm_began:.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in clock.items())}); held-out starts, Wilson 95 % intervals")
+    print(f"\n{cfg.env}, {cfg.actor_loss}, seed {cfg.seed}: {time.time() - vlm_began:.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in clock.items())}); {'held-out starts' if make_env().split else 'starts that training also draws'}, Wilson 95 % intervals")
     print(table({"the recorded data": stats | dict(turns=stats["turns"] / stats["episodes"]), **results}))
     if not vlm.lora:
         vlm.net.half().save_pretrained(path("model"))                      # a model folder to share, two bytes a weight

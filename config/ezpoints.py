@@ -1,6 +1,6 @@
 """
 EZPoints (make 12 from two cards) from play that succeeds in an eighth of the episodes. Not learned yet, see LOG.md: 0 to 5 % after
-300 to 400 updates, because the values depend on the formula's length and not yet on the cards.
+200 to 400 updates, because the values depend on the formula's length and not yet on the cards.
 
     python train.py config/ezpoints.py
 """

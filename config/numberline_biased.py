@@ -3,7 +3,8 @@ NumberLine from biased play: in every state the wrong action is the more frequen
 
     python train.py config/numberline_biased.py
 
-Sampled, summed reward > 0: data 13.7 %, AFSFT 91.0 % [87.2, 93.7], goal reached 100 % (seed 0 only; under three minutes on two cores).
+Sampled, summed reward > 0: data 13.7 %, AFSFT 91.0 % [87.2, 93.7], goal reached 100 % (seed 0 only, in a run stopped at update 100 and resumed, so its time
+is not known).
 SFT (200 updates, seeds 0, 1, 2): 15.3, 18.0, 20.3 %.
 """
 out_dir = 'out/numberline_biased'
