@@ -151,7 +151,7 @@ class VLM(nn.Module):
                 text = text.replace(token, token[0] + " " + token[1:])
             return text
         messages = [{**m, "content": [{**part, "text": clean(part["text"])} if part["type"] == "text" else {"type": "image"} for part in m["content"]]}
-                    for m in messages if m["role"] != "assistant"]
+                    for m in messages[:len(messages) - (messages[-1]["role"] == "assistant")]]      # all but the reply itself
         if getattr(self.processor, "chat_template", None):
             return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         # no template: image placeholders first (a Q-Former's processor puts them there on its own), then the text, then the cue

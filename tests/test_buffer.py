@@ -310,3 +310,78 @@ def test_stats(tmp_path):
     assert [buf.to_go(i, 0.5) for i in buf.episodes["won"]] == [-1 + 0.125 + 0.5, 1.25, 2.0] and buf.to_go(buf.episodes["lucky"][3], 0.5) == 0
     assert buf.lowest_return(0.5) == -1.0 and buf.return_quantile(1.0) == 1.25 and buf.return_quantile(0.0) == -1.0
     assert buf.return_quantile(0.5) == pytest.approx(0.25)
+
+
+# ---------------------------------------------------------------- importing conversations
+
+def ask(text): return {"from": "human", "value": text}
+def say(text): return {"from": "gpt", "value": text}
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """write(rows) -> path of a file beside pictures 0.png .. 3.png; a list as JSON, a tuple as JSON lines."""
+    (tmp_path / "pics").mkdir()
+    for n in range(4):
+        picture(n).save(tmp_path / "pics" / f"{n}.png")
+    def write(rows):
+        file = tmp_path / "chats.json"
+        file.write_text(json.dumps(rows) if isinstance(rows, list) else "\n".join(map(json.dumps, rows)))
+        return str(file)
+    return write
+
+
+def test_llava_conversations_become_episodes(chats, tmp_path):
+    """A reply is a turn and has all before it in its prompt; the pictures are those shown so far."""
+    file = chats([dict(id="x", image="pics/1.png", conversations=[ask("<image>\nWhat is it?"), say(f"A line. {MARKER} +"), ask("Sure?"), say("Yes.")]),
+                  dict(image=["pics/2.png", "pics/3.png"], conversations=[ask("Compare <image> and <image>."), say("No.")]), dict(conversations=[ask("Hello"), say("Hi")])])
+    buf = module.import_chats(file, str(tmp_path / "out"))
+    assert [len(turns) for turns in buf.episodes.values()] == [2, 1, 1] and buf.rows == Buffer(str(tmp_path / "out")).rows
+    one, two, three, four = buf.rows
+    assert set(KEYS) <= set(one) and not one["terminated"] and two["terminated"]
+    assert [reply_text(r) for r in buf.rows] == [f"A line. {MARKER} +", "Yes.", "No.", "Hi"] and [r["action"] for r in buf.rows] == ["+", "", "", ""]
+    assert one["messages"][0]["content"] == [{"type": "image", "text": None}, {"type": "text", "text": "What is it?"}]
+    assert two["messages"][:2] == one["messages"] and two["images_file_names"] == one["images_file_names"] == [image_name(picture(1))]
+    assert [p["type"] for p in three["messages"][0]["content"]] == ["text", "image", "text", "image", "text"] and four["images_file_names"] == []
+    assert buf.image(three["images_file_names"][1]).tobytes() == picture(3).tobytes()
+
+
+def test_trl_rows_become_episodes(chats, tmp_path):
+    """Contents as parts or as text, pictures by path or as `datasets` writes them, a reward where a row has one."""
+    parts = [{"type": "image"}, {"type": "text", "text": "Where?"}]
+    file = chats((dict(images=["0.png"], messages=[dict(role="system", content="Be brief."), dict(role="user", content=parts), dict(role="assistant", content=[{"type": "text", "text": "Here."}])],
+                       reward=2, success=True), dict(images=[{"path": "1.png", "bytes": None}], messages=[dict(role="user", content="Where?"), dict(role="assistant", content="There.")])))
+    buf = module.import_chats(file, str(tmp_path / "out"), str(tmp_path / "pics"))
+    assert [m["role"] for m in buf.rows[0]["messages"]] == ["system", "user", "assistant"] and (buf.rows[0]["reward"], buf.rows[0]["success"]) == (2.0, True)
+    assert buf.rows[1]["messages"][0]["content"] == [{"type": "image", "text": None}, {"type": "text", "text": "Where?"}] and buf.rows[1]["reward"] == 0.0
+
+
+def test_imported_conversations_train(chats, tmp_path):
+    """The tiny VLM takes them: an earlier answer stands in the prompt, a reply of its own row does not."""
+    buf = module.import_chats(chats([dict(image="pics/1.png", conversations=[ask("<image>\nWhat?"), say("first"), ask("Again?"), say("second")])]), str(tmp_path / "out"))
+    vlm = model.VLM(*model.load_model("tiny-vlm"), n_critics=0)
+    text = vlm.render(buf.rows[1]["messages"])
+    assert "What?" in text and "first" in text and "Again?" in text and "second" not in text
+    b = batch([(buf, [[0, 1]])], vlm, MARKER, 0.9)
+    assert b["mask"].sum(1).tolist() == [len(vlm.reply_ids("first")), len(vlm.reply_ids("second"))]
+    assert (b["inputs"]["input_ids"] == vlm.tokenizer.convert_tokens_to_ids("<image>")).sum(1).tolist() == [25, 25]
+
+
+@pytest.mark.parametrize("rows, word", [
+    ([{"a": 1}], "conversation 1, has neither"), ([3], "has neither"), ([dict(conversations=[ask("x")])], "no reply"), ([dict(conversations=[say("x")])], "no reply"),
+    ([dict(image="gone.png", conversations=[ask("<image>"), say("x")])], "does not open: 'gone.png'"), ([dict(image="pics/0.png", conversations=[ask("<image><image>"), say("x")])], "shows 2 pictures"),
+    ([dict(conversations=[{"from": "martian", "value": "x"}, say("x")])], "nobody known"), ([dict(messages=[dict(role="user", content=[3]), dict(role="assistant", content="x")])], "neither text nor picture"),
+    ([dict(conversations=[ask("a"), say("b")]), dict(conversations=[ask(None), say("b")])], "conversation 2,")])
+def test_foreign_conversations_are_one_sentence(chats, tmp_path, rows, word):
+    with pytest.raises(SystemExit) as e:
+        module.import_chats(chats(rows), str(tmp_path / "out"))
+    assert word in str(e.value) and "\n" not in str(e.value) and not (tmp_path / "out").exists()
+
+
+def test_an_import_never_mixes_with_what_is_there(chats, tmp_path):
+    file = chats([dict(conversations=[ask("a"), say("b")])])
+    for bad, word in ((lambda: module.import_chats(file, str(tmp_path / "pics")), "exists already"), (lambda: module.import_chats(str(tmp_path / "nix"), str(tmp_path / "o")), "no JSON"),
+                      (lambda: module.import_chats(str(tmp_path / "pics" / "0.png"), str(tmp_path / "o")), "no JSON")):
+        with pytest.raises(SystemExit) as e:
+            bad()
+        assert word in str(e.value)
