@@ -365,7 +365,7 @@ ENVS = {"NumberLine": NumberLine, "EZPoints": EZPoints, "Points24": Points24, "B
 
 # ---- Reading: the pre-training task. What a vision-language model can do before it has met any action syntax ----
 ASKED = f"{SEEN} What is the target number? current Which larger, difference? are cards? first second third fourth card? values sum product of dealer " \
-        "show? your cards? Is there a soft ace? How many do you have? Repeat: yes no empty blank A J Q K End reply with an action, for example:"
+        "show? your cards? Is there a soft ace? How many do you have? last item? value Repeat: yes no empty blank A J Q K End reply with an action, for example:"
 ATOMS = [sorted({w for c in ENVS.values() for w in f"{ASKED} {c.goal} Formula: Actions: {c.kinds[0].doc()}".split()}), [str(n) for n in range(100)],
          list(string.ascii_letters + string.digits + string.punctuation), "th he in er an re on at en nd ti es or te of ed is it al ar".split()]
 
@@ -373,15 +373,21 @@ class Reading(Env):
     """One question a turn about a random state of a random game, a sum, or a text to repeat. The reply is the answer, no marker."""
     name, kinds, marker, split, max_turns, captions_only = "Reading", (Text(),), False, False, 1, False
     def start(self):
-        name, which = list(ENVS)[self.rng.integers(4)], 1.0 if self.captions_only else self.rng.random()
+        name, which = list(ENVS)[self.rng.integers(4)], self.rng.random()
         self.game = ENVS[name](self.size)
         asked = self.ask(name, self.game, lambda *args: self.rng.integers(*args).tolist())      # also draws the game's state
-        if which < 0.26:
+        if which < 0.25:
+            name, asked = "", [self.echo()]
+        elif which < 0.3 and not self.captions_only:
             b, a = sorted(self.rng.integers(0, 25, size=2).tolist())
             sums = [(f"{a} + {b}", a + b), (f"{a} - {b}", a - b), (f"{a % 11} * {b % 11}", (a % 11) * (b % 11))]
-            asked = [self.echo()] if which < 0.18 else [("arithmetic", f"What is {text}?", result) for text, result in sums]
-        kind, self.question, answer = asked[0 if which > 0.8 else self.rng.integers(len(asked))]        # the first one is the caption
-        self.kind, self.answer = kind if which < 0.26 else f"{name} {kind}", str(answer)
+            name, asked = "", [("arithmetic", f"What is {text}?", result) for text, result in sums]
+        first = which > 0.8 or self.captions_only                           # the first one is the caption
+        kind, question, answer = asked[0 if first else self.rng.integers(len(asked))]
+        # as in play, the question is not always all there is: the goal, the state and something beside the point may come before it
+        context = [] if self.captions_only else [self.game.goal, self.game.text(), self.echo()[2]]
+        self.question = "\n".join([line for line in context if line and self.rng.random() < 0.4] + [question])
+        self.kind, self.answer = f"{name} {kind}".strip(), str(answer)
     def ask(self, name, game, draw):
         if name == "NumberLine":
             game.current, game.target = draw(0, 6, 2)
@@ -391,22 +397,26 @@ class Reading(Env):
         if name == "Blackjack":
             game.player, game.dealer, game.stood = deal(self.rng, draw(2, 6)), deal(self.rng, 2), bool(draw(2))
             points, total = hand(game.player)[0], best(*hand(game.player))
-            return [("picture", SEEN, game.caption()), ("dealer", "What does the dealer show?", RANKS[game.dealer[0][0]]), ("your sum", "What is the sum of your cards?", total),
+            return [("picture", SEEN, game.caption()), ("dealer", "What does the dealer show?", RANKS[game.dealer[0][0]]), *[("your sum", "What is the sum of your cards?", total)] * 3,
                     ("your cards", "What are your cards?", game.caption().split(" you ")[1]),
                     ("soft ace", "Is there a soft ace?", "no" if total == points else "yes"), ("count", "How many cards do you have?", len(game.player))]
         game.cards, items = deal(self.rng, 2 if name == "EZPoints" else 4), [*game.words()[:-1], "blank"]
         game.formula = [items[i] for i in draw(0, len(items), draw(game.limit + 2) if draw(2) else draw(5))]    # half short: as in real play
         ranks, points, i = [RANKS[rank] for rank, _ in game.cards], game.points(), draw(len(game.cards))
         asked = [("picture", SEEN, game.caption()), ("cards", "What are the cards?", " ".join(ranks)), ("values", "What are the values of the cards?", " ".join(map(str, points))),
-                 ("card", f"What is the {['first', 'second', 'third', 'fourth'][i]} card?", ranks[i]), ("sum", "What is the sum of the cards?", sum(points))]
-        return asked + [("product", "What is the product of the cards?", points[0] * points[1])] * (len(points) == 2)
+                 ("card", f"What is the {['first', 'second', 'third', 'fourth'][i]} card?", ranks[i]), ("value", f"What is the value of the {['first', 'second', 'third', 'fourth'][i]} card?", points[i])]
+        if 0 < len(game.formula) < 7:
+            asked += [("formula", f"{game.text()}\nWhat is the formula?", " ".join(game.formula)), ("last item", f"{game.text()}\nWhat is the last item?", game.formula[-1])]
+        if name == "EZPoints":
+            asked += [("sum", "What is the sum of the cards?", sum(points)), ("product", "What is the product of the cards?", points[0] * points[1])]
+        return asked
     def echo(self):
         """A random text to repeat: copying has to be learned, and no question about a picture needs most of the tokens."""
         out = MARKER
         while MARKER in out:                                             # "[", "action", "]" may meet by chance
             pools = [ATOMS[i] for i in self.rng.integers(len(ATOMS), size=self.rng.integers(1, 7))]
             out = "".join(("", " ")[self.rng.integers(2)] + pool[self.rng.integers(len(pool))] for pool in pools).strip()
-        return "echo", f"Repeat: {out}", out
+        return "echo", f"Repeat:\n{out}", out              # on a line of its own: there it has the same tokens as in the reply
     def act(self, action):
         self.success = action[0].strip() == self.answer
         return int(self.success), True, False
@@ -417,7 +427,7 @@ class Reading(Env):
     def expert(self): return self.answer
 
 class Captions(Reading):
-    """"What is in the picture?" only. What a picture holds has to be seen before it can be asked about: the first stage of pre-training."""
+    """"What is in the picture?" and texts to repeat only, the first stage: what a picture holds has to be seen before it can be asked about."""
     name, captions_only = "Captions", True
 
 def corpus(n, seed=0):

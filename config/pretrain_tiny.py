@@ -2,19 +2,19 @@
 The tiny VLM, pre-trained to read in two stages, first captions, then questions: plain cloning of right answers about the games'
 pictures, all weights, no action syntax.
 
-    python train.py config/pretrain_tiny.py --env=Captions --model=scratch --out_dir=out/captions --offline_updates=1000
+    python train.py config/pretrain_tiny.py --env=Captions --model=scratch --out_dir=out/captions --offline_updates=600
     python train.py config/pretrain_tiny.py && cp -r out/pretrain_tiny/model tiny-vlm
 """
 out_dir = 'out/pretrain_tiny'
 model = 'out/captions/model'
 env = 'Reading'
 data_mix = {'expert': 1.0}
-data_episodes = 40000
-cache_mb = 4000        # all encoded prompts stay in memory
+data_episodes = 60000
+cache_mb = 6000        # all encoded prompts stay in memory
 actor_loss = 'sft'
 lora_r = 0
 dtype = 'bfloat16'    # half the time where the CPU has avx512_bf16 or amx; float32 elsewhere
-offline_updates = 2500
+offline_updates = 5000
 online_updates = 0
 batch_size = 64
 window = 1

@@ -2,7 +2,7 @@
 The environments: the protocol, every game's rules from states set by hand, the yardsticks, the scripted players, the pictures.
     python -m pytest tests/test_envs.py
 """
-import ast, os, sys
+import ast, operator, os, sys
 from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
@@ -11,6 +11,7 @@ from math import factorial
 import numpy as np
 import pytest
 from PIL import Image, ImageChops
+from transformers import AutoTokenizer
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import envs
@@ -264,11 +265,24 @@ def test_number_line_yardsticks():
 
 # ---------------------------------------------------------------- formulas
 
+def by_python(node):
+    """A second opinion: Python's own syntax tree, computed in exact rationals; ValueError for what is no formula here."""
+    match node:
+        case ast.Expression(body=body): return by_python(body)
+        case ast.Constant(value=int() as number): return Fraction(number)
+        case ast.UnaryOp(op=ast.USub(), operand=x): return -by_python(x)
+        case ast.UnaryOp(op=ast.UAdd(), operand=x): return by_python(x)
+        case ast.BinOp(left=a, op=op, right=b):
+            does = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}.get(type(op))
+            if does: return does(by_python(a), by_python(b))
+    raise ValueError(ast.dump(node))
+
+
 @pytest.mark.parametrize("text, value", [("8/(3-8/3)", 24), ("3*8", 24), ("1+2*3", 7), ("(1+2)*3", 9), ("2-3-4", -5), ("8/2/2", 2), ("2*-3", -6), ("-(2+3)*4", -20), ("+-+5", -5),
                                          ("12", 12), ("1 + 2", 3), (" 3", 3), ("3 ", 3), ("3- -4", 7), ("((7))", 7), ("1/3", Fraction(1, 3)), ("6/(1-3/4)", 24), ("0*(1-1)", 0)])
 def test_evaluator_values(text, value):
     assert evaluate(text) == value
-    assert text.startswith(" ") or abs(eval(text) - float(value)) < 1e-9          # the texts are ours: Python agrees
+    assert by_python(ast.parse(text.strip(), mode="eval")) == value
 
 
 @pytest.mark.parametrize("text", ["", "+", "3+", "*3", "2**3", "8//2", "9**9**9**9", "(", ")", "()", "(3", "3)", "1)+(2", "3(4)", "(3)4", "(3)(4)", "1 2", "1/0", "1/(2-2)", "3/0+", "1+*2",
@@ -289,14 +303,11 @@ def test_evaluator_agrees_with_python_on_random_formulas():
     for _ in range(4000):
         text = "".join(rng.choice(list("123456789+-*/() "), size=rng.integers(1, 10)))
         try:
-            assert not {"**", "//"} & {text[i:i + 2] for i in range(len(text))}
-            tree = ast.parse(text.strip(), mode="eval")
-            assert not any(isinstance(node, (ast.Call, ast.Tuple)) for node in ast.walk(tree))
-            expected = eval(compile(tree, "formula", "eval"))
-        except (SyntaxError, ZeroDivisionError, AssertionError):
+            expected = by_python(ast.parse(text.strip(), mode="eval"))
+        except (SyntaxError, ZeroDivisionError, ValueError):
             expected = None
         ours = evaluate(text)
-        assert (ours is None) == (expected is None) and (ours is None or abs(float(ours) - expected) < 1e-9 * max(1, abs(expected))), text
+        assert ours == expected, text
         checked += expected is not None
     assert checked > 300
 
@@ -627,11 +638,11 @@ def test_reading_is_answered_by_its_expert_only():
         env.start()
         kinds[env.kind] += 1
         assert MARKER not in env.question + env.answer and env.question and env.answer == env.answer.strip() != ""
-        assert env.kind != "echo" or env.question == f"Repeat: {env.answer}"
-    assert 0.15 < kinds["echo"] / 3000 < 0.21 and kinds["arithmetic"] > 180 and len(kinds) > 18 and min(kinds.values()) > 15
+        assert env.kind != "echo" or env.question.endswith(f"Repeat:\n{env.answer}")
+    assert 0.22 < kinds["echo"] / 3000 < 0.28 and kinds["arithmetic"] > 100 and len(kinds) > 18 and min(kinds.values()) > 15
     for i in range(100):
         obs, _ = env.reset()
-        assert obs["text"] == env.question and "\n" not in obs["text"]        # the question and nothing else
+        assert obs["text"] == env.question
         _, reward, terminated, truncated, info = env.step(f" {player('expert', env, rng)}\n")
         assert (reward, terminated, truncated) == (1.0, True, False) and info["success"] and info["valid"]
         env.reset()
@@ -648,7 +659,7 @@ def test_reading_answers_are_right():
         game, kind, answer = env.game, env.kind, env.answer
         seen.add(kind)
         if kind == "arithmetic":
-            a, op, b = env.question[8:-1].split()                        # "What is 12 - 7?"
+            a, op, b = env.question.split("\n")[-1][8:-1].split()        # "What is 12 - 7?"
             assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[op] == int(answer)
         elif kind == "NumberLine target":
             assert answer == str(game.target)
@@ -660,13 +671,28 @@ def test_reading_answers_are_right():
             assert answer.split() == [str(min(rank, 10)) for rank, _ in game.cards]
         elif kind in ("EZPoints cards", "Points24 cards"):
             assert [{"A": 1, "J": 11, "Q": 12, "K": 13}.get(w) or int(w) for w in answer.split()] == [rank for rank, _ in game.cards]
+        elif kind.endswith("Points formula"):
+            assert answer.split() == game.formula and f"Formula: {answer}" in env.question
+        elif kind.endswith("Points last item"):
+            assert answer == game.formula[-1] and f" {answer}\n" in env.question
         elif kind == "Blackjack your sum":
             points = [min(rank, 10) for rank, _ in game.player]
             assert int(answer) == sum(points) + (10 if 1 in points and sum(points) <= 11 else 0) and 2 <= len(points) <= 6
         elif kind == "Blackjack soft ace":
             points = [min(rank, 10) for rank, _ in game.player]
             assert answer == ("yes" if 1 in points and sum(points) <= 11 else "no")
-    assert {"arithmetic", "NumberLine larger", "EZPoints product", "Points24 values", "Blackjack soft ace"} <= seen
+    assert {"arithmetic", "NumberLine larger", "EZPoints product", "Points24 values", "Points24 formula", "EZPoints last item", "Blackjack soft ace"} <= seen
+
+
+def test_a_text_to_repeat_has_the_same_tokens_in_question_and_reply():
+    """In "Repeat: abc" the text begins with a space and so with another token than in the reply: what is copied was never quite what stood there,
+    and 35 % were repeated right after 2,500 updates. On a line of its own it is the same."""
+    tokenizer, env = AutoTokenizer.from_pretrained(os.path.join(ROOT, "tiny-vlm")), make("Reading")
+    env.reset(seed=0)
+    for _ in range(200):
+        _, question, answer = env.echo()
+        ids = tokenizer(answer, add_special_tokens=False).input_ids
+        assert tokenizer(question, add_special_tokens=False).input_ids[-len(ids):] == ids
 
 
 def test_reading_seeds_make_different_items_and_echo_covers_ascii():
