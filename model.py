@@ -284,7 +284,15 @@ class VLM(nn.Module):
                 raise SystemExit(f"{file} does not load: {brief(e)}.")
         file = os.path.join(folder, "adapter_model.safetensors" if self.lora else "model.safetensors")
         if self.lora:
-            fill({f"base_model.model.{path}.{ab}.weight": getattr(m, ab) for path, m in self.lora.items() for ab in ("lora_A", "lora_B")}, read(file), file)
+            tensors, config = read(file), os.path.join(folder, "adapter_config.json")
+            try:
+                with open(config) as f:
+                    alpha = json.load(f)["lora_alpha"]
+            except (OSError, ValueError, KeyError) as e:
+                raise SystemExit(f"{config} does not load: {brief(e)}.")
+            if alpha != self.lora_config["lora_alpha"]:     # the shapes would fit, the function would not
+                raise SystemExit(f"{config} says lora_alpha={alpha}, these settings say {self.lora_config['lora_alpha']}: use the one it was trained with.")
+            fill({f"base_model.model.{path}.{ab}.weight": getattr(m, ab) for path, m in self.lora.items() for ab in ("lora_A", "lora_B")}, tensors, file)
         else:
             saved, _ = load_model(folder)
             fill(dict(self.net.named_parameters()), dict(saved.named_parameters()), file)

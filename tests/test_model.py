@@ -390,6 +390,7 @@ def test_a_foreign_adapter_is_refused(make, tmp_path):
     refuses(file, lambda: make(lora_r=2).load(tmp_path))
     refuses(file, lambda: make(lora_targets=".*q_proj").load(tmp_path))
     refuses(file, lambda: make("qwen2_vl").load(tmp_path))
+    refuses(tmp_path / "adapter_config.json", lambda: make(lora_alpha=5).load(tmp_path))
     refuses(tmp_path / "q_head.safetensors", lambda: make(q_head="tied").load(tmp_path))
     refuses(tmp_path / "q_head.safetensors", lambda: make(n_critics=2).load(tmp_path))
     tensors = load_file(file)
