@@ -36,9 +36,10 @@ def state_value(logits, q, support=0.0):
     return (pi * q).sum(-1)
 
 
-def td_targets(v, mask, reward, terminated, nexts, gamma, gamma_token=1.0, lam=1.0):
-    """TD(lambda) targets of every reply token. v (B, R): V' of the state before each token; mask (B, R); reward, terminated (B,);
-    nexts (B,): the row of the turn that follows, -1 if it is not here. -> y (B, R), known (B,) false where the bootstrap is missing.
+def td_targets(v, mask, reward, terminated, nexts, gamma, gamma_token=1.0, lam=1.0, q=None, pi=None):
+    """Targets of every reply token. v (B, R): V' of the state before each token; mask (B, R); reward, terminated (B,); nexts (B,): the row
+    of the turn that follows, -1 if it is not here; q, pi (B, R): Q'(s,a) and pi(a|s) of the tokens for the tree backup, without them plain
+    TD(lambda). -> y (B, R), known (B,) false where the bootstrap is missing.
     `terminated` ends the return; a truncated turn has the row of its last observation as next and bootstraps from it."""
     bootstrap = torch.where(nexts >= 0, v[nexts.clamp(min=0), 0], 0.0)
     y_turn = reward + gamma * (1 - terminated) * bootstrap            # y = r_t + gamma (1 - terminated) V'(s_{t+1})
@@ -46,8 +47,10 @@ def td_targets(v, mask, reward, terminated, nexts, gamma, gamma_token=1.0, lam=1
     last = mask.sum(1).long() - 1
     y, out = torch.zeros_like(y_turn), []
     for j in reversed(range(mask.shape[1])):
-        if j + 1 < mask.shape[1]:                                     # y_j = gamma_token (lam y_{j+1} + (1 - lam) V'(s_{j+1}))
+        if j + 1 < mask.shape[1] and q is None:                       # y_j = gamma_token (lam y_{j+1} + (1 - lam) V'(s_{j+1}))
             y = gamma_token * (lam * y + (1 - lam) * v[:, j + 1])
+        elif j + 1 < mask.shape[1]:                                   # y_j = gamma_token (V'(s_{j+1}) + lam pi(a_{j+1}|s_{j+1}) (y_{j+1} - Q'(s_{j+1},a_{j+1})))
+            y = gamma_token * (v[:, j + 1] + lam * pi[:, j + 1] * (y - q[:, j + 1]))
         y = torch.where(last == j, y_turn, y)
         out.append(y)
     return torch.stack(out[::-1], 1) * mask, known & (last >= 0)
@@ -82,9 +85,9 @@ def compute_loss(vlm, batch, cfg, warm=False, quantile=0.0, tokens=None, critic_
     q = vlm.q(hidden.detach() if cfg.critic_detach else hidden)                               # (C, B, R, V)
     qa = q.gather(-1, a[None, ..., None].expand(len(q), *a.shape, 1))[..., 0]                 # Q(s,a)  (C, B, R)
     with torch.no_grad():
-        v_target = state_value(logits, vlm.q(hidden, target=True).amin(0), cfg.v_support)     # V'(s), the most pessimistic critic
-        gamma_token, lam = (1.0, 1.0) if cfg.mdp == "turn" else (cfg.gamma_token, cfg.lam)
-        y, known = td_targets(v_target, mask, batch["reward"], batch["terminated"], batch["next"], cfg.gamma, gamma_token, lam)
+        q_target = vlm.q(hidden, target=True).amin(0)                                         # the most pessimistic critic
+        gamma_token, lam, tree = (1.0, 1.0, ()) if cfg.mdp == "turn" else (cfg.gamma_token, cfg.lam, (q_target.gather(-1, a[..., None])[..., 0], logp.exp()) if cfg.trace == "tree" else ())
+        y, known = td_targets(state_value(logits, q_target, cfg.v_support), mask, batch["reward"], batch["terminated"], batch["next"], cfg.gamma, gamma_token, lam, *tree)
         v = state_value(logits, q.mean(0), cfg.v_support)
         adv = qa.mean(0) - v                                                                  # A = Q(s,a) - V(s)
         if cfg.mdp == "turn":

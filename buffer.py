@@ -51,10 +51,11 @@ class Buffer:
     rows        list of row dicts, in file order
     episodes    {episode id: list of row numbers in turn order}
     dropped     bytes of a torn last line (a crash while writing) that were left out
+    shape       what the critic sees of a reward, a function: clipping, scaling; statistics show the rewards as they are
     Raises SystemExit with one sentence for a folder that is missing, empty, foreign or of a newer version."""
 
-    def __init__(self, folder, create=False):
-        self.folder, self.file = folder, os.path.join(folder, "metadata.jsonl")
+    def __init__(self, folder, create=False, shape=float):
+        self.shape, self.folder, self.file = shape, folder, os.path.join(folder, "metadata.jsonl")
         self.rows, self.episodes, self.place, self.dropped = [], {}, [], 0
         if create:
             os.makedirs(os.path.join(folder, "images"), exist_ok=True)
@@ -142,9 +143,9 @@ class Buffer:
         return sum(self.rows[i]["reward"] for i in self.episodes[episode])
 
     def to_go(self, i, gamma):
-        """Discounted sum of rewards from row i to its episode's end."""
+        """Discounted sum of shaped rewards from row i to its episode's end."""
         episode, k = self.place[i]
-        return sum(gamma ** j * self.rows[t]["reward"] for j, t in enumerate(self.episodes[episode][k:]))
+        return sum(gamma ** j * self.shape(self.rows[t]["reward"]) for j, t in enumerate(self.episodes[episode][k:]))
 
     def lowest_return(self, gamma):
         """The lowest discounted return of any recorded turn: where a pessimistic critic starts."""
@@ -183,7 +184,7 @@ class Buffer:
         return vlm.encode(row["messages"], [functools.partial(self.image, name) for name in row["images_file_names"]], key=(text, *row["images_file_names"]))
 
 
-def batch(parts, vlm, marker, gamma, reward_scale=1.0):
+def batch(parts, vlm, marker, gamma):
     """Windows -> tensors. parts: list of (buffer, windows). Keys, for B turns and replies of up to R tokens:
     inputs, P, reply_ids (B, R), mask (B, R) 1 on reply tokens, span (B, R) 1 on the action behind the marker,
     reward (B,), terminated (B,), next (B,) the row that continues a turn, -1 if it is not in the batch, to_go (B,), ep_return (B,)."""
@@ -197,7 +198,7 @@ def batch(parts, vlm, marker, gamma, reward_scale=1.0):
                 replies.append(ids)
                 spans.append(vlm.span(ids, text.rfind(marker) + len(marker) if marker in text else len(text)) if ids else [])
                 nexts.append(len(nexts) + 1 if k + 1 < len(window) else -1)
-                rows.append((row["reward"] * reward_scale, row["terminated"], buf.to_go(i, gamma) * reward_scale, buf.episode_return(row["episode"])))
+                rows.append((buf.shape(row["reward"]), row["terminated"], buf.to_go(i, gamma), buf.episode_return(row["episode"])))
     inputs, P, reply_ids, mask = vlm.collate(prompts, replies)
     span = torch.zeros_like(mask)
     for b, s in enumerate(spans):

@@ -69,8 +69,10 @@ fbc_quantile = 0.7      # fbc clones episodes with a return at or above this qua
 filter_warmup = 50      # updates in which everything passes
 gamma = 0.9             # discount a turn
 gamma_token = 1.0       # discount a token
-lam = 1.0               # TD(lambda) inside a turn; 0: one-token TD
-reward_scale = 1.0      # rewards are multiplied by this before the critic sees them
+trace = 'tree'          # how a turn's outcome reaches its tokens. tree: as far as the policy would have said what was said | plain: TD(lambda)
+lam = 1.0               # the trace's decay a token; 0: one-token TD
+reward_clip: float = None # the critic sees rewards cut to +-reward_clip: a rare win of 10 would drown the slips of -1 that come before it; None: as they are
+reward_scale = 1.0      # and multiplied by this
 critic_detach = False   # stop the critic's gradient at the trunk
 target_tau = 0.05       # EMA of the target heads
 # optimisation
@@ -171,7 +173,9 @@ def main(argv):
     path = lambda name: os.path.join(cfg.out_dir, name)
     torch.manual_seed(int(rng(INIT).integers(2 ** 31)))
     base = load_base(cfg, envs.corpus(20_000) if cfg.model == 'scratch' else ())  # what can fail by a user's mistake comes before anything is written
-    offline = Buffer(cfg.data) if cfg.data else None
+    cut = cfg.reward_clip or math.inf
+    shape = lambda reward: cfg.reward_scale * max(-cut, min(cut, reward))
+    offline = Buffer(cfg.data, shape=shape) if cfg.data else None
     open_run(cfg)
 
     # -- data: what was recorded (offline), what the agent plays itself (replay)
@@ -180,9 +184,9 @@ def main(argv):
         seeds = rng(DATA, 0).integers(2 ** 31, size=cfg.data_episodes).tolist()
         record(play(make_env, scripted_agent(cfg.data_mix, rng(DATA, 1)), seeds, split="train", prefix="data-", bar="recording data"), Buffer(path("data"), create=True))
         open(path("data/complete"), "w").close()
-    offline, replay = offline or Buffer(path("data")), Buffer(path("replay"), create=True)
+    offline, replay = offline or Buffer(path("data"), shape=shape), Buffer(path("replay"), create=True, shape=shape)
     stats = offline.stats()
-    lowest, quantile = offline.lowest_return(cfg.gamma) * cfg.reward_scale, offline.return_quantile(cfg.fbc_quantile)
+    lowest, quantile = offline.lowest_return(cfg.gamma), offline.return_quantile(cfg.fbc_quantile)
 
     # -- model
     vlm = build(cfg, base, lowest if cfg.q_init is None else cfg.q_init)
@@ -248,7 +252,7 @@ def main(argv):
         torch.manual_seed(int(draw.integers(2 ** 31)))                     # LoRA dropout, if any
         n_online = cfg.batch_size - round(cfg.batch_size * cfg.offline_ratio) if online else 0
         windows = [(b, w) for b, n in ((offline, cfg.batch_size - n_online), (replay, n_online)) if n for w in b.sample(draw, n, cfg.window)]
-        micro = [batch([(b, [w]) for b, w in windows[i:i + cfg.micro_batch]], vlm, envs.MARKER, cfg.gamma, cfg.reward_scale) for i in range(0, len(windows), cfg.micro_batch)]
+        micro = [batch([(b, [w]) for b, w in windows[i:i + cfg.micro_batch]], vlm, envs.MARKER, cfg.gamma) for i in range(0, len(windows), cfg.micro_batch)]
         tokens = sum(m["mask"].sum() for m in micro)                       # of the whole update: gradients do not depend on the split
         critic_tokens = sum((m["mask"] * ((m["terminated"] > 0) | (m["next"] >= 0))[:, None]).sum() for m in micro)
         for group in optimizer.param_groups:

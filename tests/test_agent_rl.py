@@ -18,7 +18,7 @@ V, D = 7, 5
 
 def settings(**changes):
     return SimpleNamespace(**dict(actor_loss="afsft", mdp="token", bc_coef=0.3, af_coef=0.9, critic_coef=0.7, cql_coef=0.05, pess_coef=0.2, v_support=0.0, beta=-0.02,
-                                  awr_temperature=0.5, gamma=0.9, gamma_token=0.95, lam=0.6, critic_detach=False) | changes)
+                                  awr_temperature=0.5, gamma=0.9, gamma_token=0.95, trace="tree", lam=0.6, critic_detach=False) | changes)
 
 
 class Stub(nn.Module):
@@ -82,7 +82,7 @@ def np_value(logits, q, support):
     return sum(pi[i] * q[i] for i in keep) / sum(pi[i] for i in keep)
 
 
-def np_targets(v, length, reward, terminated, nexts, gamma, gamma_token, lam):
+def np_targets(v, length, reward, terminated, nexts, gamma, gamma_token, lam, q=None, pi=None):
     y, known = np.zeros(v.shape), np.zeros(len(v), bool)
     for b, n in enumerate(length):
         if n == 0:
@@ -90,7 +90,7 @@ def np_targets(v, length, reward, terminated, nexts, gamma, gamma_token, lam):
         known[b] = bool(terminated[b]) or nexts[b] >= 0
         y[b, n - 1] = reward[b] + (gamma * v[nexts[b], 0] if nexts[b] >= 0 and not terminated[b] else 0)
         for j in range(n - 2, -1, -1):
-            y[b, j] = gamma_token * (lam * y[b, j + 1] + (1 - lam) * v[b, j + 1])
+            y[b, j] = gamma_token * (lam * y[b, j + 1] + (1 - lam) * v[b, j + 1] if q is None else v[b, j + 1] + lam * pi[b, j + 1] * (y[b, j + 1] - q[b, j + 1]))
     return y, known
 
 
@@ -102,7 +102,9 @@ def np_loss(vlm, batch, cfg, warm=False, quantile=0.0):
     length, turn = mask.sum(1).astype(int), cfg.mdp == "turn"
     v = np.array([[np_value(logits[b, j], q.mean(0)[b, j], cfg.v_support) for j in range(R)] for b in range(B)])
     vt = np.array([[np_value(logits[b, j], qt.min(0)[b, j], cfg.v_support) for j in range(R)] for b in range(B)])
-    y, known = np_targets(vt, length, batch["reward"].numpy(), batch["terminated"].numpy(), batch["next"].numpy(), cfg.gamma, 1.0 if turn else cfg.gamma_token, 1.0 if turn else cfg.lam)
+    said = [[(qt.min(0)[b, j, a[b, j]], np_softmax(logits[b, j])[a[b, j]]) for j in range(R)] for b in range(B)]
+    tree = np.moveaxis(np.array(said), 2, 0) if cfg.trace == "tree" and not turn else ()
+    y, known = np_targets(vt, length, batch["reward"].numpy(), batch["terminated"].numpy(), batch["next"].numpy(), cfg.gamma, 1.0 if turn else cfg.gamma_token, 1.0 if turn else cfg.lam, *tree)
     actor = critic = n_critic = 0.0
     for b in range(B):
         for j in range(length[b]):
@@ -119,7 +121,7 @@ def np_loss(vlm, batch, cfg, warm=False, quantile=0.0):
     return actor / mask.sum() + cfg.critic_coef * critic / max(n_critic, 1)
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(lam=0.0), dict(lam=1.0, gamma_token=1.0), dict(v_support=0.3), dict(actor_loss="awr"), dict(actor_loss="sft"),
+@pytest.mark.parametrize("changes", [dict(), dict(lam=0.0), dict(trace="plain"), dict(lam=1.0, gamma_token=1.0), dict(trace="plain", lam=1.0), dict(v_support=0.3), dict(actor_loss="awr"), dict(actor_loss="sft"),
                                      dict(actor_loss="fbc"), dict(mdp="turn"), dict(mdp="turn", actor_loss="awr"), dict(cql_coef=0.0, bc_coef=0.0), dict(pess_coef=0.0)])
 @pytest.mark.parametrize("critics, warm", [(1, False), (2, False), (2, True)])
 def test_loss_equals_numpy(changes, critics, warm):
@@ -137,9 +139,10 @@ def test_targets_equal_numpy():
     rng = np.random.default_rng(1)
     for seed in range(20):
         b = random_batch(seed, windows=7)
-        v, (gamma, gt, lam) = rng.normal(size=b["mask"].shape), rng.random(3)
-        y, known = td_targets(torch.tensor(v), b["mask"], b["reward"], b["terminated"], b["next"], gamma, gt, lam)
-        want, want_known = np_targets(v, b["mask"].sum(1).int().numpy(), b["reward"].numpy(), b["terminated"].numpy(), b["next"].numpy(), gamma, gt, lam)
+        (v, q), pi, (gamma, gt, lam) = rng.normal(size=(2, *b["mask"].shape)), rng.random(b["mask"].shape), rng.random(3)
+        tree = (q, pi) if seed % 2 else ()
+        y, known = td_targets(torch.tensor(v), b["mask"], b["reward"], b["terminated"], b["next"], gamma, gt, lam, *map(torch.tensor, tree))
+        want, want_known = np_targets(v, b["mask"].sum(1).int().numpy(), b["reward"].numpy(), b["terminated"].numpy(), b["next"].numpy(), gamma, gt, lam, *tree)
         np.testing.assert_allclose(y.numpy(), want, atol=1e-6)
         assert known.tolist() == want_known.tolist()
 
@@ -156,14 +159,20 @@ def test_targets_by_hand():
     assert y[1, 0] == 1.0 and known.tolist() == [True, True, False]
     y, known = td_targets(v, mask, reward, zero, torch.tensor([1, -1, -1]), gamma=0.5)
     assert known.tolist() == [True, False, False]
+    q, pi = torch.tensor([[9.0, 7.0]] * 3), torch.tensor([[0.9, 0.5]] * 3)
+    y, _ = td_targets(v, mask, reward, zero, nexts, gamma=0.5, gamma_token=0.8, lam=0.25, q=q, pi=pi)
+    assert y[0].tolist() == [pytest.approx(0.8 * (2.0 + 0.25 * 0.5 * (0.5 - 7.0))), 0.5]
 
 
 @pytest.mark.parametrize("gamma_token", [1.0, 0.9])
-def test_fixed_point_is_the_exact_value(gamma_token):
+@pytest.mark.parametrize("trace", ["tree", "plain"])
+def test_fixed_point_is_the_exact_value(trace, gamma_token):
     """A token MDP of 3 states and replies of 2 tokens, some ended, some cut off: iterated targets reach the solution of the Bellman
-    equations, whatever lam is."""
+    equations, whatever lam is: the tree backup from anybody's play, plain TD(lambda) from the policy's own only. (On recorded play it had learned
+    the value of the players: EZPoints stayed at 0 %, because after a first right card these players nearly always lose.)"""
     rng, K, S, gamma = np.random.default_rng(3), 3, 3, 0.8
     first, second = rng.dirichlet(np.ones(K), S), rng.dirichlet(np.ones(K), (S, K))                         # pi(a|s), pi(b|s,a)
+    other = np.random.default_rng(4).dirichlet(np.ones(K), (S, K))                                          # what some player does instead of pi(b|s,a)
     reward, to, kind = rng.normal(size=(S, K, K)), rng.integers(0, S, (S, K, K)), rng.integers(0, 3, (S, K, K))  # kind 0 ends, 1 goes on, 2 is cut off
 
     # V(s) = sum_a pi(a|s) gamma_token sum_b pi(b|s,a) (r + gamma [not ended] V(s'))  is linear in V
@@ -188,10 +197,11 @@ def test_fixed_point_is_the_exact_value(gamma_token):
         for _ in range(200):
             v1, v2 = state_value(log(first), q1), state_value(log(second), q2)                              # V(s), V(s, a)
             v = torch.stack([torch.stack([v1[s], v2[s, a]]) for s, a, _ in turns] + [torch.stack([v1[s], v1[s]]) for s in range(S)])
-            y, known = td_targets(v, mask, rewards, ended, nexts, gamma, gamma_token, lam)
+            said = [torch.stack([torch.stack([x1[s, a], x2[s, a, b]]) for s, a, b in turns] + [torch.zeros(2)] * S) for x1, x2 in ((q1, q2), (torch.tensor(first), torch.tensor(second)))]
+            y, known = td_targets(v, mask, rewards, ended, nexts, gamma, gamma_token, lam, *(said if trace == "tree" else ()))
             assert known[:len(turns)].all() and not known[len(turns):].any()
             q2 = y[:len(turns), 1].reshape(S, K, K)
-            q1 = (y[:len(turns), 0].reshape(S, K, K) * torch.tensor(second)).sum(2)                         # what the mean square does with on-policy data
+            q1 = (y[:len(turns), 0].reshape(S, K, K) * torch.tensor(other if trace == "tree" else second)).sum(2)   # what the mean square does with these data
         np.testing.assert_allclose(q1.numpy(), exact1, atol=1e-9)
         np.testing.assert_allclose(q2.numpy(), exact2, atol=1e-9)
 
@@ -359,7 +369,7 @@ def test_the_story_of_pessimism(q_init, support, learns):
     ones = torch.ones(n, 2)
     batch = dict(inputs=dict(x=torch.zeros(n, 2)), P=3, mask=ones, span=ones * torch.tensor([0.0, 1.0]), reply_ids=replies, reward=reward,
                  terminated=torch.ones(n), next=torch.full((n,), -1), to_go=reward, ep_return=reward)
-    cfg = settings(bc_coef=0.0, af_coef=1.0, cql_coef=0.0, pess_coef=0.0, lam=1.0, gamma_token=1.0, beta=-0.02, v_support=support)
+    cfg = settings(trace="plain", bc_coef=0.0, af_coef=1.0, cql_coef=0.0, pess_coef=0.0, lam=1.0, gamma_token=1.0, beta=-0.02, v_support=support)
     optimizer, syntax = torch.optim.SGD(vlm.parameters(), lr=0.5), []
     for step in range(60):                                                # at first cloned as in filter_warmup; then it is up to the filter
         loss, info = compute_loss(vlm, batch, cfg, warm=step < 5)
@@ -382,7 +392,7 @@ def test_pessimism_has_a_floor():
     vlm.table.data[:, 3:] = 2.0
     batch = dict(inputs=dict(x=torch.zeros(n, 2)), P=3, mask=ones, span=ones, reply_ids=torch.tensor([[0, 1]] * n), reward=torch.full((n,), 0.5), terminated=torch.ones(n),
                  next=torch.full((n,), -1), to_go=torch.zeros(n), ep_return=torch.zeros(n))
-    cfg = settings(cql_coef=0.0, pess_coef=0.2, lam=1.0, gamma_token=1.0, critic_coef=1.0)
+    cfg = settings(trace="plain", cql_coef=0.0, pess_coef=0.2, lam=1.0, gamma_token=1.0, critic_coef=1.0)
     optimizer = torch.optim.SGD([vlm.table], lr=1.0)
     for _ in range(500):
         optimizer.zero_grad()

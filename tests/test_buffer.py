@@ -153,7 +153,8 @@ def test_batch(tmp_path, vlm):
     buf = filled(tmp_path, episode("a", 4, replies=replies), episode("b", 2, cut=True))
     other = filled(tmp_path / "two", episode("z", 3))
     parts = [(buf, [[0, 1, 2], [3], [4, 5, 6], [5]]), (other, [[1, 2]])]
-    b = batch(parts, vlm, MARKER, gamma=0.5, reward_scale=2.0)
+    buf.shape = other.shape = lambda reward: 2 * reward
+    b = batch(parts, vlm, MARKER, gamma=0.5)
     flat = [(which, i) for which, windows in parts for w in windows for i in w]
     B, R = b["mask"].shape
     assert B == len(flat) == 10 and b["reply_ids"].shape == b["span"].shape == (B, R)
