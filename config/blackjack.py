@@ -1,0 +1,22 @@
+"""
+Blackjack from mixed play.
+
+    python train.py config/blackjack.py
+"""
+out_dir = 'out/blackjack'
+env = 'Blackjack'
+data_mix = {'expert': 0.2, 'random': 0.6, 'malformed': 0.2}
+data_episodes = 4000   # the cards decide more than the player: many hands are needed to see who was right
+cache_mb = 1500
+dtype = 'bfloat16'
+offline_updates = 1000
+online_updates = 300
+gamma = 0.95
+critic_coef = 1.0
+filter_warmup = 100
+lr = 2e-3
+beta = -0.02
+rollout_episodes = 256
+eval_quick = 300
+eval_episodes = 2000
+reference = {'SFT of a 7B (RL4VLM)': (None, 0.231), 'PPO of a 7B (RL4VLM)': (None, 0.402), 'optimum': (0.432, 0.432)}
