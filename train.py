@@ -59,7 +59,7 @@ mdp = 'token'           # token: an advantage a token | turn: one a reply
 bc_coef = 0.0           # plain cloning, always on
 af_coef = 1.0           # value-corrected cloning
 critic_coef = 10.0      # the critic has to tell states apart before the filter can: it leads
-pess_coef = 0.1         # pulls Q of the whole vocabulary back to q_init: tokens that no data shows stay low; 0: off
+pess_coef = 2.0         # pulls Q of the whole vocabulary to q_init: tokens that no data shows here stay low; 0: off
 cql_coef = 0.0          # CQL's conservative term, an alternative; 0: off
 q_init: float = None    # where the head starts; None: the lowest discounted return in the data
 v_support = 0.0         # V over tokens with pi >= v_support * max pi only; 0: the whole vocabulary

@@ -6,11 +6,11 @@ Blackjack from mixed play.
 out_dir = 'out/blackjack'
 env = 'Blackjack'
 data_mix = {'expert': 0.2, 'random': 0.6, 'malformed': 0.2}
-data_episodes = 4000   # the cards decide more than the player: many hands are needed to see who was right
-cache_mb = 1500
+data_episodes = 10000   # the cards decide more than the player: many hands are needed to see who was right
+cache_mb = 3000
 dtype = 'bfloat16'
-offline_updates = 1000
-online_updates = 300
+offline_updates = 800
+online_updates = 200
 gamma = 0.95
 critic_coef = 1.0
 filter_warmup = 100

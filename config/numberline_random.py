@@ -10,6 +10,6 @@ out_dir = 'out/numberline_random'
 env = 'NumberLine'
 data_mix = {'random': 1.0}
 data_episodes = 600
-offline_updates = 350
+offline_updates = 200
 online_updates = 0
 gamma = 0.5
