@@ -1,7 +1,7 @@
 """
 Train a vision-language model to act, off-policy: offline on recorded play, then online on its own.
 
-    python train.py config/numberline.py                                       # the main job: about five minutes on two CPU cores
+    python train.py config/numberline.py                                       # the main job: a few minutes on two CPU cores
     python train.py config/numberline.py --actor_loss=sft --out_dir=out/sft    # an ablation
     python train.py config/numberline.py --resume=True                         # after a stop
     python train.py --help                                                     # every key

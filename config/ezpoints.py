@@ -2,6 +2,10 @@
 EZPoints (make 12 from two cards) from play that succeeds in a seventh of the episodes.
 
     python train.py config/ezpoints.py
+
+Sampled, 300 held-out hands, seed 0: data 14.4 %, offline 62.0 % [56.4, 67.3], online 79.7 % [74.8, 83.8]; valid 100 %. 15 minutes on one of two
+cores (AVX-512 with bf16). Hands that need a sum: 99 %; hands that need a product (2 6, 3 4; a fifth of all): 0 %, the data hold few of them and
+after the first card `+` is nearly always right. Longer offline, pess_coef 0.1: 75.3 % (seed 1) and 77.3 % (seed 0, gamma 0.5), online 80.3 and 78.0 %.
 """
 out_dir = 'out/ezpoints'
 env = 'EZPoints'
