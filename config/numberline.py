@@ -3,8 +3,8 @@ NumberLine from mixed play: about half of the turns are right, a fifth do not ev
 
     python train.py config/numberline.py
 
-Sampled, summed reward > 0, seeds 0, 1, 2: 93.0, 87.7, 95.0 % offline, 96.7, 94.7, 93.0 % after the online phase; goal reached 100 % each.
-Six minutes a run on one core each of two (AVX-512); SFT on the same data 21.3, 22.7, 21.7 %.
+Sampled, summed reward > 0, seeds 0, 1, 2: 99.7, 99.3, 99.0 % offline, 100 % each after the online phase; goal reached 100 %, valid 100 %.
+Four minutes a run on one core each of two (AVX-512); SFT on the same data 28.0 % (seed 0).
 """
 out_dir = 'out/numberline'
 env = 'NumberLine'

@@ -3,8 +3,8 @@ NumberLine from purely random play: no expert anywhere in the data.
 
     python train.py config/numberline_random.py
 
-Sampled, summed reward > 0: data 25.0 %, AFSFT 92.7 % [89.1, 95.1], goal reached 100 % (seed 0 only; just over two minutes on two cores).
-SFT (200 updates, seeds 0, 1, 2): 25.3, 30.3, 27.0 %.
+Sampled, summed reward > 0, seeds 0, 1, 2: 100, 97.7, 98.7 %, from data at 25.0, 27.8, 29.5 %; goal reached 100 % each. Two minutes on one core.
+SFT (with an earlier base): 25.3, 30.3, 27.0 %.
 """
 out_dir = 'out/numberline_random'
 env = 'NumberLine'
