@@ -1,5 +1,5 @@
 """
-Points24 (make 24 from four cards) from play that is mostly right: 73.1 % of the deals can be solved at all.
+Points24 (make 24 from four cards) from play that is mostly right: 73.1 % of the deals can be solved at all. Not run yet.
 
     python train.py config/points24.py
 """
