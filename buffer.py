@@ -35,7 +35,12 @@ def make_row(episode, turn, env, seed, obs, reply=None, reply_ids=None, logprobs
     messages = [{"role": "user", "content": content}]
     if reply is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
-    row = dict(version=VERSION, episode=episode, turn=turn, env=env, seed=seed, images_file_names=[image_name(obs["image"])], messages=messages,
+    return message_row(episode, turn, env, seed, [image_name(obs["image"])], messages, reply_ids, logprobs, source, **outcome)
+
+
+def message_row(episode, turn, env, seed, images, messages, reply_ids=None, logprobs=None, source="", **outcome):
+    """A turn from its messages and the names of the pictures that they show: every row is made here."""
+    row = dict(version=VERSION, episode=episode, turn=turn, env=env, seed=seed, images_file_names=images, messages=messages,
                reply_ids=reply_ids or [], behaviour_logprobs=[round(x, 6) for x in logprobs or []], source=source)
     return row | dict(action="", valid=True, reward=0.0, terminated=False, truncated=False, success=False) | outcome
 
@@ -234,9 +239,8 @@ def chat_rows(chat, name, picture):
     replies = [i for i, m in enumerate(messages) if i and m["role"] == "assistant" and m["content"]]
     if not replies:
         raise ValueError("has no reply")
-    rows = [dict(version=VERSION, episode=name, turn=turn, env="chat", seed=0, images_file_names=names[:shown(messages[:i])], messages=messages[:i + 1], reply_ids=[],
-                 behaviour_logprobs=[], source="import", action=envs.parse_agent(messages[i]["content"][0]["text"]) or "", valid=True, reward=0.0,
-                 terminated=i == replies[-1], truncated=False, success=False) for turn, i in enumerate(replies)]
+    rows = [message_row(name, turn, "chat", 0, names[:shown(messages[:i])], messages[:i + 1], source="import", terminated=i == replies[-1],
+                        action=envs.parse_agent(messages[i]["content"][0]["text"]) or "") for turn, i in enumerate(replies)]
     rows[-1] |= dict(reward=float(chat.get("reward") or 0.0), success=bool(chat.get("success")))
     return rows, dict(zip(names, images))
 

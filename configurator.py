@@ -192,8 +192,6 @@ def configure(script, argv, files=True, quiet=False):
         if values[name] != key.default and not quiet: print(f"  {name} = {show(repr(values[name]))}  (default {show(repr(key.default))}, from {show(origin[name])})")
     return types.SimpleNamespace(**values)
 
-# -- keys that contradict each other -----------------------------------------------------------------------------------
-
 # -- cross-field rules -------------------------------------------------------------------------------------------------
 CHOICES = dict(device=("auto", "cpu", "cuda"), dtype=("auto", "float32", "bfloat16"), q_head=("full", "tied"), invalid=("penalty", "random"),
                actor_loss=("sft", "afsft", "awr", "fbc"), mdp=("token", "turn"), trace=("tree", "plain"))

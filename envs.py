@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 MARKER = "[action]"
-SEEN = "What is in the picture?"    # think=True asks this first: the reply then is a plan or a description, and behind the marker the action
+SEEN = "What is in the picture?"
 
 # ---- the text protocol: a kind of action documents, parses, samples and (where finite) enumerates itself ----
 class Words:                # one of a list of words: Words("hit", "stand")
@@ -68,10 +68,10 @@ class Env:
     name, goal, kinds, example, max_turns = "", "", (), "", 10
     marker, split = True, True      # False: the whole reply is the action; False: too few different starts to hold any out
 
-    def __init__(self, size=80, penalty=-1.0, invalid="penalty", think=False):
+    def __init__(self, size=80, penalty=-1.0, invalid="penalty"):
         if invalid not in ("penalty", "random"):
             raise ValueError(f"invalid={invalid!r}: use 'penalty' (costs `penalty`, nothing moves) or 'random' (a random action is played).")
-        self.size, self.penalty, self.invalid, self.think, self.over, self.rng = size, penalty, invalid, think, True, np.random.default_rng()
+        self.size, self.penalty, self.invalid, self.over, self.rng = size, penalty, invalid, True, np.random.default_rng()
 
     def reset(self, seed=None, options=None):       # options={"split": "train" | "test"} draws only starts of that part
         split = (options or {}).get("split")
@@ -99,7 +99,7 @@ class Env:
 
     def prompt(self):
         actions = "Actions: " + " or ".join(kind.doc() for kind in self.kinds)
-        return "\n".join(filter(None, [self.goal, self.text(), actions, self.think and SEEN, f"End your reply with an action, for example: {MARKER} {self.example}"]))
+        return "\n".join(filter(None, [self.goal, self.text(), actions, f"End your reply with an action, for example: {MARKER} {self.example}"]))
 
     def parse(self, reply): return self.parse_env(parse_agent(reply) if self.marker else reply.strip())
     def parse_env(self, text): return next(filter(None, (kind.parse(text or "") for kind in self.kinds)), None)
@@ -107,7 +107,6 @@ class Env:
     def sample(self, rng): return self.kinds[rng.integers(len(self.kinds))].sample(rng)     # a valid action's text
     def observation(self): return {"image": self.picture(), "text": self.prompt()}
     def text(self): return ""
-    def caption(self): return ""                    # what is in the picture, in words: scripted players that think say it first
     def tag(self): return ""                        # a group of episodes that evaluation reports apart
     def optimal(self, word): return word == self.expert()
 
@@ -403,8 +402,9 @@ class Reading(Env):
         game.cards, items = deal(self.rng, 2 if name == "EZPoints" else 4), [*game.words()[:-1], "blank"]
         game.formula = [items[i] for i in draw(0, len(items), draw(game.limit + 2) if draw(2) else draw(5))]    # half short: as in real play
         ranks, points, i = [RANKS[rank] for rank, _ in game.cards], game.points(), draw(len(game.cards))
+        nth = ('first', 'second', 'third', 'fourth')[i]
         asked = [("picture", SEEN, game.caption()), ("cards", "What are the cards?", " ".join(ranks)), ("values", "What are the values of the cards?", " ".join(map(str, points))),
-                 ("card", f"What is the {['first', 'second', 'third', 'fourth'][i]} card?", ranks[i]), ("value", f"What is the value of the {['first', 'second', 'third', 'fourth'][i]} card?", points[i])]
+                 ("card", f"What is the {nth} card?", ranks[i]), ("value", f"What is the value of the {nth} card?", points[i])]
         if 0 < len(game.formula) < 7:
             asked += [("formula", f"{game.text()}\nWhat is the formula?", " ".join(game.formula)), ("last item", f"{game.text()}\nWhat is the last item?", game.formula[-1])]
         if name == "EZPoints":
@@ -442,8 +442,7 @@ def corpus(n, seed=0):
 def player(name, env, rng):
     """One reply of a scripted player: 'expert', 'random', 'malformed' (never parses) or 'biased': 70 % one wrong action, the same
     in every visit of a state, so that whoever clones the most frequent action always fails."""
-    said = env.caption() + " " if env.think else ""
-    sign, word = f"{said}{MARKER} " if env.marker else "", env.sample(rng)
+    sign, word = f"{MARKER} " if env.marker else "", env.sample(rng)
     if name == "random":
         return sign + word
     if name == "expert" or name == "biased" and rng.random() < 0.3:
@@ -454,7 +453,7 @@ def player(name, env, rng):
         return sign + next((w for w in words[after:] + words[:after] if not env.optimal(w)), right)
     if name == "malformed":
         broken = [word, f"[act] {word}", f"move {word}", MARKER, f"{MARKER} go", f"action: {word}", f"{MARKER} {word} {word}", f"{MARKER}\n{word}"]
-        return next((said + broken[i] for i in rng.permutation(len(broken)) if env.parse(broken[i]) is None), "")
+        return next((broken[i] for i in rng.permutation(len(broken)) if env.parse(broken[i]) is None), "")
     raise ValueError(f"player={name!r} is unknown; known are expert, random, biased, malformed.")
 
 def mixture(mix, env, rng):

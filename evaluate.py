@@ -169,7 +169,7 @@ def main(argv):
     n = run_cfg.eval_episodes if cfg.episodes is None else cfg.episodes
     if n < 1 or cfg.temperature < 0:
         raise ConfigError("--episodes must be at least 1 and --temperature at least 0.")
-    make_env = lambda: envs.make(run_cfg.env, size=run_cfg.size, penalty=run_cfg.penalty, invalid=run_cfg.invalid, think=run_cfg.think)
+    make_env = lambda: envs.make(run_cfg.env, size=run_cfg.size, penalty=run_cfg.penalty, invalid=run_cfg.invalid)
     buffer = Buffer(cfg.save, create=True) if cfg.save else None
     if cfg.agent:
         if cfg.agent not in PLAYERS:

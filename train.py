@@ -47,7 +47,6 @@ cache_mb = 512          # memory for encoded prompts
 env = 'NumberLine'      # NumberLine | EZPoints | Points24 | Blackjack, or pre-training's Captions | Reading
 size = 80               # side of the picture, pixels
 penalty = -1.0          # reward of a reply that does not parse; the environment does not move
-think = False           # the prompt asks what is in the picture, scripted players say it before they act: a short chain of thought
 invalid = 'penalty'     # penalty | random: RL4VLM's rule, a random action without a penalty
 # data
 data = ''               # folder of recorded episodes; '': record data_episodes by data_mix into out_dir/data
@@ -163,7 +162,7 @@ def git_commit():
 def main(argv):
     cfg = configure(__file__, argv)
     check_config(cfg)
-    make_env = lambda: envs.make(cfg.env, size=cfg.size, penalty=cfg.penalty, invalid=cfg.invalid, think=cfg.think)
+    make_env = lambda: envs.make(cfg.env, size=cfg.size, penalty=cfg.penalty, invalid=cfg.invalid)
     try:
         make_env()
     except ValueError as e:

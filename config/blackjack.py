@@ -5,7 +5,7 @@ Blackjack from mixed play. The best player wins 43.2 % of the hands, a random on
 
 Hands won, sampled, 2,000 held-out hands, seed 0: data 31.0 %, offline 39.4 %, online 41.4 % [39.3, 43.6]; valid 99.8 %. Six minutes on one of two
 cores (AVX-512 with bf16). It begins to hit late (after some 600 updates) and hits too rarely: longer runs should do better.
-10,000 hands with 800 + 300 updates: 39.0 % [36.9, 41.2]; with 800 + 200 updates and pess_coef 2: 40.2 % [38.1, 42.4].
+10,000 hands with 800 + 300 updates: 39.0 % [36.9, 41.2]; with 800 + 200 updates and pess_coef 2 (seed 0 too): 40.2 % [38.1, 42.4].
 """
 out_dir = 'out/blackjack'
 env = 'Blackjack'

@@ -3,7 +3,7 @@ NumberLine from biased play: in every state the wrong action is the more frequen
 
     python train.py config/numberline_biased.py
 
-Sampled, summed reward > 0, seeds 0, 1, 2: 97.7 / 98.3 / 99.0 (98.3 [97.3, 99.0]) %, from data at 13.7, 13.5, 14.2 %; goal reached 100 % each.
+Sampled, summed reward > 0, seeds 0, 1, 2: 97.7, 98.3, 99.0 %, from data at 13.7, 13.5, 14.2 %; goal reached 100 % each.
 Two minutes on one core. SFT (with an earlier base): 15.3, 18.0, 20.3 %.
 """
 out_dir = 'out/numberline_biased'

@@ -2,7 +2,7 @@
 The tiny VLM, pre-trained to read in two stages, first captions, then questions: plain cloning of right answers about the games'
 pictures, all weights, no action syntax.
 
-    python train.py config/pretrain_tiny.py --env=Captions --model=scratch --out_dir=out/captions --offline_updates=600
+    python train.py config/pretrain_tiny.py --env=Captions --model=scratch --out_dir=out/captions --offline_updates=600 --data_episodes=40000
     python train.py config/pretrain_tiny.py && cp -r out/pretrain_tiny/model tiny-vlm
 """
 out_dir = 'out/pretrain_tiny'
