@@ -78,6 +78,7 @@ target_tau = 0.05       # EMA of the target heads
 offline_updates = 600
 online_updates = 200
 batch_size = 32         # windows an update
+won_share = 0.0         # share of the windows that come from episodes that reached the goal; above 0 where those are rare and chance has no part in them
 window = 3              # consecutive turns of an episode in a window
 micro_batch = 32        # windows that are on the device at once
 lr = 4e-3               # of the adapters (or of all weights)
@@ -250,7 +251,7 @@ def main(argv):
         draw = rng(SAMPLE, step)
         torch.manual_seed(int(draw.integers(2 ** 31)))                     # LoRA dropout, if any
         n_online = cfg.batch_size - round(cfg.batch_size * cfg.offline_ratio) if online else 0
-        windows = [(b, w) for b, n in ((offline, cfg.batch_size - n_online), (replay, n_online)) if n for w in b.sample(draw, n, cfg.window)]
+        windows = [(b, w) for b, n in ((offline, cfg.batch_size - n_online), (replay, n_online)) if n for w in b.sample(draw, n, cfg.window, cfg.won_share)]
         micro = [batch([(b, [w]) for b, w in windows[i:i + cfg.micro_batch]], vlm, envs.MARKER, cfg.gamma) for i in range(0, len(windows), cfg.micro_batch)]
         tokens = sum(m["mask"].sum() for m in micro)                       # of the whole update: gradients do not depend on the split
         critic_tokens = sum((m["mask"] * ((m["terminated"] > 0) | (m["next"] >= 0))[:, None]).sum() for m in micro)
