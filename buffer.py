@@ -169,17 +169,18 @@ class Buffer:
 
     # ---------------------------------------------------------------------------------------------------------- batches
 
-    def sample(self, rng, n, window, won=0.0):
+    def sample(self, rng, n, window, won=None):
         """n windows, each a list of up to `window` consecutive row numbers of one episode. A window may overhang an episode's first or last turn
         and is cut there: so every played turn is drawn equally often, whatever its place. A last observation comes with the turn before it.
-        won: the share of windows that come from episodes that reached the goal, if there are any; the others come from all episodes."""
+        won: the share of windows from episodes that reached the goal, the others come from those that did not; None, or only one kind there: as they come."""
         turns = list(self.episodes.values())
         played = np.array([len(t) - (reply_text(self.rows[t[-1]]) is None) for t in turns])
-        width = played + window - 1
-        every, goal = np.cumsum(width), np.cumsum(width * [self.rows[t[-1]]["success"] for t in turns])
-        n_goal, windows = round(won * n) if goal[-1] else 0, []
-        for places, many in ((goal, n_goal), (every, n - n_goal)):
-            for u in rng.integers(max(1, places[-1]), size=many):
+        reached = np.array([self.rows[t[-1]]["success"] for t in turns])
+        kinds = [(np.ones_like(reached), n)] if won is None or reached.all() or not reached.any() else [(reached, round(won * n)), (~reached, n - round(won * n))]
+        windows = []
+        for kind, many in kinds:
+            places = np.cumsum(kind * (played + window - 1))
+            for u in rng.integers(places[-1], size=many):
                 e = int(np.searchsorted(places, u, side="right"))
                 end = int(places[e] - u)                                    # 1 .. played + window - 1
                 cut = turns[e][max(0, end - window):min(end, int(played[e]))]

@@ -198,7 +198,7 @@ CHOICES = dict(device=("auto", "cpu", "cuda"), dtype=("auto", "float32", "bfloat
 AT_LEAST_1 = "log_interval ckpt_interval n_critics data_episodes batch_size window micro_batch num_envs rollout_episodes updates_per_rollout max_new_tokens eval_episodes eval_quick cache_mb".split()
 AT_LEAST_0 = "seed eval_interval stop_at lora_r offline_updates online_updates warmup_updates filter_warmup bc_coef af_coef critic_coef cql_coef pess_coef weight_decay rollout_temperature".split()
 POSITIVE = "lora_alpha awr_temperature reward_scale lr critic_lr grad_clip".split()
-SHARES = "lora_dropout won_share v_support fbc_quantile gamma gamma_token lam target_tau min_lr offline_ratio".split()
+SHARES = "lora_dropout v_support fbc_quantile gamma gamma_token lam target_tau min_lr offline_ratio".split()
 
 def check_config(cfg):
     """Every rule about the values of train.py's keys, alone and together; a ConfigError with one sentence, before anything is read or written."""
@@ -211,6 +211,7 @@ def check_config(cfg):
                              (POSITIVE, lambda x: x > 0, "above 0"), (SHARES, lambda x: 0 <= x <= 1, "between 0 and 1")):
         for name in names: need(ok(getattr(cfg, name)), f"{name}={getattr(cfg, name)!r} is out of range: it must be {words}.")
     need(cfg.reward_clip is None or cfg.reward_clip > 0, f"reward_clip={cfg.reward_clip} is out of range: it must be above 0, or None.")
+    need(cfg.won_share is None or 0 <= cfg.won_share <= 1, f"won_share={cfg.won_share} is out of range: it must be between 0 and 1, or None.")
     need(28 <= cfg.size <= 2000, f"size={cfg.size} is out of range: a picture's side must be between 28 and 2000 pixels.")
     need(cfg.penalty <= 0, f"penalty={cfg.penalty} is above 0: it is the reward of a reply that does not parse, so it must be 0 or below.")
     need(cfg.offline_updates + cfg.online_updates > 0, "offline_updates and online_updates are both 0: there is nothing to do.")

@@ -142,16 +142,14 @@ def test_windows(tmp_path):
 
 
 def test_windows_of_won_episodes(tmp_path):
-    """`won` draws that share of the windows from episodes that reached the goal (EZPoints: a seventh of the data, learned in half of the updates);
-    where none did, all come from all of them."""
+    """`won` draws that share of the windows from episodes that reached the goal and the rest from the others (EZPoints' data wins a seventh of the hands:
+    79 % instead of 0 after 400 updates); where there is only one kind, all come as they are."""
     buf = filled(tmp_path)
     buf.rows[next(iter(buf.episodes.values()))[-1]]["success"] = True
     won = lambda window: buf.rows[buf.episodes[buf.rows[window[0]]["episode"]][-1]]["success"]
-    plain = np.mean([won(w) for w in buf.sample(np.random.default_rng(0), 2000, 2)])
-    assert 0 < plain < 0.6
-    for share in (0.5, 1.0):
-        drawn = np.mean([won(w) for w in buf.sample(np.random.default_rng(0), 2000, 2, share)])
-        assert abs(drawn - (share + (1 - share) * plain)) < 0.03
+    assert 0 < np.mean([won(w) for w in buf.sample(np.random.default_rng(0), 2000, 2)]) < 0.6
+    for share in (0.0, 0.25, 1.0):
+        assert np.mean([won(w) for w in buf.sample(np.random.default_rng(0), 400, 2, share)]) == share
     for row in buf.rows:
         row["success"] = False
     assert buf.sample(np.random.default_rng(0), 9, 2, 0.5) == buf.sample(np.random.default_rng(0), 9, 2)
