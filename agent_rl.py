@@ -5,17 +5,18 @@ After "VLM Q-Learning: Aligning Vision-Language Models for Interactive Decision-
 Every reply token is an action; the state is the prompt and the reply so far; the end-of-turn token carries the turn's reward.
 
     V(s)   = sum_v pi(v|s) Q(s,v)                                    A(s,a) = Q(s,a) - V(s)
-    last token of turn t:  y   = r_t + gamma (1 - terminated_t) V'(s_{t+1})           V' by the target head
-    inside the turn:       y_j = gamma_token (V'(s_{j+1}) + lam pi(a_{j+1}|s_{j+1}) (y_{j+1} - Q'(s_{j+1},a_{j+1})))
+    inside a turn:         y_j = gamma_token v_{j+1}           v_j = V'(s_j) + lam pi(a_j|s_j) (y_j - Q'(s_j,a_j))           Q', V' by the target head
+    last token of turn t:  y   = r_t + gamma (1 - terminated_t) v_0 of turn t+1         where no reply follows, v is V' and y is Q'
     L = bc_coef L_SFT + af_coef L_AF + critic_coef L_Q
     L_SFT = - mean log pi(a|s)      L_AF = - mean f(A(s,a)) log pi(a|s)      L_Q = mean (Q(s,a) - y)^2 + pess_coef mean_v (Q(s,v) - q_init)^2
 
 Where it departs from the paper, or fills in what is not public of it:
  1. Q is as wide as the vocabulary and V its exact expectation under the policy; no sampled actions, no value network.
- 2. The tree backup (Precup, Sutton, Singh 2000) over the tokens of a turn: syntax, of which the policy is certain, carries a turn's outcome back in
-    one update; where the player said what the policy would not, the trace is cut and V' stands in. Plain TD(lambda) (trace = 'plain') learns the
-    players' value instead: the first token of every good and bad reply is the same, so its Q, which is the next turn's bootstrap, was the mean of
-    what they all got. (NumberLine's TD error after 450 updates: 0.34 plain, 0.001 tree; EZPoints: 0 % plain, see LOG.md.)
+ 2. The tree backup (Precup, Sutton, Singh 2000) over the tokens of a window, across its turns: syntax, of which the policy is certain, carries an
+    outcome back in one update; where the player said what the policy would not, the trace is cut and V' stands in. Plain TD(lambda) inside a turn
+    (trace = 'plain') learns the players' value instead: the first token of every good and bad reply is the same, so its Q, which is the next
+    turn's bootstrap, was the mean of what they all got. (NumberLine's TD error after 450 updates: 0.34 plain, 0.001 tree; EZPoints: 0 % plain.)
+    Across turns, because a turn is valued best where it decides: behind its syntax, where the policy has learned to look at the picture.
  3. Pessimism. Tokens that no data shows keep the head's first value. If that is above the true return, V is too high and a *correct* syntax
     token, for which A = (1 - pi)(Q - Q_unseen), fails the filter for as long as pi is not certain: the filter unlearns the syntax. So the head
     starts at the lowest discounted return in the data (q_init), and a term (pess_coef) pulls the whole vocabulary to it: what data shows is held
@@ -46,19 +47,27 @@ def td_targets(v, mask, reward, terminated, nexts, gamma, gamma_token=1.0, lam=1
     of the turn that follows, -1 if it is not here; q, pi (B, R): Q'(s,a) and pi(a|s) of the tokens for the tree backup, without them plain
     TD(lambda). -> y (B, R), known (B,) false where the bootstrap is missing.
     `terminated` ends the return; a truncated turn has the row of its last observation as next and bootstraps from it."""
-    bootstrap = torch.where(nexts >= 0, v[nexts.clamp(min=0), 0], 0.0)
-    y_turn = reward + gamma * (1 - terminated) * bootstrap            # y = r_t + gamma (1 - terminated) V'(s_{t+1})
+    after, last, tree = nexts.clamp(min=0), mask.sum(1).long() - 1, q is not None
     known = (terminated > 0) | (nexts >= 0)
-    last = mask.sum(1).long() - 1
-    y, out = torch.zeros_like(y_turn), []
-    for j in reversed(range(mask.shape[1])):
-        if j + 1 < mask.shape[1] and q is None:                       # y_j = gamma_token (lam y_{j+1} + (1 - lam) V'(s_{j+1}))
-            y = gamma_token * (lam * y + (1 - lam) * v[:, j + 1])
-        elif j + 1 < mask.shape[1]:                                   # y_j = gamma_token (V'(s_{j+1}) + lam pi(a_{j+1}|s_{j+1}) (y_{j+1} - Q'(s_{j+1},a_{j+1})))
-            y = gamma_token * (v[:, j + 1] + lam * pi[:, j + 1] * (y - q[:, j + 1]))
-        y = torch.where(last == j, y_turn, y)
-        out.append(y)
-    return torch.stack(out[::-1], 1) * mask, known & (last >= 0)
+    bootstrap, turns, hop = v[after, 0], 1, nexts                         # V'(s_{t+1})
+    while tree and turns < len(nexts) and (hop >= 0).any():               # turns in a row: each pass carries what is known one turn further back
+        hop, turns = torch.where(hop >= 0, nexts[hop.clamp(min=0)], -1), turns + 1
+    for _ in range(turns):
+        y_turn = reward + gamma * (1 - terminated) * torch.where(nexts >= 0, bootstrap, 0.0)        # y = r_t + gamma (1 - terminated) v_0
+        if tree:                                                          # a window's last reply: its end is not here, and stands for itself
+            y_turn = torch.where(known, y_turn, q.gather(1, last.clamp(min=0)[:, None])[:, 0])
+        y, out = torch.zeros_like(y_turn), []
+        for j in reversed(range(mask.shape[1])):
+            if j + 1 < mask.shape[1] and tree:                            # y_j = gamma_token v_{j+1}
+                y = gamma_token * (v[:, j + 1] + lam * pi[:, j + 1] * (y - q[:, j + 1]))
+            elif j + 1 < mask.shape[1]:                                   # y_j = gamma_token (lam y_{j+1} + (1 - lam) V'(s_{j+1}))
+                y = gamma_token * (lam * y + (1 - lam) * v[:, j + 1])
+            y = torch.where(last == j, y_turn, y)
+            out.append(y)
+        y = torch.stack(out[::-1], 1) * mask
+        if tree:                                                          # v_0 = V'(s_0) + lam pi(a_0|s_0) (y_0 - Q'(s_0,a_0))
+            bootstrap = v[after, 0] + lam * (mask * pi * (y - q))[after, 0]
+    return y, known & (last >= 0)
 
 
 def filter_weight(adv, kind, beta=0.0, temperature=1.0, max_weight=20.0, good_episode=None):

@@ -84,11 +84,14 @@ def np_value(logits, q, support):
 
 def np_targets(v, length, reward, terminated, nexts, gamma, gamma_token, lam, q=None, pi=None):
     y, known = np.zeros(v.shape), np.zeros(len(v), bool)
-    for b, n in enumerate(length):
+    for b in reversed(range(len(length))):                                # a turn stands before the one that follows it
+        n, to = length[b], nexts[b]
         if n == 0:
             continue
-        known[b] = bool(terminated[b]) or nexts[b] >= 0
-        y[b, n - 1] = reward[b] + (gamma * v[nexts[b], 0] if nexts[b] >= 0 and not terminated[b] else 0)
+        known[b] = bool(terminated[b]) or to >= 0
+        y[b, n - 1] = reward[b] if known[b] or q is None else q[b, n - 1]
+        if to >= 0 and not terminated[b]:
+            y[b, n - 1] += gamma * (v[to, 0] + (lam * pi[to, 0] * (y[to, 0] - q[to, 0]) if q is not None and length[to] else 0))
         for j in range(n - 2, -1, -1):
             y[b, j] = gamma_token * (lam * y[b, j + 1] + (1 - lam) * v[b, j + 1] if q is None else v[b, j + 1] + lam * pi[b, j + 1] * (y[b, j + 1] - q[b, j + 1]))
     return y, known
@@ -161,7 +164,22 @@ def test_targets_by_hand():
     assert known.tolist() == [True, False, False]
     q, pi = torch.tensor([[9.0, 7.0]] * 3), torch.tensor([[0.9, 0.5]] * 3)
     y, _ = td_targets(v, mask, reward, zero, nexts, gamma=0.5, gamma_token=0.8, lam=0.25, q=q, pi=pi)
-    assert y[0].tolist() == [pytest.approx(0.8 * (2.0 + 0.25 * 0.5 * (0.5 - 7.0))), 0.5]
+    end = -1 + 0.5 * (3.0 + 0.25 * 0.9 * (3.5 - 9.0))                       # the backup goes on through the next turn's reply
+    assert y[0].tolist() == [pytest.approx(0.8 * (2.0 + 0.25 * 0.5 * (end - 7.0))), pytest.approx(end)]
+    y, known = td_targets(v, mask, reward, zero, torch.tensor([1, -1, -1]), gamma=0.5, gamma_token=0.8, lam=0.25, q=q, pi=pi)
+    assert known.tolist() == [True, False, False] and y[0, 1] == -1 + 0.5 * 3.0     # that turn's outcome is unknown: nothing to correct V' by
+
+
+def test_certain_syntax_hands_the_value_on():
+    """The bootstrap is the value where the next turn *decides*. (It had been V' of its first token, which has no cause to look at the picture: the
+    critic knew at the card that 3 + 4 loses, and still +0.5 was handed to the turn that chose the `+`: hands that need a product stayed at 0 %.)"""
+    v = torch.tensor([[0.0, 0.0, 0.0], [0.5, 0.5, -0.8]])                  # the second turn: two tokens of syntax, then the decision
+    mask, pi = torch.ones(2, 3), torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.3]])
+    q = torch.tensor([[0.0, 0.0, 0.0], [0.5, 0.5, -0.2]])
+    y, known = td_targets(v, mask, torch.zeros(2), torch.zeros(2), torch.tensor([1, -1]), gamma=0.5, q=q, pi=pi)
+    assert known.tolist() == [True, False] and y[0].tolist() == pytest.approx([-0.4] * 3)
+    y, _ = td_targets(v, mask, torch.zeros(2), torch.zeros(2), torch.tensor([1, -1]), gamma=0.5, q=q, pi=pi * torch.tensor([[1.0], [0.0]]))
+    assert y[0].tolist() == pytest.approx([0.25] * 3)                      # the policy would not have said it: V' of the turn's beginning
 
 
 @pytest.mark.parametrize("gamma_token", [1.0, 0.9])
