@@ -4,17 +4,21 @@ How well it went: success with intervals, return, share of valid actions; greedy
     python evaluate.py out/numberline                                   # a trained run, on held-out starts
     python evaluate.py out/numberline --episodes=1000 --temperature=0.5
     python evaluate.py out/numberline --agent=expert --save=data/x      # any player; --save records into the folder format
+    python evaluate.py out/numberline --report                          # out/numberline/report.html to look at, a GIF a game, curves.svg
+    python evaluate.py out/numberline/data --report                     # a folder of episodes, as that run's critic sees it
 """
-import json, math, os, sys
+import base64, io, json, math, os, re, sys, tempfile
+from html import escape
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import envs
-from buffer import Buffer, make_row
+from agent_rl import advantages, filter_weight, shaped
+from buffer import Buffer, batch, make_row, reply_text
 from configurator import ConfigError, configure
 from model import build, latest_checkpoint
 
@@ -25,6 +29,9 @@ save = ''            # folder to record the sampled episodes into; '' records no
 temperature = 1.0    # of the sampled row
 q_weight = 0.0       # adds q_weight * A to the logits: the critic corrects the policy at play; 0 is the plain policy
 seed = 0             # of the sampling; the held-out starts do not depend on it
+report = False       # write report.html: the table, the curves, and episodes with what the critic thinks of every token
+report_episodes = 100 # at most that many on the page
+critic = ''          # run folder whose critic judges a folder of episodes; '': the run that the folder lies in, if there is one
 # --- end of config ---
 
 PLAYERS = ("expert", "random", "malformed", "biased")
@@ -156,21 +163,285 @@ def table(results):
     return "\n".join(lines)
 
 
+# ---- the report: one HTML file with everything in it ----
+def choose(buf, n, start=0):
+    """n episodes of those from row `start` on, evenly from every game's reached and missed ones -> {episode: how many of its kind it stands for}."""
+    kinds, chosen = {}, {}
+    for name, turns in buf.episodes.items():
+        if turns[0] >= start:
+            kinds.setdefault((buf.rows[turns[0]].get("env", ""), buf.rows[turns[-1]]["success"]), []).append(name)
+    for left, kind in zip(range(len(kinds), 0, -1), sorted(kinds.values(), key=len)):   # a small kind leaves its share to the larger ones
+        m = min(len(kind), -(-(n - len(chosen)) // left))
+        chosen |= {kind[k * len(kind) // m]: len(kind) / m for k in range(m)}
+    return {name: chosen[name] for name in buf.episodes if name in chosen}
+
+
+@torch.no_grad()
+def inspect(buf, rows, vlm, run_cfg, top=10, chunk=8):
+    """What the loss sees of recorded replies. rows: row numbers -> {row: (V of its first state, tokens)}; a token is [id, p, Q, V, A, f, alternatives], the
+    `top` likeliest alternatives are [id, p, Q], the token itself among them. Without a critic only p is known, the others are None."""
+    seen, vlm = {}, vlm.eval()
+    short = lambda x: float(f"{x:.5g}") if math.isfinite(x) else None                    # JSON has no nan
+    for i in tqdm(range(0, len(rows), chunk), desc="critic", disable=None, leave=False):
+        b = batch([(buf, [[row] for row in rows[i:i + chunk]])], vlm, envs.MARKER, run_cfg.gamma)
+        a, mask = b["reply_ids"], b["mask"]
+        logits, hidden = vlm(b["inputs"], b["P"], a.shape[1])
+        pi = logits.softmax(-1)
+        likely = pi.topk(top).indices                                                    # (B, R, top)
+        likely[..., -1] = torch.where((likely == a[..., None]).any(-1), likely[..., -1], a)
+        said, other = [pi.gather(-1, a[..., None])[..., 0]], [pi.gather(-1, likely)]
+        if len(vlm.heads):
+            q = vlm.q(hidden)
+            qa, v, adv = advantages(logits, q, a, mask, run_cfg)
+            said += [qa.mean(0), v, adv, filter_weight(adv, run_cfg.actor_loss, run_cfg.beta, run_cfg.awr_temperature)]
+            other += [q.mean(0).gather(-1, likely)]
+        said, other = torch.stack(said, -1).tolist(), torch.stack(other, -1).tolist()
+        full = lambda x, n: [*map(short, x), *[None] * (n - len(x))]
+        for k, row in enumerate(rows[i:i + chunk]):
+            tokens = [[int(a[k, j]), *full(said[k][j], 5), [[int(w), *full(x, 2)] for w, x in zip(likely[k, j], other[k][j])]] for j in range(int(mask[k].sum()))]
+            seen[row] = full(said[k][0], 5)[2], tokens
+    return seen
+
+
+def word(vlm, i):
+    """One token as text. Decoded alone, SentencePiece's tokens lose the blank they begin with."""
+    text, raw = vlm.tokenizer.decode([i], clean_up_tokenization_spaces=False), vlm.tokenizer.convert_ids_to_tokens(i) or ""
+    return " " + text if raw[:1] in ("\u2581", "\u0120") and text[:1] != " " else text
+
+
+def data_uri(image):
+    """A picture as the page holds it: PNG where that is small, else WebP; at most 640 pixels wide or high."""
+    image.thumbnail((640, 640)) if max(image.size) > 640 else None
+    for kind, options in (("png", dict(optimize=True)), ("webp", dict(quality=80))):
+        image.save(file := io.BytesIO(), kind, **options)
+        if file.tell() < 12_000:
+            break
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def page_data(buf, chosen, vlm=None, run_cfg=None, limit=25e6):
+    """Episodes -> (what the page's script reads, points of the calibration plot: (V, observed return, how many turns it stands for)).
+    Texts and pictures stand there once, and are named by number. Episodes that would take it over `limit` bytes are left out."""
+    seen = inspect(buf, [i for e in chosen for i in buf.episodes[e]], vlm, run_cfg) if vlm else {}
+    texts, pictures, words, size, out, points = {}, {}, set(), 0, [], []
+    for name, stands_for in chosen.items():
+        if size > limit:
+            break
+        turns = []
+        for i in buf.episodes[name]:
+            row, (v, tokens) = buf.rows[i], seen.get(i, (None, None))
+            asked = [(m["role"], "\n".join(p["text"] for p in m["content"] if p["text"])) for m in row["messages"][:len(row["messages"]) - (reply_text(row) is not None)]]
+            prompt = asked[0][1] if len(asked) == 1 else "\n\n".join(f"{role}: {text}" for role, text in asked)
+            for file in row["images_file_names"]:
+                if file not in pictures:
+                    pictures[file] = data_uri(buf.image(file).copy())
+                    size += len(pictures[file])
+            words |= {w for t in tokens or [] for w in [t[0], *(x[0] for x in t[-1])]}
+            turns.append(dict(pics=[list(pictures).index(file) for file in row["images_file_names"]], prompt=texts.setdefault(prompt, len(texts)), reply=reply_text(row), tokens=tokens, v=v,
+                              go=round(buf.to_go(i, run_cfg.gamma), 4) if run_cfg else None, **{k: row.get(k) for k in ("action", "valid", "reward", "source")}))
+            if v is not None and tokens:
+                points.append((v, turns[-1]["go"], stands_for))
+        last = buf.rows[buf.episodes[name][-1]]
+        out.append(dict(name=name, env=last.get("env", ""), seed=last.get("seed"), reached=last["success"], total=round(buf.episode_return(name), 4), turns=turns))
+        size += len(json.dumps(out[-1]))
+    scale = np.quantile([abs(t[4]) for e in out for x in e["turns"] for t in x["tokens"] or [] if t[4] is not None] or [1.0], 0.95)
+    return dict(episodes=out, texts=list(texts), pictures=list(pictures.values()), words={w: word(vlm, w) for w in sorted(words)}, scale=max(float(scale), 1e-3),
+                critic=bool(vlm and len(vlm.heads)), kind=run_cfg.actor_loss if run_cfg else "", beta=run_cfg.beta if run_cfg else 0, turn=bool(run_cfg and run_cfg.mdp == "turn")), points
+
+
+def nice(lo, hi, n=4):
+    """At most n + 1 round numbers between lo and hi."""
+    step = 10.0 ** math.floor(math.log10((hi - lo) / n))
+    step *= next(k for k in (1, 2, 5, 10) if (hi - lo) / (step * k) <= n + 1e-9)
+    return [k * step for k in range(math.ceil(lo / step - 1e-9), math.floor(hi / step + 1e-9) + 1)]
+
+
+def chart(title, series, x_label, online=None, log=False, dots=(), square=False):
+    """A small plot -> the inside of an SVG of 340 x 240. series: {label: [(x, y) or (x, y, half an interval)]}; online: the x after which the run played itself;
+    log: y in decades; dots: more points, [(x, y)]; square: both axes have one scale, and the line where they are equal is drawn."""
+    series = {label: [(x, math.log10(y) if log else y, *e) for x, y, *e in points if y > 0 or not log] for label, points in series.items()}
+    every = [p for points in (*series.values(), dots) for p in points]
+    xs, ys = [p[0] for p in every], [p[1] for p in every]
+    xs, ys = (xs + ys, xs + ys) if square else (xs, ys)
+    x0, x1, y0, y1 = *((min(xs), max(xs)) if min(xs) < max(xs) else (min(xs) - 1, max(xs) + 1)), *((min(ys), max(ys)) if min(ys) < max(ys) else (min(ys) - 1, max(ys) + 1))
+    y0, y1 = (math.floor(y0), math.ceil(y1)) if log else (y0 - 0.04 * (y1 - y0), y1 + 0.04 * (y1 - y0))
+    legend = list(series) + ["one turn"] * bool(dots)
+    left, right, top, bottom = 44, 330, 28 + 14 * -(-len(legend) // 2), 204
+    X, Y = lambda x: round(left + (right - left) * (x - x0) / (x1 - x0), 1), lambda y: round(bottom - (bottom - top) * (min(max(y, y0), y1) - y0) / (y1 - y0), 1)
+    out = [f'<text class="t" x="6" y="15">{escape(title)}</text>']
+    if online is not None:
+        out.append(f'<rect class="on" x="{X(online)}" y="{top}" width="{right - X(online)}" height="{bottom - top}"/>')
+    for y in nice(y0, y1):
+        if not log or y == round(y):
+            out.append(f'<path class="g" d="M{left} {Y(y)}H{right}"/><text x="{left - 5}" y="{Y(y) + 3.5}" text-anchor="end">{10 ** y if log else y:.6g}</text>')
+    out += [f'<text x="{X(x)}" y="{bottom + 14}" text-anchor="middle">{x:.6g}</text>' for x in nice(x0, x1, 5)] + [f'<text x="{(left + right) / 2}" y="{bottom + 29}" text-anchor="middle">{escape(x_label)}</text>']
+    if square:
+        out.append(f'<path class="g eq" d="M{X(x0)} {Y(x0)}L{X(x1)} {Y(x1)}"/>')
+    if dots:
+        out.append('<path class="dots" d="' + "".join(f"M{X(x)} {Y(y)}h0" for x, y in dots) + '"/>')
+    for k, (label, points) in enumerate(series.items()):
+        out.append(f'<path class="s s{k % 4}" d="M' + "L".join(f"{X(p[0])} {Y(p[1])}" for p in points) + '"/>')
+        out += [f'<path class="s s{k % 4} w" d="M{X(x)} {Y(y - e[0])}V{Y(y + e[0])}"/>' for x, y, *e in points if e]
+        out += [f'<circle class="d{k % 4}" cx="{X(p[0])}" cy="{Y(p[1])}" r="2.2"/>' for p in points] if len(points) <= 40 else []
+    for k, label in enumerate(legend):
+        x, y = 8 + 166 * (k % 2), 30 + 14 * (k // 2)
+        out.append((f'<path class="s s{k % 4}" d="M{x} {y - 3}h18"/>' if k < len(series) else f'<path class="dots" d="M{x + 9} {y - 3}h0"/>') + f'<text x="{x + 23}" y="{y}">{escape(label)}</text>')
+    return "".join(out)
+
+
+CURVES = (("Return of an episode", 1, r"(rollout|eval)/(.*/)?episode_return"), ("Success, %", 100, r"(rollout|eval)/(.*/)?success(_return)?"), ("Valid actions, %", 100, r"(rollout|eval)/(.*/)?valid"),
+          ("Tokens that pass the filter, %", 100, "pass_.*"), ("Losses, in decades", 1, "nll|td_error|pess"), ("Values and returns, discounted", 1, "[qv]_mean|return_.*"))
+
+
+def learning_curves(run):
+    """The charts of a run's metrics.jsonl, those that it has numbers for; the online phase is shaded."""
+    with open(os.path.join(run, "metrics.jsonl")) as f:
+        rows = [json.loads(line) for line in f]
+    online = max([0, *(r["step"] for r in rows if r["phase"] == "offline")]) if any(r["phase"] == "online" for r in rows) else None
+    charts, x_label = [], "update, offline" if online is None else "update (shaded: online)"
+    for title, scale, keys in CURVES:
+        names = list(dict.fromkeys(k for r in rows for k in r if re.fullmatch(keys, k)))
+        series = {k: [(r["step"], scale * r[k]) for r in rows if k in r] for k in names}
+        charts += [chart(title, series, x_label, online, log="decades" in title)] if series else []
+    return charts
+
+
+def calibration(points):
+    """The chart of predicted against observed returns, and the mean of each tenth of the predictions with a 95 % interval, weighted by what a turn stands for."""
+    v, go, w = np.array(sorted(points)).T
+    parts = np.array_split(np.arange(len(v)), min(10, -(-len(v) // 8)))
+    mean = lambda x, i: float((w[i] * x[i]).sum() / w[i].sum())
+    means = [(mean(v, i), m := mean(go, i), 1.96 * float(np.sqrt((w[i] ** 2 * (go[i] - m) ** 2).sum()) / w[i].sum())) for i in parts]
+    return chart("Return, observed (up) against predicted", {"mean, 95 % interval": means}, "V at a reply's first token", dots=list(zip(v, go))[::-(-len(v) // 1500)], square=True)
+
+
+def html_table(results):
+    """{name: summary} -> the rows of the page's table; under a rate a line from 0 to 100 % with its interval."""
+    out = []
+    for name, s in results.items():
+        cells = []
+        for key in ("success", "success_return"):
+            lo, hi = s.get(key + "_95", (s[key], s[key]))
+            cells.append(f'<td class="rate" data-of="{"goal reached" if key == "success" else "summed reward &gt; 0"}, %">{100 * s[key]:.1f} <small>[{100 * lo:.1f}, {100 * hi:.1f}]</small><svg class="bar" viewBox="0 0 100 3" preserveAspectRatio="none"><rect width="100" height="3"/>'
+                         f'<rect class="in" x="{min(100 * lo, 99):.1f}" width="{max(1, 100 * (hi - lo)):.1f}" height="3"/></svg></td>')
+        out.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}<td data-of="return">{s["episode_return"]:.3f}</td><td data-of="turns">{s["turns"]:.2f}</td>'
+                   f'<td data-of="valid, %">{100 * s["valid"]:.1f}</td><td data-of="episodes">{s["episodes"]}</td></tr>')
+        out += [f'<tr class="tag"><th scope="row">{escape(tag)}</th><td class="rate" data-of="goal reached, %">{100 * g["success"]:.1f} <small></small></td><td colspan="4"></td><td data-of="episodes">{g["episodes"]}</td></tr>' for tag, g in s.get("by_tag", {}).items()]
+    return "".join(out)
+
+
+def gif(buf, episodes, file, side=240):
+    """Episodes as one moving picture: each turn's picture with what was done under it, 0.8 s a turn, an episode's last one 2 s."""
+    frames, font, strip = [], ImageFont.load_default(size=15), 44
+    first = buf.image(buf.rows[buf.episodes[episodes[0]][0]]["images_file_names"][-1])
+    k = max(1, -(-side // min(first.size)))
+    size = tuple(round(x * k * min(1, 480 / (max(first.size) * k))) for x in first.size)
+    for n, name in enumerate(episodes, 1):
+        for t, i in enumerate(buf.episodes[name], 1):
+            row, end = buf.rows[i], i == buf.episodes[name][-1]
+            frame = Image.new("RGB", (size[0], size[1] + strip), (24, 28, 33))
+            frame.paste(buf.image(row["images_file_names"][-1]).resize(size, Image.NEAREST if k > 1 else Image.LANCZOS))
+            reply = reply_text(row)
+            did = "cut off here" if reply is None else row.get("action") or ("invalid: " if not row["valid"] else "") + " ".join(reply.split())
+            while font.getlength(did) > size[0] - 110:
+                did = did[:-2].rstrip("\u2026") + "\u2026"
+            outcome = f"{'reached' if row['success'] else 'missed'} the goal, return {buf.episode_return(name):g}" if end else f"turn {t}"
+            draw = ImageDraw.Draw(frame)
+            draw.text((8, size[1] + 4), did, fill=(255, 255, 255) if row["valid"] else (255, 176, 80), font=font)
+            draw.text((size[0] - 8, size[1] + 4), "" if reply is None else f"reward {row['reward']:+g}", fill=(240, 160, 60) if row["reward"] < 0 else (120, 195, 245), font=font, anchor="ra")
+            draw.text((8, size[1] + 24), outcome, fill=(165, 175, 185), font=ImageFont.load_default(size=13))
+            draw.text((size[0] - 8, size[1] + 24), f"{n}/{len(episodes)}", fill=(165, 175, 185), font=ImageFont.load_default(size=13), anchor="ra")
+            frames.append((frame, 2000 if end else 800))
+    frames[0][0].save(file, save_all=True, append_images=[f for f, _ in frames[1:]], duration=[ms for _, ms in frames], loop=0, optimize=True)
+
+
+def write_report(folder, buf, results, vlm=None, run=None, run_cfg=None, n=100, start=0):
+    """Write folder/report.html about n of the episodes from row `start` on, judged by the VLM of a run if there is one. A run's own folder also gets
+    curves.svg and <game>.gif; a folder of data does not, a picture in there would be data."""
+    if run_cfg:
+        buf.shape = lambda reward: shaped(reward, run_cfg)
+    chosen, total = choose(buf, n, start), sum(turns[0] >= start for turns in buf.episodes.values())
+    data, points = page_data(buf, chosen, vlm, run_cfg)
+    own, games, written = run == folder, list(dict.fromkeys(e["env"] for e in data["episodes"])), []
+    charts = learning_curves(run) if own and os.path.exists(os.path.join(run, "metrics.jsonl")) else []
+    if charts:
+        written.append(os.path.join(folder, "curves.svg"))
+        with open(written[-1], "w") as f:
+            f.write(f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 1020 {240 * -(-len(charts) // 3)}"><style>{LOOK}</style><rect width="100%" height="100%" fill="var(--bg)"/>'
+                    + "".join(f'<g transform="translate({340 * (k % 3)} {240 * (k // 3)})">{c}</g>' for k, c in enumerate(charts)) + "</svg>\n")
+    for game in games if own else ():
+        names = [e for e in chosen if buf.rows[buf.episodes[e][0]].get("env", "") == game]
+        written.append(os.path.join(folder, re.sub(r"\W+", "_", game or "episodes") + ".gif"))
+        gif(buf, names[::-(-len(names) // 6)], written[-1])
+    judge = "There is no trained run behind these episodes, so their tokens are not coloured: --critic=out/x names one." if not vlm else \
+        f"Tokens are judged by the critic of {run}." if data["critic"] else f"{run} trained no critic (actor_loss = {run_cfg.actor_loss!r}), so a token shows its probability alone."
+    count = f"All {total} episodes are shown." if len(data["episodes"]) == total else f"{len(data['episodes'])} of {total} episodes are shown, evenly of those that reached the goal and those that did not"
+    count += ("; more would make the page too large to open fast." if len(data["episodes"]) < len(chosen) else "." if len(chosen) < total else "")
+    head = "How it learned" if charts else "What the critic predicts"
+    line = "A point on the dashed line was predicted exactly. The critic predicts what the policy gets from here on; what others played may well have got less." if len(points) > 1 else ""
+    parts = dict(LOOK=LOOK, HEAD=head, LINE=line, TITLE=escape(", ".join(games) or "Episodes"), FOLDER=escape(folder), NOTE=escape(f"{judge} {count}"), ROWS=html_table(results),
+                 CHARTS="".join(f'<svg class="chart" viewBox="0 0 340 240" role="img">{c}</svg>' for c in charts + ([calibration(points)] if len(points) > 1 else [])),
+                 DATA=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))     # pure ASCII, and no reply can end the script
+    page = re.sub(r"@([A-Z]+)@", lambda m: parts[m[1]], PAGE)                            # in one pass: what is put in is not searched again
+    written.insert(0, os.path.join(folder, "report.html"))
+    with open(written[0], "w") as f:
+        f.write(page)
+    print(f"report   {', '.join(written)}: {len(page) / 1e6:.1f} MB, {len(data['episodes'])} of {total} episodes")
+
+
+def read_config(run):
+    """A run's settings, as it was trained."""
+    file = os.path.join(run, "config.json")
+    if not os.path.exists(file):
+        raise ConfigError(f"{run!r} is no run folder: it has no config.json; train one with python train.py config/numberline.py --out_dir={run}")
+    with open(file) as f:
+        return SimpleNamespace(**json.load(f))
+
+
+def trained(run, run_cfg):
+    """A run's VLM as its last checkpoint has it -> (vlm, folder of the checkpoint)."""
+    folder = latest_checkpoint(run)
+    if run_cfg.model == "scratch":  # its tokenizer was trained by the run: take the whole model from there
+        run_cfg.model = folder
+    vlm = build(run_cfg)
+    vlm.load(folder)
+    return vlm, folder
+
+
+def report_data(folder, cfg):
+    """The report on a folder of episodes that somebody recorded."""
+    if not cfg.report or cfg.agent or cfg.save or cfg.episodes:
+        raise ConfigError(f"{folder!r} is a folder of recorded episodes, nobody plays here: look at it with python evaluate.py {folder} --report, its other keys are --report_episodes and --critic.")
+    buf, around, vlm, run_cfg = Buffer(folder), os.path.normpath(os.path.join(folder, "..")), None, None
+    run = cfg.critic or (around if os.path.exists(os.path.join(around, "config.json")) and latest_checkpoint(around, must=False) else None)
+    if run:
+        run_cfg = read_config(run)
+        vlm, _ = trained(run, run_cfg)
+    stats = buf.stats()
+    stats |= dict(turns=stats["turns"] / stats["episodes"]) | {k + "_95": wilson(round(stats[k] * stats["episodes"]), stats["episodes"]) for k in ("success", "success_return")}
+    print(table({"the recorded episodes": stats}))
+    write_report(folder, buf, {"the recorded episodes": stats}, vlm, run, run_cfg, cfg.report_episodes)
+
+
 def main(argv):
     run, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     cfg = configure(__file__, flags, files=False)
     if run is None:
         raise ConfigError("Name the run folder first: python evaluate.py out/numberline")
-    file = os.path.join(run, "config.json")
-    if not os.path.exists(file):
-        raise ConfigError(f"{run!r} is no run folder: it has no config.json; train one with python train.py config/numberline.py --out_dir={run}")
-    with open(file) as f:
-        run_cfg = SimpleNamespace(**json.load(f))
+    if cfg.report_episodes < 1:
+        raise ConfigError("--report_episodes must be at least 1.")
+    if os.path.exists(os.path.join(run, "metadata.jsonl")):
+        return report_data(run, cfg)
+    if cfg.critic:
+        raise ConfigError(f"--critic={cfg.critic!r} is for a folder of episodes; {run!r} is judged by its own critic, leave it out.")
+    run_cfg = read_config(run)
     n = run_cfg.eval_episodes if cfg.episodes is None else cfg.episodes
     if n < 1 or cfg.temperature < 0:
         raise ConfigError("--episodes must be at least 1 and --temperature at least 0.")
     make_env = lambda: envs.make(run_cfg.env, size=run_cfg.size, penalty=run_cfg.penalty, invalid=run_cfg.invalid)
-    buffer = Buffer(cfg.save, create=True) if cfg.save else None
+    aside, vlm = tempfile.TemporaryDirectory(), None
+    buffer = Buffer(cfg.save or aside.name, create=True) if cfg.save or cfg.report else None
+    start = len(buffer or ())
     if cfg.agent:
         if cfg.agent not in PLAYERS:
             raise ConfigError(f"--agent={cfg.agent!r} is not known: leave it empty for the run's model, or choose one of {', '.join(PLAYERS)}.")
@@ -180,17 +451,164 @@ def main(argv):
             record(played, buffer)
         results = {cfg.agent: summary(played)}
     else:
-        folder = latest_checkpoint(run)
-        if run_cfg.model == "scratch":  # its tokenizer was trained by the run: take the whole model from there
-            run_cfg.model = folder
-        vlm = build(run_cfg)
-        vlm.load(folder)
+        vlm, folder = trained(run, run_cfg)
         if cfg.q_weight and not len(vlm.heads):
             raise ConfigError(f"--q_weight={cfg.q_weight} needs a critic, and actor_loss={run_cfg.actor_loss!r} trains none: leave it at 0.")
         results = full_evaluation(vlm, make_env, n, run_cfg.max_new_tokens, cfg.temperature, cfg.seed, cfg.q_weight, buffer)
         with open(os.path.join(run, "eval.json"), "w") as f:
             json.dump(dict(checkpoint=folder, argv=argv, seed=cfg.seed, q_weight=cfg.q_weight, results=results), f, indent=1)
     print(f"{run_cfg.env}, {run}: {n} episodes on {'held-out starts' if make_env().split else 'starts that training also draws'}, Wilson 95 % intervals\n{table(results)}")
+    if cfg.report:
+        vlm = vlm or (trained(run, run_cfg)[0] if latest_checkpoint(run, must=False) else None)
+        write_report(run, buffer, results, vlm, run, run_cfg, cfg.report_episodes, start)
+    aside.cleanup()
+
+
+# ---- the page: style, skeleton, script ----
+LOOK = """
+:root { --bg: #fff; --ink: #1a1f25; --soft: #59636e; --line: #d8dde3; --card: #f5f7f9; --good: #0072b2; --bad: #b34d00; --hot: #0072b2; --cold: #d55e00; --c2: #00805c; --c3: #b0468a; color-scheme: light dark }
+@media (prefers-color-scheme: dark) { :root { --bg: #14181c; --ink: #e6e9ec; --soft: #9aa5b0; --line: #323a42; --card: #1c2228; --good: #56b4e9; --bad: #f09a3e; --hot: #2272a8; --cold: #b0621a; --c2: #35c79a; --c3: #e391c4 } }
+.chart text { font: 11px system-ui, sans-serif; fill: var(--soft) }  .chart .t { font-weight: 600; font-size: 13px; fill: var(--ink) }
+.chart .g { stroke: var(--line) }  .chart .eq { stroke: var(--soft); stroke-dasharray: 3 3 }  .chart .on { fill: var(--good); opacity: .09 }
+.chart .s { fill: none; stroke-width: 1.8; stroke-linejoin: round }  .chart .w { stroke-width: 1; stroke-dasharray: none }
+.chart .dots { stroke: var(--soft); stroke-width: 4; stroke-linecap: round; opacity: .45 }
+.s0 { stroke: var(--good) }  .s1 { stroke: var(--bad); stroke-dasharray: 6 2 }  .s2 { stroke: var(--c2); stroke-dasharray: 2 2 }  .s3 { stroke: var(--c3); stroke-dasharray: 8 2 2 2 }
+.d0 { fill: var(--good) }  .d1 { fill: var(--bad) }  .d2 { fill: var(--c2) }  .d3 { fill: var(--c3) }
+"""
+PAGE = r"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>@TITLE@, @FOLDER@</title>
+<style>@LOOK@
+* { box-sizing: border-box }  [hidden] { display: none !important }
+body { margin: 0 auto; padding: 1.5rem clamp(.8rem, 3vw, 2rem) 4rem; max-width: 76rem; background: var(--bg); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+.curves:not(:has(svg)) { display: none }  h1 { margin: 0; font-size: 1.7rem; line-height: 1.2 }  h2 { margin: 2.2rem 0 .7rem; font-size: 1.15rem }  p { margin: .3rem 0; max-width: 75ch }  small, .soft { color: var(--soft); font-size: .87em }
+code, .reply, .prompt { font-family: ui-monospace, "SF Mono", Consolas, monospace }
+.scroll { overflow-x: auto }  table { border-collapse: collapse; font-variant-numeric: tabular-nums }  th { font-weight: 500; text-align: left }  td, thead th + th { text-align: right }
+.results { min-width: 40rem; width: 100% }  .results th, .results td { padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); white-space: nowrap }  .results thead th { color: var(--soft); font-size: .87em }
+.results td small { display: inline-block; min-width: 7.5em }  .tag th { padding-left: 1.5rem !important; color: var(--soft) }
+.bar { display: block; width: 100%; height: 3px; margin-top: 3px; fill: var(--line) }  .bar .in { fill: var(--good) }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); gap: .8rem }  .charts svg { width: 100%; border: 1px solid var(--line); border-radius: 8px }
+.filters { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; border: 0; padding: 0; margin: 0 0 .5rem }
+.filters label { border: 1px solid var(--line); border-radius: 99px; padding: .2rem .75rem; cursor: pointer }  .filters label:has(:checked) { background: var(--ink); border-color: var(--ink) }  .filters label:has(:checked), :checked ~ small { color: var(--bg) }
+.filters input { position: absolute; opacity: 0 }  .filters label:has(:focus-visible), :focus-visible { outline: 2px solid var(--good); outline-offset: 2px }
+select { font: inherit; padding: .2rem .4rem; border-radius: 8px; border: 1px solid var(--line); background: var(--bg); color: inherit; max-width: 100% }
+.look { display: grid; grid-template-columns: minmax(0, 1fr) 21rem; gap: 1.2rem; align-items: start; margin-top: .7rem }
+details { border: 1px solid var(--line); border-radius: 8px; margin-bottom: .45rem }  summary { display: flex; flex-wrap: wrap; gap: .1rem .9rem; padding: .45rem .8rem; cursor: pointer; list-style: none }
+summary::before { content: "\25b8"; color: var(--soft) }  [open] > summary::before { content: "\25be" }  summary b { min-width: 4.4rem; font-weight: 600 }  .yes { color: var(--good) }  .no { color: var(--bad) }
+.turn { display: flex; flex-wrap: wrap; gap: .8rem 1rem; padding: .8rem; border-top: 1px solid var(--line) }  .turn img { width: 160px; max-width: 100%; border-radius: 6px; border: 1px solid var(--line); display: block }
+.turn > :last-child { flex: 1 1 16rem; min-width: 0 }  .px { image-rendering: pixelated }  .prompt { color: var(--soft); font-size: .8rem; white-space: pre-wrap; max-height: 8.5rem; overflow: auto }
+.reply { margin: .5rem 0; font-size: .95rem; white-space: pre-wrap; line-height: 2.1 }  .facts { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; font-size: .9rem }
+.tok { font: inherit; line-height: 1.5; white-space: pre-wrap; color: inherit; padding: .05rem .18rem; margin: 0 1px; border: 2px solid transparent; border-radius: 5px; cursor: pointer; background: var(--card) }
+.good { background: color-mix(in srgb, var(--hot) var(--m), var(--card)) }  .bad { background: color-mix(in srgb, var(--cold) var(--m), var(--card)) }
+.out { border: 2px dashed var(--ink) }  .tok.pick { outline: 3px solid var(--ink); outline-offset: 1px }
+.panel { position: sticky; top: 1rem; max-height: calc(100vh - 2rem); overflow: auto; padding: .8rem 1rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; font-size: .9rem }
+.panel h3 { margin: 0 2rem .3rem 0; font: 600 1.15rem ui-monospace, Consolas, monospace }  .panel table { width: 100%; margin-top: .6rem }  .panel td, .panel th { padding: .12rem .3rem; border-top: 1px solid var(--line) }  .panel th + th { text-align: right }
+.panel tr.said { font-weight: 700 }  .panel tbody th { font-family: ui-monospace, Consolas, monospace; font-weight: inherit }  .close { position: absolute; right: .5rem; top: .5rem; font: inherit; border: 0; background: none; color: inherit; padding: .2rem .6rem; cursor: pointer }
+.nums { display: grid; grid-template-columns: repeat(4, 1fr); gap: .3rem; margin: .5rem 0 }  .nums div { display: flex; flex-direction: column; font-size: 1rem; font-variant-numeric: tabular-nums }
+.key { display: flex; flex-wrap: wrap; gap: .2rem 1rem }  .key .tok { cursor: default; padding: 0 .5rem; color: var(--ink) }
+@media (max-width: 52rem) { .look { display: block }  .panel { position: fixed; inset: auto 0 0 0; max-height: 46vh; border-radius: 12px 12px 0 0; box-shadow: 0 -4px 20px #0005 }  .panel:not(.on) { display: none }
+  body:has(.panel.on) { padding-bottom: 50vh }  .tok { scroll-margin: 3rem 0 50vh }  .turn img { width: 112px }
+  .results { min-width: 0 }  .results thead { display: none }  .results tr { display: grid; grid-template-columns: 1fr 1fr 1fr 1fr; border-bottom: 1px solid var(--line); padding: .5rem 0 }  .results th { grid-column: 1 / -1 }
+  .results td.rate { grid-column: span 2 }  .results th, .results td { border: 0; text-align: left; padding: .15rem .8rem .15rem 0 }  .results td::before { content: attr(data-of); display: block; color: var(--soft); font-size: .8em }
+  .results td small { min-width: 0 } }
+</style></head><body>
+<header><h1>@TITLE@</h1><p class="soft"><code>@FOLDER@</code></p></header>
+<main><h2>How well it went</h2>
+<div class="scroll" tabindex="0" role="region" aria-label="Results"><table class="results"><thead><tr><th scope="col">95 % intervals (Wilson)</th><th scope="col">goal reached %</th><th scope="col">summed reward &gt; 0 %</th>
+<th scope="col">return</th><th scope="col">turns</th><th scope="col">valid %</th><th scope="col">episodes</th></tr></thead><tbody>@ROWS@</tbody></table></div>
+<div class="curves"><h2>@HEAD@</h2><div class="charts">@CHARTS@</div><p class="soft">@LINE@</p></div>
+<h2>Episodes</h2><p>@NOTE@</p><p class="key soft" id="key"></p>
+<fieldset class="filters" id="filters" aria-label="Which episodes"></fieldset><span class="soft" id="count" role="status"></span>
+<div class="look"><div id="list"></div><aside class="panel" id="panel" aria-label="The chosen token"></aside></div></main>
+<noscript>The episodes need JavaScript; nothing is loaded from anywhere.</noscript>
+<script type="application/json" id="data">@DATA@</script>
+<script>
+"use strict"
+// What a model or a page says enters by append() of strings, that is as text and never as HTML.
+const data = JSON.parse(document.getElementById("data").textContent), $ = id => document.getElementById(id)
+const el = (tag, cls, ...kids) => { const e = document.createElement(tag); e.className = cls; e.append(...kids); return e }
+const num = x => x == null ? "–" : x.toFixed(3).replace(/^-(?=[0.]+$)/, "").replace("-", "−"), signed = x => (x > 0 ? "+" : "") + num(x)
+const brief = x => `${+x.toFixed(3)}`.replace("-", "−"), share = p => p >= .0005 ? (100 * p).toFixed(1) + " %" : "< 0.1 %"
+const seen = text => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "∅", exact = text => seen(text).replace(/ /g, "␣")
+const many = (n, one) => `${n} ${one}${n === 1 ? "" : "s"}`
+const tint = (e, a) => { if (a != null) { e.classList.add(a < 0 ? "bad" : "good"); e.style.setProperty("--m", Math.round(72 * Math.min(1, Math.abs(a) / data.scale)) + "%") } return e }
+let picked = null, kind = 0, game = null
+
+function token(t) {
+  const [id, p, q, v, a, f] = t, e = tint(el("button", f === 0 ? "tok out" : "tok", seen(data.words[id])), a)
+  e.ariaLabel = `${data.words[id]}, probability ${share(p)}` + (a == null ? "" : `, advantage ${signed(a)}, ${f === 0 ? "filtered out" : "passes"}`)
+  return Object.assign(e, { tabIndex: -1, info: t })
+}
+
+function show(e) {
+  const [id, p, q, v, a, f, others] = e.info, cell = (name, value) => el("div", "", el("small", "", name), value)
+  const close = Object.assign(el("button", "close", "✕"), { ariaLabel: "Close", onclick: () => pick(null) })
+  const judged = data.kind === "awr" ? `Its weight in the loss is ${num(f)}.` : `A ${f ? ">" : "≤"} β = ${brief(data.beta)}: the filter ${f ? "lets it pass" : "leaves it out"}.`
+  const rows = others.map(([i, p, q]) => el("tr", i === id ? "said" : "", el("th", "", exact(data.words[i])), el("td", "", share(p)), ...data.critic ? [el("td", "", num(q)), tint(el("td", "", signed(q - v)), q - v)] : []))
+  $("panel").replaceChildren(el("h3", "", exact(data.words[id])), close, el("div", "nums", cell("p", share(p)), ...data.critic ? [cell("Q", num(q)), cell("V", num(v)), cell("A", signed(a))] : []),
+    data.critic ? judged + (data.turn ? " One A for the whole reply." : "") : "", el("table", "", el("tr", "", ...["could say", "p", "Q", "Q − V"].slice(0, data.critic ? 4 : 2).map(x => el("th", "", x))), ...rows))
+  $("panel").classList.add("on")
+}
+
+function pick(e) {
+  picked?.classList.remove("pick")
+  picked = e
+  if (e) { e.classList.add("pick"); show(e); return e.scrollIntoView({ block: "nearest" }) }
+  $("panel").classList.remove("on")
+  $("panel").replaceChildren("Point at a token, tap it, or walk with the arrow keys: here stand its probability, Q, V and advantage, and what else could have been said.")
+}
+
+function turn(t, n) {
+  const fact = (name, value) => el("span", "", el("small", "", name + " "), value), prompt = Object.assign(el("div", "prompt", data.texts[t.prompt]), { tabIndex: 0 })
+  const pictures = t.pics.map(i => { const im = new Image(); return Object.assign(im, { onload: () => im.classList.toggle("px", im.naturalWidth < 160), alt: `what is seen in turn ${n + 1}`, src: data.pictures[i] }) })
+  const reply = el("div", "reply", ...t.tokens ? t.tokens.map(token) : [t.reply ?? ""])
+  if (reply.firstElementChild) reply.firstElementChild.tabIndex = 0         // Tab goes from reply to reply, the arrow keys from token to token
+  const facts = t.reply == null ? ["Cut off here by a limit.", ...t.v == null ? [] : [fact("the critic expects", num(t.v))]] :
+    [fact("action", t.valid ? el("code", "", t.action || "–") : el("b", "no", "invalid")), fact("reward", (t.reward > 0 ? "+" : "") + brief(t.reward)), ...t.v == null ? [] : [fact("predicted return", num(t.v)), fact("observed", num(t.go))], ...t.source ? [fact("by", t.source)] : []]
+  return el("div", "turn", el("div", "", ...pictures), el("div", "", prompt, reply, el("div", "facts", ...facts)))
+}
+
+for (const e of data.episodes) {
+  const played = e.turns.filter(t => t.reply != null)
+  e.invalid = played.filter(t => !t.valid).length
+  e.out = played.flatMap(t => t.tokens || []).filter(t => t[5] === 0).length
+  e.node = el("details", "", el("summary", "", el("b", e.reached ? "yes" : "no", e.reached ? "✓ reached" : "✗ missed"), el("span", "", e.env), el("span", "soft", e.name), el("span", "", "return " + brief(e.total)), el("span", "", many(played.length, "turn")),
+    ...e.invalid ? [el("span", "no", many(e.invalid, "invalid action"))] : [], ...e.out ? [el("span", "soft", many(e.out, "token") + " filtered out")] : []))
+  e.node.ontoggle = () => { if (e.node.open && !e.node.children[1]) e.node.append(...e.turns.map(turn)) }   // built when first opened: 200 episodes cost nothing
+  $("list").append(e.node)
+}
+
+const kinds = [["all", e => true], ["reached the goal", e => e.reached], ["failed", e => !e.reached], ["invalid actions", e => e.invalid], ["filtered tokens", e => e.out]]
+function sift() {
+  const here = data.episodes.filter(e => game === null || e.env === game), left = new Set(here.filter(kinds[kind][1]))
+  document.querySelectorAll("#filters small").forEach((e, n) => { e.textContent = here.filter(kinds[n][1]).length })
+  for (const e of data.episodes) e.node.hidden = !left.has(e)
+  $("count").textContent = `${left.size} of ${data.episodes.length} episodes`
+}
+kinds.forEach(([name], n) => $("filters").append(el("label", "", Object.assign(el("input", ""), { type: "radio", name: "kind", checked: n === 0, onchange: () => { kind = n; sift() } }), name + " ", el("small", ""))))
+const games = [...new Set(data.episodes.map(e => e.env))], choice = el("select", "", new Option("all games"), ...games.map(g => new Option(g)))
+if (games.length > 1) $("filters").append(Object.assign(choice, { ariaLabel: "Game", onchange: () => { game = choice.selectedIndex ? games[choice.selectedIndex - 1] : null; sift() } }))
+const sample = (cls, text, a, meaning) => el("span", "", tint(el("span", "tok " + cls, text), a), " " + meaning)
+if (data.critic) $("key").append(sample("", "A > 0", data.scale, "better than the policy expected"), sample("", "A < 0", -data.scale, "worse"), ...data.kind === "awr" ? [] : [sample("out", "dashed", null, "left out by the filter")])
+
+const at = e => e.target.closest("button.tok")
+$("list").addEventListener("focusin", e => at(e) && pick(at(e)))
+$("list").addEventListener("click", e => at(e) && at(e).focus())
+$("list").addEventListener("mouseover", e => at(e) && show(at(e)))
+$("list").addEventListener("mouseout", e => at(e) && (picked ? show(picked) : pick(null)))
+document.addEventListener("keydown", e => {
+  if (e.key === "Escape") return pick(null)
+  if (!at(e)) return
+  const all = [...at(e).closest("details").querySelectorAll("button.tok")], first = all.filter(t => !t.previousSibling), n = all.indexOf(at(e)), line = first.indexOf(at(e).parentNode.firstChild)
+  const to = { ArrowRight: all[n + 1], ArrowLeft: all[n - 1], ArrowDown: first[line + 1], ArrowUp: first[line - 1], Home: all[0], End: all.at(-1) }
+  if (e.key in to) { e.preventDefault(); to[e.key]?.focus() }
+})
+pick(null)
+sift()
+if (data.episodes.length) data.episodes[0].node.open = true
+</script></body></html>
+"""
 
 
 if __name__ == "__main__":

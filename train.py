@@ -100,7 +100,7 @@ eval_quick = 60         # of the short evaluations on the way
 reference = {}          # success rates to show beside ours in the last table, {name: (goal reached or None, summed reward > 0 or None)}
 # --- end of config ---
 
-OURS = ("config.json", "metrics.jsonl", "eval.json", "eval_offline.json", "meta.json", "ckpt", "ckpt.old", "ckpt.tmp", "data", "replay", "model")  # what `overwrite` may delete
+OURS = ("config.json", "metrics.jsonl", "eval.json", "eval_offline.json", "meta.json", "ckpt", "ckpt.old", "ckpt.tmp", "data", "replay", "model", "report.html", "curves.svg")  # what `overwrite` may delete
 
 
 def lr_at(step, cfg):
