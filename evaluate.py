@@ -223,7 +223,8 @@ def page_data(buf, chosen, vlm=None, run_cfg=None, limit=25e6):
     """Episodes -> (what the page's script reads, points of the calibration plot: (V, observed return, how many turns it stands for)).
     Texts and pictures stand there once, and are named by number. Episodes that would take it over `limit` bytes are left out."""
     seen = inspect(buf, [i for e in chosen for i in buf.episodes[e]], vlm, run_cfg) if vlm else {}
-    texts, pictures, words, size, out, points = {}, {}, set(), 0, [], []
+    weight = lambda x: len(text := json.dumps(x)) + 5 * text.count("<")                  # as it will be escaped
+    texts, places, pictures, words, size, out, points = {}, {}, [], set(), 0, [], []
     for name, stands_for in chosen.items():
         if size > limit:
             break
@@ -233,19 +234,21 @@ def page_data(buf, chosen, vlm=None, run_cfg=None, limit=25e6):
             asked = [(m["role"], "\n".join(p["text"] for p in m["content"] if p["text"])) for m in row["messages"][:len(row["messages"]) - (reply_text(row) is not None)]]
             prompt = asked[0][1] if len(asked) == 1 else "\n\n".join(f"{role}: {text}" for role, text in asked)
             for file in row["images_file_names"]:
-                if file not in pictures:
-                    pictures[file] = data_uri(buf.image(file).copy())
-                    size += len(pictures[file])
+                if file not in places:
+                    places[file] = len(pictures)
+                    pictures.append(data_uri(buf.image(file).copy()))
+                    size += len(pictures[-1])
+            size += weight(prompt) if prompt not in texts else 0
             words |= {w for t in tokens or [] for w in [t[0], *(x[0] for x in t[-1])]}
-            turns.append(dict(pics=[list(pictures).index(file) for file in row["images_file_names"]], prompt=texts.setdefault(prompt, len(texts)), reply=reply_text(row), tokens=tokens, v=v,
+            turns.append(dict(pics=[places[file] for file in row["images_file_names"]], prompt=texts.setdefault(prompt, len(texts)), reply=reply_text(row), tokens=tokens, v=v,
                               go=round(buf.to_go(i, run_cfg.gamma), 4) if run_cfg else None, **{k: row.get(k) for k in ("action", "valid", "reward", "source")}))
             if v is not None and tokens:
                 points.append((v, turns[-1]["go"], stands_for))
         last = buf.rows[buf.episodes[name][-1]]
-        out.append(dict(name=name, env=last.get("env", ""), seed=last.get("seed"), reached=last["success"], total=round(buf.episode_return(name), 4), turns=turns))
-        size += len(json.dumps(out[-1]))
+        out.append(dict(name=name, env=last.get("env", ""), reached=last["success"], total=round(buf.episode_return(name), 4), turns=turns))
+        size += weight(out[-1])
     scale = np.quantile([abs(t[4]) for e in out for x in e["turns"] for t in x["tokens"] or [] if t[4] is not None] or [1.0], 0.95)
-    return dict(episodes=out, texts=list(texts), pictures=list(pictures.values()), words={w: word(vlm, w) for w in sorted(words)}, scale=max(float(scale), 1e-3),
+    return dict(episodes=out, texts=list(texts), pictures=pictures, words={w: word(vlm, w) for w in sorted(words)}, scale=max(float(scale), 1e-3),
                 critic=bool(vlm and len(vlm.heads)), kind=run_cfg.actor_loss if run_cfg else "", beta=run_cfg.beta if run_cfg else 0, turn=bool(run_cfg and run_cfg.mdp == "turn")), points
 
 
@@ -256,17 +259,17 @@ def nice(lo, hi, n=4):
     return [k * step for k in range(math.ceil(lo / step - 1e-9), math.floor(hi / step + 1e-9) + 1)]
 
 
-def chart(title, series, x_label, online=None, log=False, dots=(), square=False):
-    """A small plot -> the inside of an SVG of 340 x 240. series: {label: [(x, y) or (x, y, half an interval)]}; online: the x after which the run played itself;
-    log: y in decades; dots: more points, [(x, y)]; square: both axes have one scale, and the line where they are equal is drawn."""
-    series = {label: [(x, math.log10(y) if log else y, *e) for x, y, *e in points if y > 0 or not log] for label, points in series.items()}
+def chart(title, series, x_label, x_range=None, online=None, log=False, dots=(), square=False):
+    """A small plot -> the inside of an SVG of 340 x 240. series: {label: [(x, y) or (x, y, half an interval)]}; x_range: ends of the axis; online: the x after which the
+    run played itself; log: y in decades; dots: more points, [(x, y)]; square: both axes have one scale, and the line where they are equal is drawn."""
+    series = {label: [(x, math.log10(y) if log else y, *e) for x, y, *e in points] for label, points in series.items()}
     every = [p for points in (*series.values(), dots) for p in points]
-    xs, ys = [p[0] for p in every], [p[1] for p in every]
-    xs, ys = (xs + ys, xs + ys) if square else (xs, ys)
-    x0, x1, y0, y1 = *((min(xs), max(xs)) if min(xs) < max(xs) else (min(xs) - 1, max(xs) + 1)), *((min(ys), max(ys)) if min(ys) < max(ys) else (min(ys) - 1, max(ys) + 1))
+    xs, ys = x_range or [p[0] for p in every], [p[1] for p in every]
+    limits = lambda v: (min(v), max(v)) if min(v) < max(v) else (min(v) - 1, max(v) + 1)
+    (x0, x1), (y0, y1) = (limits([*xs, *ys]),) * 2 if square else (limits(xs), limits(ys))
     y0, y1 = (math.floor(y0), math.ceil(y1)) if log else (y0 - 0.04 * (y1 - y0), y1 + 0.04 * (y1 - y0))
     legend = list(series) + ["one turn"] * bool(dots)
-    left, right, top, bottom = 44, 330, 28 + 14 * -(-len(legend) // 2), 204
+    left, right, top, bottom = 44, 324, 28 + 14 * -(-len(legend) // 2), 204
     X, Y = lambda x: round(left + (right - left) * (x - x0) / (x1 - x0), 1), lambda y: round(bottom - (bottom - top) * (min(max(y, y0), y1) - y0) / (y1 - y0), 1)
     out = [f'<text class="t" x="6" y="15">{escape(title)}</text>']
     if online is not None:
@@ -296,13 +299,16 @@ CURVES = (("Return of an episode", 1, r"(rollout|eval)/(.*/)?episode_return"), (
 def learning_curves(run):
     """The charts of a run's metrics.jsonl, those that it has numbers for; the online phase is shaded."""
     with open(os.path.join(run, "metrics.jsonl")) as f:
-        rows = [json.loads(line) for line in f]
+        rows = [json.loads(line) for line in f if line.endswith("\n")]
     online = max([0, *(r["step"] for r in rows if r["phase"] == "offline")]) if any(r["phase"] == "online" for r in rows) else None
     charts, x_label = [], "update, offline" if online is None else "update (shaded: online)"
     for title, scale, keys in CURVES:
-        names = list(dict.fromkeys(k for r in rows for k in r if re.fullmatch(keys, k)))
-        series = {k: [(r["step"], scale * r[k]) for r in rows if k in r] for k in names}
-        charts += [chart(title, series, x_label, online, log="decades" in title)] if series else []
+        log, series = "decades" in title, {}
+        for r in rows:
+            for k, y in r.items():
+                if re.fullmatch(keys, k) and math.isfinite(y) and (y > 0 or not log):
+                    series.setdefault(k, []).append((r["step"], scale * y))
+        charts += [chart(title, series, x_label, (0, rows[-1]["step"]), online, log)] if series else []
     return charts
 
 
@@ -320,38 +326,37 @@ def html_table(results):
     out = []
     for name, s in results.items():
         cells = []
-        for key in ("success", "success_return"):
-            lo, hi = s.get(key + "_95", (s[key], s[key]))
-            cells.append(f'<td class="rate" data-of="{"goal reached" if key == "success" else "summed reward &gt; 0"}, %">{100 * s[key]:.1f} <small>[{100 * lo:.1f}, {100 * hi:.1f}]</small><svg class="bar" viewBox="0 0 100 3" preserveAspectRatio="none"><rect width="100" height="3"/>'
-                         f'<rect class="in" x="{min(100 * lo, 99):.1f}" width="{max(1, 100 * (hi - lo)):.1f}" height="3"/></svg></td>')
+        for key, of in (("success", "goal reached"), ("success_return", "summed reward &gt; 0")):
+            lo, hi = (100 * x for x in s.get(key + "_95", (s[key], s[key])))
+            cells.append(f'<td class="rate" data-of="{of}, %">{100 * s[key]:.1f} <small>[{lo:.1f}, {hi:.1f}]</small><svg class="bar" viewBox="0 0 100 3" preserveAspectRatio="none">'
+                         f'<rect width="100" height="3"/><rect class="in" x="{min(lo, 99):.1f}" width="{max(1, hi - lo):.1f}" height="3"/></svg></td>')
         out.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}<td data-of="return">{s["episode_return"]:.3f}</td><td data-of="turns">{s["turns"]:.2f}</td>'
                    f'<td data-of="valid, %">{100 * s["valid"]:.1f}</td><td data-of="episodes">{s["episodes"]}</td></tr>')
-        out += [f'<tr class="tag"><th scope="row">{escape(tag)}</th><td class="rate" data-of="goal reached, %">{100 * g["success"]:.1f} <small></small></td><td colspan="4"></td><td data-of="episodes">{g["episodes"]}</td></tr>' for tag, g in s.get("by_tag", {}).items()]
+        out += [f'<tr class="tag"><th scope="row">{escape(tag)}</th><td class="rate" data-of="goal reached, %">{100 * g["success"]:.1f} <small></small></td>'
+                f'<td colspan="4"></td><td data-of="episodes">{g["episodes"]}</td></tr>' for tag, g in s.get("by_tag", {}).items()]
     return "".join(out)
 
 
 def gif(buf, episodes, file, side=240):
     """Episodes as one moving picture: each turn's picture with what was done under it, 0.8 s a turn, an episode's last one 2 s."""
-    frames, font, strip = [], ImageFont.load_default(size=15), 44
-    first = buf.image(buf.rows[buf.episodes[episodes[0]][0]]["images_file_names"][-1])
-    k = max(1, -(-side // min(first.size)))
-    size = tuple(round(x * k * min(1, 480 / (max(first.size) * k))) for x in first.size)
+    frames, fonts, soft = [], [ImageFont.load_default(size=x) for x in (15, 13)], (165, 175, 185)
+    w, h = buf.image(buf.rows[buf.episodes[episodes[0]][0]]["images_file_names"][-1]).size
+    scale = min(max(1, -(-side // min(w, h))), 480 / max(w, h))
+    w, h = round(w * scale), round(h * scale)
+    wide = max(w, side)
     for n, name in enumerate(episodes, 1):
         for t, i in enumerate(buf.episodes[name], 1):
             row, end = buf.rows[i], i == buf.episodes[name][-1]
-            frame = Image.new("RGB", (size[0], size[1] + strip), (24, 28, 33))
-            frame.paste(buf.image(row["images_file_names"][-1]).resize(size, Image.NEAREST if k > 1 else Image.LANCZOS))
-            reply = reply_text(row)
-            did = "cut off here" if reply is None else row.get("action") or ("invalid: " if not row["valid"] else "") + " ".join(reply.split())
-            while font.getlength(did) > size[0] - 110:
-                did = did[:-2].rstrip("\u2026") + "\u2026"
+            frame, said = Image.new("RGB", (wide, h + 44), (24, 28, 33)), reply_text(row)
+            frame.paste(buf.image(row["images_file_names"][-1]).resize((w, h), Image.LANCZOS), ((wide - w) // 2, 0))
+            did = " ".join(("cut off here" if said is None else row["action"] if row["valid"] else f"invalid: {said}").split())
+            while len(did) > 1 and fonts[0].getlength(did) > wide - 110:
+                did = did[:-2] + "\u2026"
             outcome = f"{'reached' if row['success'] else 'missed'} the goal, return {buf.episode_return(name):g}" if end else f"turn {t}"
-            draw = ImageDraw.Draw(frame)
-            draw.text((8, size[1] + 4), did, fill=(255, 255, 255) if row["valid"] else (255, 176, 80), font=font)
-            draw.text((size[0] - 8, size[1] + 4), "" if reply is None else f"reward {row['reward']:+g}", fill=(240, 160, 60) if row["reward"] < 0 else (120, 195, 245), font=font, anchor="ra")
-            draw.text((8, size[1] + 24), outcome, fill=(165, 175, 185), font=ImageFont.load_default(size=13))
-            draw.text((size[0] - 8, size[1] + 24), f"{n}/{len(episodes)}", fill=(165, 175, 185), font=ImageFont.load_default(size=13), anchor="ra")
-            frames.append((frame, 2000 if end else 800))
+            for x, y, text, font, fill in ((8, 4, did, 0, "white" if row["valid"] else "orange"), (wide - 8, 4, f"reward {row['reward']:+g}" if said is not None else "", 0, "orange" if row["reward"] < 0 else "skyblue"),
+                                           (8, 24, outcome, 1, soft), (wide - 8, 24, f"{n}/{len(episodes)}", 1, soft)):
+                ImageDraw.Draw(frame).text((x, h + y), text, fill=fill, font=fonts[font], anchor="la" if x == 8 else "ra")
+            frames.append((frame.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE), 2000 if end else 800))
     frames[0][0].save(file, save_all=True, append_images=[f for f, _ in frames[1:]], duration=[ms for _, ms in frames], loop=0, optimize=True)
 
 
@@ -367,10 +372,10 @@ def write_report(folder, buf, results, vlm=None, run=None, run_cfg=None, n=100, 
     if charts:
         written.append(os.path.join(folder, "curves.svg"))
         with open(written[-1], "w") as f:
-            f.write(f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 1020 {240 * -(-len(charts) // 3)}"><style>{LOOK}</style><rect width="100%" height="100%" fill="var(--bg)"/>'
+            f.write(f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" width="1020" viewBox="0 0 1020 {240 * -(-len(charts) // 3)}"><style>{LOOK}</style><rect width="100%" height="100%" fill="var(--bg)"/>'
                     + "".join(f'<g transform="translate({340 * (k % 3)} {240 * (k // 3)})">{c}</g>' for k, c in enumerate(charts)) + "</svg>\n")
     for game in games if own else ():
-        names = [e for e in chosen if buf.rows[buf.episodes[e][0]].get("env", "") == game]
+        names = sorted((e for e in chosen if buf.rows[buf.episodes[e][0]].get("env", "") == game), key=lambda e: -len(buf.episodes[e]))   # from long to short
         written.append(os.path.join(folder, re.sub(r"\W+", "_", game or "episodes") + ".gif"))
         gif(buf, names[::-(-len(names) // 6)], written[-1])
     judge = "There is no trained run behind these episodes, so their tokens are not coloured: --critic=out/x names one." if not vlm else \
@@ -380,7 +385,7 @@ def write_report(folder, buf, results, vlm=None, run=None, run_cfg=None, n=100, 
     head = "How it learned" if charts else "What the critic predicts"
     line = "A point on the dashed line was predicted exactly. The critic predicts what the policy gets from here on; what others played may well have got less." if len(points) > 1 else ""
     parts = dict(LOOK=LOOK, HEAD=head, LINE=line, TITLE=escape(", ".join(games) or "Episodes"), FOLDER=escape(folder), NOTE=escape(f"{judge} {count}"), ROWS=html_table(results),
-                 CHARTS="".join(f'<svg class="chart" viewBox="0 0 340 240" role="img">{c}</svg>' for c in charts + ([calibration(points)] if len(points) > 1 else [])),
+                 CHARTS="".join(f'<svg class="chart" viewBox="0 0 340 240">{c}</svg>' for c in charts + ([calibration(points)] if len(points) > 1 else [])),
                  DATA=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))     # pure ASCII, and no reply can end the script
     page = re.sub(r"@([A-Z]+)@", lambda m: parts[m[1]], PAGE)                            # in one pass: what is put in is not searched again
     written.insert(0, os.path.join(folder, "report.html"))
@@ -497,7 +502,7 @@ select { font: inherit; padding: .2rem .4rem; border-radius: 8px; border: 1px so
 details { border: 1px solid var(--line); border-radius: 8px; margin-bottom: .45rem }  summary { display: flex; flex-wrap: wrap; gap: .1rem .9rem; padding: .45rem .8rem; cursor: pointer; list-style: none }
 summary::before { content: "\25b8"; color: var(--soft) }  [open] > summary::before { content: "\25be" }  summary b { min-width: 4.4rem; font-weight: 600 }  .yes { color: var(--good) }  .no { color: var(--bad) }
 .turn { display: flex; flex-wrap: wrap; gap: .8rem 1rem; padding: .8rem; border-top: 1px solid var(--line) }  .turn img { width: 160px; max-width: 100%; border-radius: 6px; border: 1px solid var(--line); display: block }
-.turn > :last-child { flex: 1 1 16rem; min-width: 0 }  .px { image-rendering: pixelated }  .prompt { color: var(--soft); font-size: .8rem; white-space: pre-wrap; max-height: 8.5rem; overflow: auto }
+.turn > :last-child { flex: 1 1 16rem; min-width: 0 }  .prompt { color: var(--soft); font-size: .8rem; white-space: pre-wrap; max-height: 8.5rem; overflow: auto }
 .reply { margin: .5rem 0; font-size: .95rem; white-space: pre-wrap; line-height: 2.1 }  .facts { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; font-size: .9rem }
 .tok { font: inherit; line-height: 1.5; white-space: pre-wrap; color: inherit; padding: .05rem .18rem; margin: 0 1px; border: 2px solid transparent; border-radius: 5px; cursor: pointer; background: var(--card) }
 .good { background: color-mix(in srgb, var(--hot) var(--m), var(--card)) }  .bad { background: color-mix(in srgb, var(--cold) var(--m), var(--card)) }
@@ -560,8 +565,8 @@ function pick(e) {
 }
 
 function turn(t, n) {
-  const fact = (name, value) => el("span", "", el("small", "", name + " "), value), prompt = Object.assign(el("div", "prompt", data.texts[t.prompt]), { tabIndex: 0 })
-  const pictures = t.pics.map(i => { const im = new Image(); return Object.assign(im, { onload: () => im.classList.toggle("px", im.naturalWidth < 160), alt: `what is seen in turn ${n + 1}`, src: data.pictures[i] }) })
+  const fact = (name, value) => el("span", "", el("small", "", name + " "), value), prompt = el("div", "prompt", data.texts[t.prompt])
+  const pictures = t.pics.map(i => Object.assign(new Image(), { alt: `what is seen in turn ${n + 1}`, src: data.pictures[i] }))
   const reply = el("div", "reply", ...t.tokens ? t.tokens.map(token) : [t.reply ?? ""])
   if (reply.firstElementChild) reply.firstElementChild.tabIndex = 0         // Tab goes from reply to reply, the arrow keys from token to token
   const facts = t.reply == null ? ["Cut off here by a limit.", ...t.v == null ? [] : [fact("the critic expects", num(t.v))]] :

@@ -204,3 +204,13 @@ def test_gif_has_a_frame_for_every_row(tmp_path):
     buf.append([make_row("e", 0, "web", 0, obs, "a very long reply " * 20, valid=False)], {image_name(obs["image"]): obs["image"]})
     gif(buf, ["e"], str(tmp_path / "large.gif"))
     assert Image.open(tmp_path / "large.gif").size == (480, 270 + 44)
+
+
+def test_several_games(tmp_path):
+    """A run that played two games: a GIF each, an episode's game is its row's."""
+    buf = recorded(tmp_path / "x", {"expert": 1.0}, 4)
+    record(play(lambda: envs.make("EZPoints"), scripted_agent({"random": 1.0}, np.random.default_rng(0)), [1, 2, 3], prefix="ez-"), buf)
+    write_report(buf.folder, buf, {"both": buf.stats() | dict(turns=2.0, by_tag={"NumberLine": dict(success=1.0, episodes=4)})}, run=buf.folder, n=6)
+    page, data = opened(buf.folder)
+    assert {(e["env"], e["name"].split("-")[0]) for e in data["episodes"]} == {("NumberLine", "NumberLine"), ("EZPoints", "ez")}
+    assert {"NumberLine.gif", "EZPoints.gif", "report.html"} <= set(os.listdir(buf.folder)) and "<title>NumberLine, EZPoints" in page and '<tr class="tag">' in page
