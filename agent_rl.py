@@ -29,6 +29,8 @@ Where it departs from the paper, or fills in what is not public of it:
 
 Letters: B turns, R reply tokens, V vocabulary, C critics.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -40,6 +42,24 @@ def state_value(logits, q, support=0.0):
         pi = torch.where(pi >= support * pi.amax(-1, keepdim=True), pi, 0.0)
         pi = pi / pi.sum(-1, keepdim=True)
     return (pi * q).sum(-1)
+
+
+def shaped(reward, cfg):
+    """What the critic sees of a reward: cut to +-reward_clip, then scaled."""
+    cut = cfg.reward_clip or math.inf
+    return cfg.reward_scale * max(-cut, min(cut, reward))
+
+
+def advantages(logits, q, a, mask, cfg):
+    """The critics' word on every reply token. logits (B, R, V), q (C, B, R, V), a, mask (B, R) -> Q(s,a) (C, B, R) with its gradient, V(s) and A (B, R) without."""
+    qa = q.gather(-1, a[None, ..., None].expand(len(q), *a.shape, 1))[..., 0]
+    with torch.no_grad():
+        v = state_value(logits, q.mean(0), cfg.v_support)
+        adv = qa.mean(0) - v                                                                  # A = Q(s,a) - V(s)
+        if cfg.mdp == "turn":
+            last = (mask.sum(1).long() - 1).clamp(min=0)[:, None]
+            adv = (qa.mean(0).gather(1, last) - v[:, :1]).expand_as(adv)
+    return qa, v, adv
 
 
 def td_targets(v, mask, reward, terminated, nexts, gamma, gamma_token=1.0, lam=1.0, q=None, pi=None):
@@ -97,18 +117,13 @@ def compute_loss(vlm, batch, cfg, warm=False, quantile=0.0, tokens=None, critic_
         return -((cfg.bc_coef + cfg.af_coef * f) * logp * mask).sum() / n, {k: t.detach() for k, t in info.items()}
 
     q = vlm.q(hidden.detach() if cfg.critic_detach else hidden)                               # (C, B, R, V)
-    qa = q.gather(-1, a[None, ..., None].expand(len(q), *a.shape, 1))[..., 0]                 # Q(s,a)  (C, B, R)
+    qa, v, adv = advantages(logits, q, a, mask, cfg)
     with torch.no_grad():
         q_target = vlm.q(hidden, target=True).amin(0)                                         # the most pessimistic critic
         turn = cfg.mdp == "turn"
         gamma_token, lam = (1.0, 1.0) if turn else (cfg.gamma_token, cfg.lam)
         tree = () if turn or cfg.trace == "plain" else (q_target.gather(-1, a[..., None])[..., 0], logp.exp())
         y, known = td_targets(state_value(logits, q_target, cfg.v_support), mask, batch["reward"], batch["terminated"], batch["next"], cfg.gamma, gamma_token, lam, *tree)
-        v = state_value(logits, q.mean(0), cfg.v_support)
-        adv = qa.mean(0) - v                                                                  # A = Q(s,a) - V(s)
-        if turn:
-            last = (mask.sum(1).long() - 1).clamp(min=0)[:, None]
-            adv = (qa.mean(0).gather(1, last) - v[:, :1]).expand_as(adv)
         f = filter_weight(adv, cfg.actor_loss, cfg.beta, cfg.awr_temperature, good_episode=batch["ep_return"] >= quantile)
         f = torch.ones_like(f) if warm else f
     m = mask * known[:, None]

@@ -14,7 +14,7 @@ import transformers
 from tqdm import tqdm
 
 import envs
-from agent_rl import compute_loss, summarise
+from agent_rl import compute_loss, shaped, summarise
 from buffer import Buffer, batch
 from configurator import check_config, configure
 from evaluate import evaluate, full_evaluation, model_agent, play, record, scripted_agent, summary, table
@@ -100,7 +100,7 @@ eval_quick = 60         # of the short evaluations on the way
 reference = {}          # success rates to show beside ours in the last table, {name: (goal reached or None, summed reward > 0 or None)}
 # --- end of config ---
 
-OURS = ("config.json", "metrics.jsonl", "eval.json", "eval_offline.json", "meta.json", "ckpt", "ckpt.old", "ckpt.tmp", "data", "replay", "model")  # what `overwrite` may delete
+OURS = ("config.json", "metrics.jsonl", "eval.json", "eval_offline.json", "meta.json", "ckpt", "ckpt.old", "ckpt.tmp", "data", "replay", "model", "report.html", "curves.svg")  # what `overwrite` may delete
 
 
 def lr_at(step, cfg):
@@ -173,8 +173,7 @@ def main(argv):
     path = lambda name: os.path.join(cfg.out_dir, name)
     torch.manual_seed(int(rng(INIT).integers(2 ** 31)))
     base = load_base(cfg, envs.corpus(20_000) if cfg.model == 'scratch' else ())  # what can fail by a user's mistake comes before anything is written
-    cut = cfg.reward_clip or math.inf
-    shape = lambda reward: cfg.reward_scale * max(-cut, min(cut, reward))
+    shape = lambda reward: shaped(reward, cfg)
     offline = Buffer(cfg.data, shape=shape) if cfg.data else None
     open_run(cfg)
 
