@@ -13,7 +13,7 @@ README) plays them: Zhai et al., arXiv 2405.10292. Where we depart, and why:
  4. Blackjack shows ten points as 10, J, Q or K, a thirteenth each; the original has no 10. The odds are the same.
  5. Two success rules are reported: `success` (goal reached) and RL4VLM's own, `success_return` (summed reward > 0).
 """
-import difflib, json, re, string, zlib
+import contextlib, difflib, importlib, io, json, os, re, string, zlib
 from collections import Counter
 from fractions import Fraction
 from functools import lru_cache, reduce
@@ -27,7 +27,7 @@ SEEN = "What is in the picture?"
 class Words:                # one of a list of words: Words("hit", "stand")
     def __init__(self, *words): self.list = list(words)
     def words(self): return list(self.list)
-    def doc(self): return " or ".join(self.list) if len(self.list) < 3 else " ".join(self.list)
+    def doc(self): return (" or " if len(self.list) < 3 else ", " if any(" " in word for word in self.list) else " ").join(self.list)
     def parse(self, text): return (text,) if text in self.list else None
     def sample(self, rng): return self.list[rng.integers(len(self.list))]
 
@@ -56,8 +56,8 @@ def canonical(action):      # the one way to write a parsed action: ("type", 14,
     return " ".join([action[0], *(json.dumps(arg, ensure_ascii=False) for arg in action[1:])])
 def parse_agent(reply):     # the text behind the last marker, to the end of its line, or None: a plan may come before it
     return reply.rpartition(MARKER)[2].split("\n", 1)[0].strip() if MARKER in reply else None
-def held_out(fingerprint):  # one start in ten is for tests only; by what was dealt, not by the seed: no hand is in both parts
-    return zlib.crc32(fingerprint.encode()) % 10 == 0
+def held_out(fingerprint, one_in=10):   # one start in ten is for tests only; by what was dealt, not by the seed: no hand is in both parts
+    return zlib.crc32(fingerprint.encode()) % one_in == 0
 
 class Env:
     """Gymnasium-style base class; the state is plain attributes: set them after reset(), then ask for observation(). A game adds
@@ -67,19 +67,26 @@ class Env:
     optimal(word): is an action as good as the expert's, for games where several are."""
     name, goal, kinds, example, max_turns = "", "", (), "", 10
     marker, split = True, True      # False: the whole reply is the action; False: too few different starts to hold any out
+    one_in, workers = 10, None      # the share of starts held out; how many may be alive at once, stepped by threads (None: any number, no threads)
+    lost = ""                       # why the episode cannot be gone on with (a dead browser, a bot at its wits' end): `play` drops it
 
-    def __init__(self, size=80, penalty=-1.0, invalid="penalty"):
+    def __init__(self, size=80, penalty=-1.0, invalid="penalty", max_turns=None):
         if invalid not in ("penalty", "random"):
             raise ValueError(f"invalid={invalid!r}: use 'penalty' (costs `penalty`, nothing moves) or 'random' (a random action is played).")
         self.size, self.penalty, self.invalid, self.over, self.rng = size, penalty, invalid, True, np.random.default_rng()
+        if max_turns:
+            self.max_turns = max_turns
 
     def reset(self, seed=None, options=None):       # options={"split": "train" | "test"} draws only starts of that part
         split = (options or {}).get("split")
         if split not in (None, "train", "test"):
             raise ValueError(f"split={split!r}: use 'train', 'test' or None.")
         self.rng = self.rng if seed is None else np.random.default_rng(seed)
+        self.lost, tries = "", 1
         self.start()
-        while split and self.split and held_out(self.fingerprint()) != (split == "test"):
+        while split and self.split and held_out(self.fingerprint(), self.one_in) != (split == "test"):
+            if (tries := tries + 1) > 1000:
+                raise SystemExit(f"env={self.name!r}: no start of the {split} part in 1000: it has too few different ones to hold any out, say split = False in its class.")
             self.start()
         self.turns, self.total, self.success, self.over = 0, 0.0, False, False
         return self.observation(), {}
@@ -108,6 +115,7 @@ class Env:
     def observation(self): return {"image": self.picture(), "text": self.prompt()}
     def text(self): return ""
     def tag(self): return ""                        # a group of episodes that evaluation reports apart
+    def close(self): pass                           # the episode is over: give back what others may use
     def optimal(self, word): return word == self.expert()
 
 # ---- drawing: a picture is a few pastes of cached masks and sprites, drawn 4x too large and shrunk ----
@@ -438,6 +446,103 @@ def corpus(n, seed=0):
         reading.start()
         yield from (reading.question, reading.answer, *([reading.game.prompt().rpartition("\n")[0]] if i % 8 == 0 else []))
 
+# ---- environments of others: real, optional (requirements-envs.txt), imported only when asked for ----
+def need(env, package):
+    """An optional package, imported; where it is missing, one sentence instead of a traceback."""
+    os.environ.update(PYGAME_HIDE_SUPPORT_PROMPT="1", SDL_VIDEODRIVER="dummy", SDL_AUDIODRIVER="dummy")   # pictures only: no window, no sound, no word
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise SystemExit(f"env={env!r} needs the package {error.name or package}: pip install -r requirements-envs.txt")
+
+class Gym(Env):
+    """Any gymnasium environment with a picture and named actions: render() is the picture, the words of `kinds` are the actions 0, 1, ..."""
+    id, settings = "", {}           # what goes to gymnasium.make, beside the render mode
+    def __init__(self, **kw):
+        super().__init__(**kw)
+        self.open()
+    def open(self, **settings):
+        self.gym = need(self.name, "gymnasium").make(self.id, render_mode="rgb_array", disable_env_checker=True, **self.settings, **settings)
+    def start(self): self.gym.reset(seed=int(self.rng.integers(2 ** 31)))
+    def act(self, action):
+        _, reward, terminated, truncated, _ = self.gym.step(self.words().index(action[0]))
+        self.success = bool(terminated and reward > 0)
+        return float(reward), bool(terminated), bool(truncated)
+    def picture(self):
+        image = Image.fromarray(self.gym.render())
+        return image if image.size == (self.size, self.size) else image.resize((self.size, self.size), Image.LANCZOS)
+    def fingerprint(self): return str(zlib.crc32(self.gym.render().tobytes()))      # right where the picture shows the whole state
+
+class FrozenLake(Gym):
+    """Gymnasium's frozen lake, not slippery, on a map that is dealt anew: from the upper left corner to the present in the lower right one."""
+    name, goal, example = "FrozenLake", "Walk over the ice to the present, not into a hole.", "right"
+    kinds, max_turns, id = (Words("left", "down", "right", "up"),), 20, "FrozenLake-v1"
+
+    def start(self):                                    # draws a start state with self.rng
+        draw = need(self.name, "gymnasium.envs.toy_text.frozen_lake").generate_random_map
+        self.open(is_slippery=False, desc=draw(4, seed=int(self.rng.integers(2 ** 31))))
+        super().start()
+
+    def fingerprint(self):                              # what was dealt: decides which starts are held out
+        return b"".join(self.gym.unwrapped.desc.ravel()).decode()
+
+    def way(self, state):                               # the shortest one to the present, in words
+        ways, seen = [(state, [])], {state}
+        for state, words in ways:
+            for i, word in enumerate(self.words()):
+                [(_, after, reward, over)] = self.gym.unwrapped.P[state][i]
+                if reward:
+                    return [*words, word]
+                if not over and after not in seen:
+                    seen.add(after)
+                    ways.append((after, [*words, word]))
+
+    def expert(self): return self.way(self.gym.unwrapped.s)[0]
+    def optimal(self, word):                            # several ways may be as short
+        [(_, after, reward, over)] = self.gym.unwrapped.P[self.gym.unwrapped.s][self.words().index(word)]
+        return bool(reward) or not over and len(self.way(after)) < len(self.way(self.gym.unwrapped.s))
+
+class BabyAI(Gym):
+    """Any BabyAI level (package minigrid): "BabyAI-GoToLocal-v0" shows the whole map, "BabyAI-GoToLocal-v0:view" what the agent sees,
+    7 x 7 cells in front of it. Reward 1 - 0.9 * step / limit at the goal; an episode ends at the level's own limit, or at max_turns if that is less."""
+    kinds, example = (Words("turn left", "turn right", "go forward", "pick up", "drop", "toggle"),), "go forward"
+    def __init__(self, name, **kw):
+        self.name, (self.id, _, way) = name, name.partition(":")
+        need(name, "minigrid")
+        self.settings = dict(agent_pov=way == "view")
+        gym = need(name, "gymnasium")
+        if self.id not in gym.registry or way not in ("", "view"):
+            near = difflib.get_close_matches(self.id, [i for i in gym.registry if i.startswith("BabyAI-")], n=2, cutoff=0)
+            raise ValueError(f"env={name!r} is unknown; nearest: {', '.join(near)}; a level's name, with :view behind it for what the agent sees.")
+        super().__init__(**kw)
+        self.level, self.limit = self.gym.unwrapped, kw.get("max_turns") or 10 ** 9
+        self.level.tile_size = max(4, self.size // (7 if way else max(self.level.width, self.level.height)))
+    def start(self):
+        with contextlib.redirect_stdout(io.StringIO()):             # minigrid prints the levels that it rejects
+            super().start()
+        self.goal, self.max_turns, self.bot, self.hint, self.renewed = self.level.mission, min(self.limit, self.level.max_steps), None, None, 0
+    def act(self, action):
+        if self.bot:
+            self.expert()                                           # the bot plans by what it has seen: it has to see every state
+        self.last, self.hint = self.words().index(action[0]), None
+        return super().act(action)
+    def fingerprint(self): return f"{self.goal} {self.level.hash(32)}"      # of the grid, the agent's place and direction
+    def expert(self):
+        """minigrid's bot, from any state and after moves that were not its own. What others did, or its bugs, can bring it to its wits' end: then a new one
+        takes over, five times an episode, or the episode is lost. A plan can go in circles for ever: it searches at most 8 times a turn, so 100 end it."""
+        while self.hint is None and not self.lost:
+            try:
+                if self.bot is None:
+                    self.bot, self.last = need(self.name, "minigrid.utils.baby_ai_bot").BabyAIBot(self.level), None
+                    search = self.bot._breadth_first_search
+                    self.bot._breadth_first_search = lambda *args, **kw: (next(self.searches), search(*args, **kw))[1]
+                self.searches = iter(range(100))
+                self.hint = self.words()[self.bot.replan(self.last)]            # IndexError: 6, it believes that it is done
+            except Exception as error:                                          # an assertion, an opened box, a search too many
+                self.bot, self.renewed = None, self.renewed + 1
+                self.lost = f"BabyAI's bot gave up ({type(error).__name__})" if self.renewed > 5 else ""
+        return self.hint or self.example
+
 # ---- scripted players and the front door ----
 def player(name, env, rng):
     """One reply of a scripted player: 'expert', 'random', 'malformed' (never parses) or 'biased': 70 % one wrong action, the same
@@ -462,9 +567,26 @@ def mixture(mix, env, rng):
     name = list(mix)[rng.choice(len(mix), p=shares / shares.sum())]
     return player(name, env, rng), name
 
+class Tasks:
+    """Several environments behind one: each episode is the next one's, or the one's that options={"task": i} names (modulo their number)."""
+    def __init__(self, tasks):
+        self.tasks, self.task, self.env = tasks, -1, tasks[0]
+        self.split, self.workers = any(t.split for t in tasks), min((t.workers for t in tasks if t.workers), default=None)
+    def reset(self, seed=None, options=None):
+        self.task = (options or {}).get("task", self.task + 1) % len(self.tasks)
+        self.env = self.tasks[self.task]
+        return self.env.reset(seed, options)
+    def __getattr__(self, key): return getattr(self.env, key)       # all else is the present one's
+
 def make(name, **kw):
-    known = {**ENVS, "Reading": Reading, "Captions": Captions}
+    """An environment by its name, or several: make("NumberLine,EZPoints"). kw: size, penalty, invalid, max_turns. ValueError for a name that
+    is unknown; SystemExit where an optional package is missing; one sentence each."""
+    if "," in name:
+        return Tasks([make(part.strip(), **kw) for part in name.split(",") if part.strip()])
+    known = {**ENVS, "FrozenLake": FrozenLake, "Reading": Reading, "Captions": Captions}
+    if name.startswith("BabyAI-"):
+        return BabyAI(name, **kw)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=2, cutoff=0)
-        raise ValueError(f"env={name!r} is unknown; nearest: {', '.join(near)}; known: {', '.join(known)}.")
+        raise ValueError(f"env={name!r} is unknown; nearest: {', '.join(near)}; known: {', '.join(known)}, BabyAI-*.")
     return known[name](**kw)

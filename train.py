@@ -17,7 +17,7 @@ import envs
 from agent_rl import compute_loss, summarise
 from buffer import Buffer, batch
 from configurator import check_config, configure
-from evaluate import evaluate, full_evaluation, model_agent, play, record, scripted_agent, summary, table
+from evaluate import environment, evaluate, full_evaluation, model_agent, play, record, scripted_agent, summary, table
 from model import build, latest_checkpoint, load_base
 
 # --- config ---
@@ -44,10 +44,12 @@ q_head = 'full'         # full: H x V | tied: 2 H^2 parameters through the froze
 n_critics = 2           # the targets take the minimum over them
 cache_mb = 512          # memory for encoded prompts
 # environment
-env = 'NumberLine'      # NumberLine | EZPoints | Points24 | Blackjack, or pre-training's Captions | Reading
+env = 'NumberLine'      # NumberLine | EZPoints | Points24 | Blackjack | FrozenLake | BabyAI-GoToLocal-v0 | miniwob/click-test-v1 | ..., or pre-training's
+                        # Captions | Reading; several, played in turn: 'NumberLine,EZPoints', in a file also ['NumberLine', 'EZPoints']
 size = 80               # side of the picture, pixels
 penalty = -1.0          # reward of a reply that does not parse; the environment does not move
 invalid = 'penalty'     # penalty | random: RL4VLM's rule, a random action without a penalty
+max_turns: int = None   # an episode is cut off after so many turns; None: the environment's own limit
 # data
 data = ''               # folder of recorded episodes; '': record data_episodes by data_mix into out_dir/data
 data_mix = {'expert': 0.3, 'random': 0.5, 'malformed': 0.2} # who plays a turn: expert, random, malformed, biased, and their shares
@@ -163,7 +165,7 @@ def git_commit():
 def main(argv):
     cfg = configure(__file__, argv)
     check_config(cfg)
-    make_env = lambda: envs.make(cfg.env, size=cfg.size, penalty=cfg.penalty, invalid=cfg.invalid)
+    make_env = environment(cfg)
     try:
         make_env()
     except ValueError as e:
@@ -244,7 +246,7 @@ def main(argv):
             played = list(play(make_env, act, seeds, cfg.num_envs, split="train", prefix=f"{step}-"))
             record(played, replay)
             s = summary(played)
-            extra = {f"rollout/{k}": s[k] for k in ("success", "success_return", "episode_return", "valid", "turns")}
+            extra = {f"rollout/{k}": s[k] for k in ("success", "success_return", "episode_return", "valid", "turns")} | {f"rollout/{k}/success": of["success"] for k, of in s.get("by_env", {}).items()}
             timed("rollout", t)
 
         t = time.time()
@@ -278,7 +280,7 @@ def main(argv):
         if cfg.eval_interval and done % cfg.eval_interval == 0 and not done == total:
             t = time.time()
             s = evaluate(vlm, make_env, cfg.eval_quick, cfg.max_new_tokens, seed=cfg.seed)
-            extra |= {f"eval/{k}": s[k] for k in ("success", "success_return", "episode_return", "valid")}
+            extra |= {f"eval/{k}": s[k] for k in ("success", "success_return", "episode_return", "valid")} | {f"eval/{k}/success": of["success"] for k, of in s.get("by_env", {}).items()}
             timed("eval", t)
         if done == cfg.offline_updates and done < total:                   # what the recorded data alone gave
             t = time.time()
@@ -315,7 +317,8 @@ def main(argv):
     with open(path("eval.json"), "w") as f:
         json.dump(dict(checkpoint=path("ckpt"), argv=argv, seed=cfg.seed, results=results), f, indent=1)
     print(f"\n{cfg.env}, {cfg.actor_loss}, seed {cfg.seed}: {time.time() - vlm_began:.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in clock.items())}); {'held-out starts' if make_env().split else 'starts that training also draws'}, Wilson 95 % intervals")
-    print(table({"the recorded data": stats | dict(turns=stats["turns"] / stats["episodes"]), **results}))
+    an_episode = lambda s: s | dict(turns=s["turns"] / s["episodes"], by_env={k: an_episode(of) for k, of in s.get("by_env", {}).items()})
+    print(table({"the recorded data": an_episode(stats), **results}))
     if not vlm.lora:
         vlm.net.half().save_pretrained(path("model"))                      # a model folder to share, two bytes a weight
         vlm.processor.save_pretrained(path("model"))
