@@ -379,10 +379,16 @@ ATOMS = [sorted({w for c in ENVS.values() for w in f"{ASKED} {c.goal} Formula: A
 class Reading(Env):
     """One question a turn about a random state of a random game, a sum, or a text to repeat. The reply is the answer, no marker."""
     name, kinds, marker, split, max_turns, captions_only = "Reading", (Text(),), False, False, 1, False
+    def __init__(self, world="", **kw):             # Reading:BabyAI-GoToLocal-v0 asks about that world, not about the games
+        super().__init__(**kw)
+        self.world = make(world, size=self.size) if world else None
+        if self.world:
+            self.name, self.workers = f"{self.name}:{world}", self.world.workers
     def start(self):
-        name, which = list(ENVS)[self.rng.integers(4)], self.rng.random()
-        self.game = ENVS[name](self.size)
-        asked = self.ask(name, self.game, lambda *args: self.rng.integers(*args).tolist())      # also draws the game's state
+        draw = lambda *args: self.rng.integers(*args).tolist()
+        name, which = "" if self.world else list(ENVS)[self.rng.integers(4)], self.rng.random()
+        self.game = self.world or ENVS[name](self.size)
+        asked = self.ask_world(draw) if self.world else self.ask(name, self.game, draw)     # also draws the game's state
         if which < 0.25:
             name, asked = "", [self.echo()]
         elif which < 0.3 and not self.captions_only:
@@ -395,6 +401,17 @@ class Reading(Env):
         context = [] if self.captions_only else [self.game.goal, self.game.text(), self.echo()[2]]
         self.question = "\n".join([line for line in context if line and self.rng.random() < 0.4] + [question])
         self.kind, self.answer = f"{name} {kind}".strip(), str(answer)
+    def ask_world(self, draw):
+        """Questions about a state a few random moves after a start that is not held out."""
+        self.world.rng, self.world.over = self.rng, True
+        while self.world.over or held_out(self.world.fingerprint(), self.world.one_in):
+            self.world.start()
+            self.world.over = False
+        for _ in range(draw(4)):
+            if any(self.world.act(self.world.parse_env(self.world.sample(self.rng)))[1:]):      # it ended: back to a start
+                return self.ask_world(draw)
+        return self.world.questions(draw)
+    def close(self): self.game.close()
     def ask(self, name, game, draw):
         if name == "NumberLine":
             game.current, game.target = draw(0, 6, 2)
@@ -438,13 +455,19 @@ class Captions(Reading):
     """"What is in the picture?" and texts to repeat only, the first stage: what a picture holds has to be seen before it can be asked about."""
     name, captions_only = "Captions", True
 
-def corpus(n, seed=0):
-    """Texts to train a tokenizer on: n questions and answers, with some of the games' prompts less the line that shows the marker."""
-    reading = Reading()
-    reading.rng = np.random.default_rng(seed)
+def corpus(n, seed=0, env="Reading"):
+    """Texts to train a tokenizer on: n questions and answers, with some of the games' prompts less the line that shows the marker. env: whose questions,
+    of the names in it that are Reading or Captions."""
+    names = [name.strip().replace("Captions", "Reading") for name in env.split(",") if name.strip().startswith(("Reading", "Captions"))]
+    rng, readings = np.random.default_rng(seed), [make(name) for name in dict.fromkeys(names or ["Reading"])]
+    readings = [reading for reading in readings for _ in range(1 if reading.workers else 8)]        # pages are slow to come by
     for i in range(n):
+        reading = readings[i % len(readings)]
+        reading.rng = rng
         reading.start()
         yield from (reading.question, reading.answer, *([reading.game.prompt().rpartition("\n")[0]] if i % 8 == 0 else []))
+    for reading in readings:
+        reading.close()
 
 # ---- environments of others: real, optional (requirements-envs.txt), imported only when asked for ----
 def need(env, package):
@@ -527,9 +550,25 @@ class BabyAI(Gym):
         self.last, self.hint = self.words().index(action[0]), None
         return super().act(action)
     def fingerprint(self): return f"{self.goal} {self.level.hash(32)}"      # of the grid, the agent's place and direction
+    def questions(self, draw):
+        """[(kind, question, answer), ...] about the picture, for Reading. Places are columns and rows of what is shown, from the upper left."""
+        view = self.settings["agent_pov"]
+        grid, seen = self.level.gen_obs_grid() if view else (self.level.grid, np.ones((self.level.width, self.level.height), bool))
+        (x, y), facing = ((3, 6), 3) if view else (tuple(map(int, self.level.agent_pos)), self.level.agent_dir)
+        dx, dy = ((1, 0), (0, 1), (-1, 0), (0, -1))[facing]
+        what = lambda i, j: "unseen" if not seen[i, j] else f"{cell.color} {cell.type}" if (cell := grid.get(i, j)) and cell.type != "wall" else "wall" if cell else "nothing"
+        things = [(what(i, j), i, j) for j in range(grid.height) for i in range(grid.width) if (i, j) != (x, y) and what(i, j) not in ("unseen", "wall", "nothing")]
+        looks, counts = ("east", "south", "west", "north")[facing], Counter(thing.split()[1] for thing, _, _ in things)
+        kind, (i, j) = ("ball", "box", "key", "door")[draw(4)], (draw(grid.width), draw(grid.height))
+        asked = [("picture", SEEN, ", ".join([*(f"{thing} {i} {j}" for thing, i, j in things), f"agent {x} {y} {looks}"])), ("front", "What is in front of the agent?", what(x + dx, y + dy)),
+                 ("agent", "Where is the agent?", f"{x} {y}"), ("facing", "Which way does the agent look?", looks), ("count", f"How many things of the kind {kind} are there?", counts[kind])]
+        asked += [("at", f"What is at {i} {j}?", what(i, j))] * ((i, j) != (x, y))
+        for thing, i, j in things:
+            asked += [("where", f"Where is the {thing}?", f"{i} {j}")] * ([t for t, _, _ in things].count(thing) == 1) + [("thing", f"What is at {i} {j}?", thing)]
+        return asked
     def expert(self):
         """minigrid's bot, from any state and after moves that were not its own. What others did, or its bugs, can bring it to its wits' end: then a new one
-        takes over, five times an episode, or the episode is lost. A plan can go in circles for ever: it searches at most 8 times a turn, so 100 end it."""
+        takes over, five times an episode, or the episode is lost. A plan can go in circles for ever: it needs at most 8 searches a turn, 100 are too many."""
         while self.hint is None and not self.lost:
             try:
                 if self.bot is None:
@@ -538,14 +577,16 @@ class BabyAI(Gym):
                     self.bot._breadth_first_search = lambda *args, **kw: (next(self.searches), search(*args, **kw))[1]
                 self.searches = iter(range(100))
                 self.hint = self.words()[self.bot.replan(self.last)]            # IndexError: 6, it believes that it is done
-            except Exception as error:                                          # an assertion, an opened box, a search too many
+            except StopIteration:
+                self.lost = "BabyAI's bot goes in circles"
+            except Exception as error:                                          # an assertion, an opened box
                 self.bot, self.renewed = None, self.renewed + 1
                 self.lost = f"BabyAI's bot gave up ({type(error).__name__})" if self.renewed > 5 else ""
         return self.hint or self.example
 
 # ---- MiniWoB++: web pages in a real Chromium ----
 KEYS = {"Enter": "\ue007", "Tab": "\ue004", "Backspace": "\ue003", "ArrowLeft": "\ue012", "ArrowRight": "\ue014", "PageUp": "\ue00e", "PageDown": "\ue00f"}
-ROLES = {"input_text": "textbox", "input_password": "textbox", "textarea": "textbox", "input_checkbox": "checkbox", "input_radio": "radio", "a": "link", "button": "button", "select": "select"}
+ROLES = {"input_text": "textbox", "input_password": "textbox", "textarea": "textbox", "input_checkbox": "checkbox", "input_radio": "radio", "a": "link", "button": "button", "select": "select", "t": "text"}
 PAGE = "const said = core.getUtterance(), over = WOB_DONE_GLOBAL; return [WOB_TASK_READY, over, WOB_RAW_REWARD_GLOBAL, said.utterance || said, over ? null : core.getDOMInfo()];"
 DEAL = "if (window.jQuery) jQuery.fx.off = true; document.activeElement.blur(); core.EPISODE_MAX_TIME = 1e9; core.endEpisode(0); Math.seedrandom(arguments[0]); core.setDataMode('train'); core.startEpisodeReal(); "
 
@@ -644,7 +685,7 @@ class MiniWoB(Env):
         self.browser, self.lost = None, f"the browser failed ({type(error).__name__})"
     def close(self):
         if self.browser:
-            self.idle.append(self.browser)
+            self.idle.append(self.browser) if len(self.idle) < self.workers else end_browser(self.browser)
         self.browser = None
 
     def act(self, action):
@@ -683,6 +724,21 @@ class MiniWoB(Env):
         return self.shot.resize((self.size, self.size), Image.LANCZOS)
     def text(self): return "" if self.way == "coordinate" else "\n".join(map(element_line, self.elements))
     def fingerprint(self): return f"{self.task} {self.goal} {zlib.crc32(repr([(e['role'], e['text'], e['value'], e['box']) for e in self.elements]).encode())}"
+    def questions(self, draw):
+        """[(kind, question, answer), ...] about the page, for Reading: from its lines, or from the picture alone."""
+        shown = [e for e in self.elements if e["text"] and 0 <= e["box"][0] < 160 and 50 <= e["box"][1] < 210]
+        place = lambda e: f"{round(e['box'][0] + e['box'][2] / 2)} {round(e['box'][1] + e['box'][3] / 2)}"
+        lines, roles = "\n".join(map(element_line, self.elements)), Counter(e["role"] for e in self.elements)
+        asked = [("picture", SEEN, ", ".join(f"{e['role']} {e['text']} {place(e)}" for e in shown[:6]) or "nothing"),
+                 *[("count", f"How many of the kind {role} are there?", roles[role]) for role in ("button", "textbox", "checkbox")]]
+        for e in shown:
+            asked += [("where", f"Where is {e['text']!r}?", place(e)), ("at", f"What is at {place(e)}?", e["text"])]
+        for e in self.elements:
+            if e["ref"] > 0 and e["text"]:
+                asked += [("says", f"{lines}\nWhat does {e['ref']} say?", e["text"]), ("number", f"{lines}\nWhich number has {e['text']!r}?", e["ref"])]
+            if e["role"] in ("textbox", "checkbox", "radio"):
+                asked += [("field", f"What is in the {e['role']} at {place(e)}?", element_line(e).partition(e["role"])[2].strip())]
+        return asked
     def sample(self, rng):                                          # of the numbers and words that are there
         kind = self.kinds[rng.integers(len(self.kinds))]
         refs, words = [e["ref"] for e in self.elements if e["ref"] > 0] or [0], re.findall(r"\w+", self.goal)
@@ -768,6 +824,8 @@ def make(name, **kw):
     if "," in name:
         return Tasks([make(part.strip(), **kw) for part in name.split(",") if part.strip()])
     known = {**ENVS, "FrozenLake": FrozenLake, "Reading": Reading, "Captions": Captions}
+    if name.startswith(("Reading:", "Captions:")):
+        return known[name.partition(":")[0]](name.partition(":")[2], **kw)
     if name.startswith(("BabyAI-", "miniwob/")):
         return (BabyAI if name.startswith("BabyAI-") else MiniWoB)(name, **kw)
     if name not in known:

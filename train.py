@@ -174,7 +174,7 @@ def main(argv):
     DATA, SAMPLE, ROLLOUT, INIT = range(4)
     path = lambda name: os.path.join(cfg.out_dir, name)
     torch.manual_seed(int(rng(INIT).integers(2 ** 31)))
-    base = load_base(cfg, envs.corpus(20_000) if cfg.model == 'scratch' else ())  # what can fail by a user's mistake comes before anything is written
+    base = load_base(cfg, envs.corpus(20_000, env=cfg.env) if cfg.model == 'scratch' else ())  # what can fail by a user's mistake comes before anything is written
     cut = cfg.reward_clip or math.inf
     shape = lambda reward: cfg.reward_scale * max(-cut, min(cut, reward))
     offline = Buffer(cfg.data, shape=shape) if cfg.data else None
