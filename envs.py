@@ -13,7 +13,7 @@ README) plays them: Zhai et al., arXiv 2405.10292. Where we depart, and why:
  4. Blackjack shows ten points as 10, J, Q or K, a thirteenth each; the original has no 10. The odds are the same.
  5. Two success rules are reported: `success` (goal reached) and RL4VLM's own, `success_return` (summed reward > 0).
 """
-import atexit, contextlib, difflib, importlib.util, io, json, os, re, shutil, signal, string, time, zlib
+import atexit, contextlib, difflib, importlib.util, io, json, os, re, shutil, signal, string, sys, threading, time, zlib
 from collections import Counter
 from fractions import Fraction
 from functools import lru_cache, reduce
@@ -656,6 +656,8 @@ class MiniWoB(Env):
             raise ValueError(f"env={name!r} is unknown; nearest: {', '.join(f'miniwob/{task}-v1' for task in near)}; with :element or :coordinate behind it, or nothing.")
         self.kinds = (*(self.element if self.way != "coordinate" else ()), *(self.coordinate if self.way != "element" else ()), Words(*(f"press {key}" for key in KEYS)))
         self.example = "click 80 112" if self.way == "coordinate" else "click 13"
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # an end by `kill` or `timeout`, too, takes the browsers with it
 
     def start(self):
         for attempt in range(3):

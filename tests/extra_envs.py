@@ -144,9 +144,10 @@ def test_a_killed_browser_does_not_end_the_run(what, capsys):
     assert killed and summary(played)["success"] == 1.0 and len(played) == 6 and "dropped" not in capsys.readouterr().out
 
 
-def test_every_browser_is_ended_with_the_program():
-    """No Chromium is left behind, neither by the end of the program nor by Ctrl-C."""
-    code = "import envs; e = envs.make('miniwob/click-test-v1'); e.reset(seed=0); print(e.browser.service.process.pid, flush=True); raise KeyboardInterrupt"
+@pytest.mark.parametrize("end", ["raise KeyboardInterrupt", "os.kill(os.getpid(), 15); time.sleep(9)"])
+def test_every_browser_is_ended_with_the_program(end):
+    """No Chromium is left behind by Ctrl-C or `kill`."""
+    code = "import envs, os, time; e = envs.make('miniwob/click-test-v1'); e.reset(seed=0); print(e.browser.service.process.pid, flush=True); " + end
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(envs.__file__))
     group = int(done.stdout)
     alive = lambda: [line for line in subprocess.run(["ps", "-eo", "pgid,stat"], capture_output=True, text=True).stdout.splitlines()[1:] if int(line.split()[0]) == group and "Z" not in line.split()[1]]
