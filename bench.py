@@ -3,6 +3,7 @@ Speed and memory, as ratios within one run: absolute times belong to a machine.
 
     python bench.py                      # the shipped tiny VLM on NumberLine
     python bench.py --model=/path/to/a/vlm --env=Blackjack
+    python bench.py envs --env=NumberLine,BabyAI-GoToLocal-v0,miniwob/click-test-2-v1     # no model: turns a second under random play
 """
 import os, resource, statistics, sys, tempfile, time
 
@@ -13,7 +14,7 @@ import envs
 from agent_rl import compute_loss
 from buffer import Buffer, batch
 from configurator import check_config, configure
-from evaluate import model_agent, play, record, scripted_agent
+from evaluate import environment, model_agent, play, record, scripted_agent
 from model import build
 
 
@@ -28,9 +29,27 @@ def seconds(*functions, rounds=7):
     return [statistics.median(t[1:]) for t in times]  # the first round warms up
 
 
+def turns_a_second(cfg, episodes=48):
+    """A line for each environment: random play, pictures included, with 1, 4 and 16 of them alive. Where stepping waits (a browser), threads step them all."""
+    print(f"{'turns a second':<32}{'1':>8}{'4':>8}{'16':>8}")
+    for cfg.env in cfg.env.split(","):
+        rates, make_env = [], environment(cfg)
+        for n in (1, 4, 16):
+            if make_env().workers:
+                type(make_env()).workers = n                        # the cap is what is measured here
+            for seeds in (range(n), range(episodes)):               # the first ones warm up: caches, browsers
+                began = time.perf_counter()
+                turns = sum(e["turns"] for e in play(make_env, scripted_agent({"random": 1.0}, np.random.default_rng(0)), list(seeds), n, split="train"))
+            rates.append(turns / (time.perf_counter() - began))
+        print(f"{cfg.env:<32}" + "".join(f"{rate:8.0f}" for rate in rates), flush=True)
+
+
 def main(argv):
-    cfg = check_config(configure(os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), argv))
-    make_env = lambda: envs.make(cfg.env, size=cfg.size)
+    alone = argv[:1] == ["envs"]
+    cfg = check_config(configure(os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), argv[alone:]))
+    if alone:
+        return turns_a_second(cfg)
+    make_env = environment(cfg)
     with tempfile.TemporaryDirectory() as folder:
         data, rng = Buffer(folder, create=True), np.random.default_rng(0)
         record(play(make_env, scripted_agent({"expert": 0.5, "random": 0.5}, rng), list(range(100)), split="train"), data)

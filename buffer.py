@@ -159,13 +159,16 @@ class Buffer:
     def return_quantile(self, share):
         return float(np.quantile([self.episode_return(e) for e in self.episodes], share))
 
-    def stats(self):
-        """How good the recorded play is: success by both rules (goal reached; summed reward > 0), return, share of valid turns."""
-        last = [self.rows[turns[-1]] for turns in self.episodes.values()]
-        played = [row for row in self.rows if reply_text(row) is not None]
-        returns = [self.episode_return(e) for e in self.episodes]
-        return dict(episodes=len(last), turns=len(played), success=float(np.mean([r["success"] for r in last])),
+    def stats(self, episodes=None):
+        """How good the recorded play is: success by both rules (goal reached; summed reward > 0), return, share of valid turns; by_env where several were played."""
+        episodes = list(self.episodes) if episodes is None else episodes
+        last = [self.rows[self.episodes[e][-1]] for e in episodes]
+        played = [self.rows[i] for e in episodes for i in self.episodes[e] if reply_text(self.rows[i]) is not None]
+        returns, names = [self.episode_return(e) for e in episodes], dict.fromkeys(row.get("env", "") for row in last)
+        by_env = {name: self.stats([e for e, row in zip(episodes, last) if row.get("env", "") == name]) for name in names} if len(names) > 1 else None
+        out = dict(episodes=len(last), turns=len(played), success=float(np.mean([r["success"] for r in last])),
                     success_return=float(np.mean([r > 0 for r in returns])), episode_return=float(np.mean(returns)), valid=float(np.mean([r["valid"] for r in played])))
+        return out | dict(by_env=by_env) if by_env else out
 
     # ---------------------------------------------------------------------------------------------------------- batches
 

@@ -68,6 +68,7 @@ def fit(name, key, where, get):
         if value is None and key.default is None: return None
         if key.type is float and type(value) is int: value = float(value)
         if key.type is int and type(value) is float and value.is_integer() and abs(value) <= 2**53: value = int(value) # exact up to there
+        if key.type is str and type(value) is list and value and all(type(v) is str for v in value): value = ",".join(value) # several names
         if {key.type, type(value)} == {list, tuple}: value = key.type(value) # --layers=1,2 is a tuple to Python, a list to a person
         if type(value) is key.type: return value # `is`, not isinstance: True is an int to Python
     except SyntaxError: reason = "this is not a literal; "
@@ -213,6 +214,7 @@ def check_config(cfg):
     need(cfg.reward_clip is None or cfg.reward_clip > 0, f"reward_clip={cfg.reward_clip} is out of range: it must be above 0, or None.")
     need(cfg.won_share is None or 0 <= cfg.won_share <= 1, f"won_share={cfg.won_share} is out of range: it must be between 0 and 1, or None.")
     need(28 <= cfg.size <= 2000, f"size={cfg.size} is out of range: a picture's side must be between 28 and 2000 pixels.")
+    need(cfg.max_turns is None or cfg.max_turns > 0, f"max_turns={cfg.max_turns} is out of range: it must be at least 1, or None.")
     need(cfg.penalty <= 0, f"penalty={cfg.penalty} is above 0: it is the reward of a reply that does not parse, so it must be 0 or below.")
     need(cfg.offline_updates + cfg.online_updates > 0, "offline_updates and online_updates are both 0: there is nothing to do.")
     need(cfg.bc_coef + cfg.af_coef > 0, "bc_coef and af_coef are both 0: the policy would not learn, set one of them above 0.")
@@ -220,7 +222,7 @@ def check_config(cfg):
     need(cfg.model != "scratch" or cfg.lora_r == 0, f"model='scratch' has random weights, adapters on them (lora_r={cfg.lora_r}) learn nothing: set lora_r=0.")
     need(cfg.ckpt_interval % cfg.log_interval == 0, f"ckpt_interval={cfg.ckpt_interval} is no multiple of log_interval={cfg.log_interval}: a resumed run could not repeat its metrics.")
     need(cfg.stop_at % cfg.log_interval == 0, f"stop_at={cfg.stop_at} is no multiple of log_interval={cfg.log_interval}: a resumed run could not repeat its metrics.")
-    need(not cfg.online_updates or cfg.env not in ("Reading", "Captions"), f"env={cfg.env!r} is cloned from right answers and has no online phase: set online_updates=0.")
+    need(not cfg.online_updates or not {name.strip().partition(":")[0] for name in cfg.env.split(",")} & {"Reading", "Captions"}, f"env={cfg.env!r} is cloned from right answers and has no online phase: set online_updates=0.")
     players = ("expert", "random", "malformed", "biased")
     for name, share in cfg.data_mix.items():
         need(name in players, f"data_mix has a player {name!r}: known are {', '.join(players)}.")

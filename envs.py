@@ -13,7 +13,7 @@ README) plays them: Zhai et al., arXiv 2405.10292. Where we depart, and why:
  4. Blackjack shows ten points as 10, J, Q or K, a thirteenth each; the original has no 10. The odds are the same.
  5. Two success rules are reported: `success` (goal reached) and RL4VLM's own, `success_return` (summed reward > 0).
 """
-import difflib, json, re, string, zlib
+import atexit, contextlib, difflib, importlib.util, io, json, os, re, shutil, signal, string, sys, threading, time, zlib
 from collections import Counter
 from fractions import Fraction
 from functools import lru_cache, reduce
@@ -27,7 +27,7 @@ SEEN = "What is in the picture?"
 class Words:                # one of a list of words: Words("hit", "stand")
     def __init__(self, *words): self.list = list(words)
     def words(self): return list(self.list)
-    def doc(self): return " or ".join(self.list) if len(self.list) < 3 else " ".join(self.list)
+    def doc(self): return (" or " if len(self.list) < 3 else ", " if any(" " in word for word in self.list) else " ").join(self.list)
     def parse(self, text): return (text,) if text in self.list else None
     def sample(self, rng): return self.list[rng.integers(len(self.list))]
 
@@ -40,9 +40,9 @@ class Text:                 # free text: anything but nothing
 class Command:              # a word with arguments: Command("click", int, int), Command("type", int, str); a str as JSON writes it, in quotes
     # [0-9] because \d takes the digits of every script; at most nine, because a model's endless digits are slow to convert
     patterns = {int: r"(-?[0-9]{1,9})", str: r'("(?:[^"\\]|\\.)*")'}
-    def __init__(self, word, *types): self.word, self.types = word, types
+    def __init__(self, word, *types, names=()): self.word, self.types, self.names = word, types, names or ["NUMBER" if t is int else "TEXT" for t in types]
     def words(self): return None if self.types else [self.word]
-    def doc(self): return " ".join([self.word, *({int: "NUMBER", str: '"TEXT"'}[t] for t in self.types)])
+    def doc(self): return " ".join([self.word, *(name if t is int else f'"{name}"' for name, t in zip(self.names, self.types))])
     def sample(self, rng): return canonical((self.word, *(int(rng.integers(100)) if t is int else Text().sample(rng) for t in self.types)))
     def parse(self, text):
         match = re.fullmatch(" +".join([re.escape(self.word), *(self.patterns[t] for t in self.types)]), text)
@@ -56,8 +56,8 @@ def canonical(action):      # the one way to write a parsed action: ("type", 14,
     return " ".join([action[0], *(json.dumps(arg, ensure_ascii=False) for arg in action[1:])])
 def parse_agent(reply):     # the text behind the last marker, to the end of its line, or None: a plan may come before it
     return reply.rpartition(MARKER)[2].split("\n", 1)[0].strip() if MARKER in reply else None
-def held_out(fingerprint):  # one start in ten is for tests only; by what was dealt, not by the seed: no hand is in both parts
-    return zlib.crc32(fingerprint.encode()) % 10 == 0
+def held_out(fingerprint, one_in=10):   # one start in ten is for tests only; by what was dealt, not by the seed: no hand is in both parts
+    return zlib.crc32(fingerprint.encode()) % one_in == 0
 
 class Env:
     """Gymnasium-style base class; the state is plain attributes: set them after reset(), then ask for observation(). A game adds
@@ -67,19 +67,26 @@ class Env:
     optimal(word): is an action as good as the expert's, for games where several are."""
     name, goal, kinds, example, max_turns = "", "", (), "", 10
     marker, split = True, True      # False: the whole reply is the action; False: too few different starts to hold any out
+    one_in, workers = 10, None      # the share of starts held out; how many may be alive at once, stepped by threads (None: any number, no threads)
+    lost = ""                       # why the episode cannot be gone on with (a dead browser, a bot at its wits' end): `play` drops it
 
-    def __init__(self, size=80, penalty=-1.0, invalid="penalty"):
+    def __init__(self, size=80, penalty=-1.0, invalid="penalty", max_turns=None):
         if invalid not in ("penalty", "random"):
             raise ValueError(f"invalid={invalid!r}: use 'penalty' (costs `penalty`, nothing moves) or 'random' (a random action is played).")
         self.size, self.penalty, self.invalid, self.over, self.rng = size, penalty, invalid, True, np.random.default_rng()
+        if max_turns:
+            self.max_turns = max_turns
 
     def reset(self, seed=None, options=None):       # options={"split": "train" | "test"} draws only starts of that part
         split = (options or {}).get("split")
         if split not in (None, "train", "test"):
             raise ValueError(f"split={split!r}: use 'train', 'test' or None.")
         self.rng = self.rng if seed is None else np.random.default_rng(seed)
+        self.lost, tries = "", 1
         self.start()
-        while split and self.split and held_out(self.fingerprint()) != (split == "test"):
+        while split and self.split and held_out(self.fingerprint(), self.one_in) != (split == "test"):
+            if (tries := tries + 1) > 1000:
+                raise SystemExit(f"env={self.name!r}: no start of the {split} part in 1000: it has too few different ones to hold any out, say split = False in its class.")
             self.start()
         self.turns, self.total, self.success, self.over = 0, 0.0, False, False
         return self.observation(), {}
@@ -108,6 +115,7 @@ class Env:
     def observation(self): return {"image": self.picture(), "text": self.prompt()}
     def text(self): return ""
     def tag(self): return ""                        # a group of episodes that evaluation reports apart
+    def close(self): pass                           # the episode is over: give back what others may use
     def optimal(self, word): return word == self.expert()
 
 # ---- drawing: a picture is a few pastes of cached masks and sprites, drawn 4x too large and shrunk ----
@@ -371,10 +379,16 @@ ATOMS = [sorted({w for c in ENVS.values() for w in f"{ASKED} {c.goal} Formula: A
 class Reading(Env):
     """One question a turn about a random state of a random game, a sum, or a text to repeat. The reply is the answer, no marker."""
     name, kinds, marker, split, max_turns, captions_only = "Reading", (Text(),), False, False, 1, False
+    def __init__(self, world="", **kw):             # Reading:BabyAI-GoToLocal-v0 asks about that world, not about the games
+        super().__init__(**kw)
+        self.world = make(world, size=self.size) if world else None
+        if self.world:
+            self.name, self.workers = f"{self.name}:{world}", self.world.workers
     def start(self):
-        name, which = list(ENVS)[self.rng.integers(4)], self.rng.random()
-        self.game = ENVS[name](self.size)
-        asked = self.ask(name, self.game, lambda *args: self.rng.integers(*args).tolist())      # also draws the game's state
+        draw = lambda *args: self.rng.integers(*args).tolist()
+        name, which = "" if self.world else list(ENVS)[self.rng.integers(4)], self.rng.random()
+        self.game = self.world or ENVS[name](self.size)
+        asked = self.ask_world(draw) if self.world else self.ask(name, self.game, draw)     # also draws the game's state
         if which < 0.25:
             name, asked = "", [self.echo()]
         elif which < 0.3 and not self.captions_only:
@@ -387,6 +401,17 @@ class Reading(Env):
         context = [] if self.captions_only else [self.game.goal, self.game.text(), self.echo()[2]]
         self.question = "\n".join([line for line in context if line and self.rng.random() < 0.4] + [question])
         self.kind, self.answer = f"{name} {kind}".strip(), str(answer)
+    def ask_world(self, draw):
+        """Questions about a state a few random moves after a start that is not held out."""
+        self.world.rng, self.world.over = self.rng, True
+        while self.world.over or held_out(self.world.fingerprint(), self.world.one_in):
+            self.world.start()
+            self.world.over = False
+        for _ in range(draw(4)):
+            if any(self.world.act(self.world.parse_env(self.world.sample(self.rng)))[1:]):      # it ended: back to a start
+                return self.ask_world(draw)
+        return self.world.questions(draw)
+    def close(self): self.game.close()
     def ask(self, name, game, draw):
         if name == "NumberLine":
             game.current, game.target = draw(0, 6, 2)
@@ -430,13 +455,335 @@ class Captions(Reading):
     """"What is in the picture?" and texts to repeat only, the first stage: what a picture holds has to be seen before it can be asked about."""
     name, captions_only = "Captions", True
 
-def corpus(n, seed=0):
-    """Texts to train a tokenizer on: n questions and answers, with some of the games' prompts less the line that shows the marker."""
-    reading = Reading()
-    reading.rng = np.random.default_rng(seed)
+def corpus(n, seed=0, env="Reading"):
+    """Texts to train a tokenizer on: n questions and answers, with some of the games' prompts less the line that shows the marker. env: whose questions,
+    of the names in it that are Reading or Captions."""
+    names = [name.strip().replace("Captions", "Reading") for name in env.split(",") if name.strip().startswith(("Reading", "Captions"))]
+    rng, readings = np.random.default_rng(seed), [make(name) for name in dict.fromkeys(names or ["Reading"])]
+    readings = [reading for reading in readings for _ in range(1 if reading.workers else 8)]        # pages are slow to come by
     for i in range(n):
+        reading = readings[i % len(readings)]
+        reading.rng = rng
         reading.start()
         yield from (reading.question, reading.answer, *([reading.game.prompt().rpartition("\n")[0]] if i % 8 == 0 else []))
+    for reading in readings:
+        reading.close()
+
+# ---- environments of others: real, optional (requirements-envs.txt), imported only when asked for ----
+def need(env, package):
+    """An optional package, imported; where it is missing, one sentence instead of a traceback."""
+    os.environ.update(PYGAME_HIDE_SUPPORT_PROMPT="1", SDL_VIDEODRIVER="dummy", SDL_AUDIODRIVER="dummy")   # pictures only: no window, no sound, no word
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise SystemExit(f"env={env!r} needs the package {error.name or package}: pip install -r requirements-envs.txt")
+
+class Gym(Env):
+    """Any gymnasium environment with a picture and named actions: render() is the picture, the words of `kinds` are the actions 0, 1, ..."""
+    id, settings = "", {}           # what goes to gymnasium.make, beside the render mode
+    def __init__(self, **kw):
+        super().__init__(**kw)
+        self.open()
+    def open(self, **settings):
+        self.gym = need(self.name, "gymnasium").make(self.id, render_mode="rgb_array", disable_env_checker=True, **self.settings, **settings)
+    def start(self): self.gym.reset(seed=int(self.rng.integers(2 ** 31)))
+    def act(self, action):
+        _, reward, terminated, truncated, _ = self.gym.step(self.words().index(action[0]))
+        self.success = bool(terminated and reward > 0)
+        return float(reward), bool(terminated), bool(truncated)
+    def picture(self):
+        image = Image.fromarray(self.gym.render())
+        return image if image.size == (self.size, self.size) else image.resize((self.size, self.size), Image.LANCZOS)
+    def fingerprint(self): return str(zlib.crc32(self.gym.render().tobytes()))      # right where the picture shows the whole state
+
+class FrozenLake(Gym):
+    """Gymnasium's frozen lake, not slippery, on a map that is dealt anew: from the upper left corner to the present in the lower right one."""
+    name, goal, example = "FrozenLake", "Walk over the ice to the present, not into a hole.", "right"
+    kinds, max_turns, id = (Words("left", "down", "right", "up"),), 20, "FrozenLake-v1"
+
+    def start(self):                                    # draws a start state with self.rng
+        draw = need(self.name, "gymnasium.envs.toy_text.frozen_lake").generate_random_map
+        self.open(is_slippery=False, desc=draw(4, seed=int(self.rng.integers(2 ** 31))))
+        super().start()
+
+    def fingerprint(self):                              # what was dealt: decides which starts are held out
+        return b"".join(self.gym.unwrapped.desc.ravel()).decode()
+
+    def way(self, state):                               # the shortest one to the present, in words
+        ways, seen = [(state, [])], {state}
+        for state, words in ways:
+            for i, word in enumerate(self.words()):
+                [(_, after, reward, over)] = self.gym.unwrapped.P[state][i]
+                if reward:
+                    return [*words, word]
+                if not over and after not in seen:
+                    seen.add(after)
+                    ways.append((after, [*words, word]))
+
+    def expert(self): return self.way(self.gym.unwrapped.s)[0]
+    def optimal(self, word):                            # several ways may be as short
+        [(_, after, reward, over)] = self.gym.unwrapped.P[self.gym.unwrapped.s][self.words().index(word)]
+        return bool(reward) or not over and len(self.way(after)) < len(self.way(self.gym.unwrapped.s))
+
+class BabyAI(Gym):
+    """Any BabyAI level (package minigrid): "BabyAI-GoToLocal-v0" shows the whole map, "BabyAI-GoToLocal-v0:view" what the agent sees,
+    7 x 7 cells in front of it. Reward 1 - 0.9 * step / limit at the goal; an episode ends at the level's own limit, or at max_turns if that is less."""
+    kinds, example = (Words("turn left", "turn right", "go forward", "pick up", "drop", "toggle"),), "go forward"
+    def __init__(self, name, **kw):
+        self.name, (self.id, _, way) = name, name.partition(":")
+        need(name, "minigrid")
+        self.settings = dict(agent_pov=way == "view")
+        gym = need(name, "gymnasium")
+        if self.id not in gym.registry or way not in ("", "view"):
+            near = difflib.get_close_matches(self.id, [i for i in gym.registry if i.startswith("BabyAI-")], n=2, cutoff=0)
+            raise ValueError(f"env={name!r} is unknown; nearest: {', '.join(near)}; a level's name, with :view behind it for what the agent sees.")
+        super().__init__(**kw)
+        self.level, self.limit = self.gym.unwrapped, kw.get("max_turns") or 10 ** 9
+        self.level.tile_size = max(4, self.size // (7 if way else max(self.level.width, self.level.height)))
+    def start(self):
+        with contextlib.redirect_stdout(io.StringIO()):             # minigrid prints the levels that it rejects
+            super().start()
+        self.goal, self.max_turns, self.bot, self.hint, self.renewed = self.level.mission, min(self.limit, self.level.max_steps), None, None, 0
+    def act(self, action):
+        if self.bot:
+            self.expert()                                           # the bot plans by what it has seen: it has to see every state
+        self.last, self.hint = self.words().index(action[0]), None
+        return super().act(action)
+    def fingerprint(self): return f"{self.goal} {self.level.hash(32)}"      # of the grid, the agent's place and direction
+    def questions(self, draw):
+        """[(kind, question, answer), ...] about the picture, for Reading. Places are columns and rows of what is shown, from the upper left."""
+        view = self.settings["agent_pov"]
+        grid, seen = self.level.gen_obs_grid() if view else (self.level.grid, np.ones((self.level.width, self.level.height), bool))
+        (x, y), facing = ((3, 6), 3) if view else (tuple(map(int, self.level.agent_pos)), self.level.agent_dir)
+        dx, dy = ((1, 0), (0, 1), (-1, 0), (0, -1))[facing]
+        what = lambda i, j: "unseen" if not seen[i, j] else f"{cell.color} {cell.type}" if (cell := grid.get(i, j)) and cell.type != "wall" else "wall" if cell else "nothing"
+        things = [(what(i, j), i, j) for j in range(grid.height) for i in range(grid.width) if (i, j) != (x, y) and what(i, j) not in ("unseen", "wall", "nothing")]
+        looks, counts = ("east", "south", "west", "north")[facing], Counter(thing.split()[1] for thing, _, _ in things)
+        kind, (i, j) = ("ball", "box", "key", "door")[draw(4)], (draw(grid.width), draw(grid.height))
+        asked = [("picture", SEEN, ", ".join([*(f"{thing} {i} {j}" for thing, i, j in things), f"agent {x} {y} {looks}"])), ("front", "What is in front of the agent?", what(x + dx, y + dy)),
+                 ("agent", "Where is the agent?", f"{x} {y}"), ("facing", "Which way does the agent look?", looks), ("count", f"How many things of the kind {kind} are there?", counts[kind])]
+        asked += [("at", f"What is at {i} {j}?", what(i, j))] * ((i, j) != (x, y))
+        for thing, i, j in things:
+            asked += [("where", f"Where is the {thing}?", f"{i} {j}")] * ([t for t, _, _ in things].count(thing) == 1) + [("thing", f"What is at {i} {j}?", thing)]
+        return asked
+    def expert(self):
+        """minigrid's bot, from any state and after moves that were not its own. What others did, or its bugs, can bring it to its wits' end: then a new one
+        takes over, five times an episode, or the episode is lost. A plan can go in circles for ever: it needs at most 8 searches a turn, 100 are too many."""
+        while self.hint is None and not self.lost:
+            try:
+                if self.bot is None:
+                    self.bot, self.last = need(self.name, "minigrid.utils.baby_ai_bot").BabyAIBot(self.level), None
+                    search = self.bot._breadth_first_search
+                    self.bot._breadth_first_search = lambda *args, **kw: (next(self.searches), search(*args, **kw))[1]
+                self.searches = iter(range(100))
+                self.hint = self.words()[self.bot.replan(self.last)]            # IndexError: 6, it believes that it is done
+            except StopIteration:
+                self.lost = "BabyAI's bot goes in circles"
+            except Exception as error:                                          # an assertion, an opened box
+                self.bot, self.renewed = None, self.renewed + 1
+                self.lost = f"BabyAI's bot gave up ({type(error).__name__})" if self.renewed > 5 else ""
+        return self.hint or self.example
+
+# ---- MiniWoB++: web pages in a real Chromium ----
+KEYS = {"Enter": "\ue007", "Tab": "\ue004", "Backspace": "\ue003", "ArrowLeft": "\ue012", "ArrowRight": "\ue014", "PageUp": "\ue00e", "PageDown": "\ue00f"}
+ROLES = {"input_text": "textbox", "input_password": "textbox", "textarea": "textbox", "input_checkbox": "checkbox", "input_radio": "radio", "a": "link", "button": "button", "select": "select", "t": "text"}
+PAGE = "const said = core.getUtterance(), over = WOB_DONE_GLOBAL; return [WOB_TASK_READY, over, WOB_RAW_REWARD_GLOBAL, said.utterance || said, over ? null : core.getDOMInfo()];"
+DEAL = "if (window.jQuery) jQuery.fx.off = true; document.activeElement.blur(); core.EPISODE_MAX_TIME = 1e9; core.endEpisode(0); Math.seedrandom(arguments[0]); core.setDataMode('train'); core.startEpisodeReal(); "
+
+def elements(dom):
+    """What core.getDOMInfo() gives -> [dict(ref, role, text, value, focused, classes, box)] of what says something or takes input, in the page's order.
+    box: left, top, width, height in the page's pixels. A piece of text that has no number of its own has a ref below 0."""
+    inside = lambda node: " ".join(filter(None, [str(node.get("text") or ""), *map(inside, node.get("children", []))]))
+    def walk(node):
+        tag, children = node["tag"].lower(), node.get("children", [])
+        whole = tag in ROLES or all(child["tag"] == "t" for child in children)
+        text = inside(node) if whole else ""
+        if not text and not tag.startswith("input_") and node.get("bgColor", "").startswith("rgb("):
+            text = node["bgColor"]                                  # a coloured box or a slider's handle; transparent ones are only there for the layout
+        if whole and (text or tag in ROLES or "value" in node or not isinstance(node.get("classes", ""), str)):    # the last: a shape in an SVG
+            yield dict(ref=node["ref"], role=ROLES.get(tag, tag), text=text, value=node.get("value"), focused=bool(node.get("focused")), classes=str(node.get("classes", "")),
+                       box=[node[side] for side in ("left", "top", "width", "height")])
+        for child in () if whole else children:
+            yield from walk(child)
+    return list(walk(dom))
+
+def element_line(e):        # [13] button 'ONE' | [5] checkbox off | [7] textbox 'abc' | 'a piece of text'
+    said = ("on" if e["value"] else "off") if type(e["value"]) is bool else repr(e["text"] if e["value"] is None else e["value"])
+    return f"[{e['ref']}] {e['role']} {said}" if e["ref"] > 0 else said
+
+def open_browser(env):
+    """A headless Chromium with a window as wide as the tasks were made for, in a process group of its own, so that it can be ended when it hangs."""
+    webdriver, found = need(env, "selenium.webdriver"), [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome", "chromedriver")]
+    if not found[3] or not any(found[:3]):
+        raise SystemExit(f"env={env!r} needs Chromium and its driver: apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = next(filter(None, found))
+    for flag in ("headless", "disable-gpu", "no-sandbox", "hide-scrollbars", "disable-dev-shm-usage"):
+        options.add_argument(flag)
+    browser = webdriver.Chrome(options, webdriver.ChromeService(found[3], popen_kw={"start_new_session": True}))
+    browser.command_executor.client_config.timeout = 20
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(width=500, height=240, deviceScaleFactor=1, mobile=False))
+    BROWSERS.append(browser)
+    return browser
+
+def end_browser(browser):
+    BROWSERS.remove(browser)
+    with contextlib.suppress(OSError):                              # gone already
+        os.killpg(browser.service.process.pid, signal.SIGKILL)
+    browser.service.process.wait()
+
+BROWSERS = []               # all that are open
+atexit.register(lambda: [end_browser(browser) for browser in list(BROWSERS)])
+
+class MiniWoB(Env):
+    """Any MiniWoB++ task (package miniwob) in a real Chromium: "miniwob/click-test-2-v1" acts by number and by place; with :element behind it by the numbers
+    in the text only, with :coordinate by places only (the text is then the task alone, the page is to be seen). Places are the page's pixels, 160 x 210,
+    whatever the picture's size. A number that no element has and a place outside of the page parse, but cost the penalty. Reward: the page's own without
+    its discount for time; `success`: all of it, 1. The page's clock is off, max_turns ends an episode; the last picture is the last before the page closed.
+    A browser is lent to one episode at a time; one that dies, or does not answer for 20 s, is replaced, and its episode is `lost`."""
+    max_turns, one_in, workers, idle = 20, 4, 4, []
+    element = (Command("click", int, names=("ELEMENT",)), Command("type", int, str, names=("ELEMENT", "TEXT")))
+    coordinate = (Command("click", int, int, names=("X", "Y")), Command("type", str, names=("TEXT",)))
+    def __init__(self, name, **kw):
+        super().__init__(**kw)
+        page, _, self.way = name.removeprefix("miniwob/").partition(":")
+        self.name, self.task, self.browser, self.shot = name, page.removesuffix("-v1"), None, Image.new("RGB", (160, 210))
+        self.failures = (need(name, "selenium.common.exceptions").WebDriverException, need(name, "urllib3.exceptions").HTTPError, OSError)
+        folder = os.path.join(os.path.dirname(getattr(importlib.util.find_spec("miniwob"), "origin", None) or need(name, "miniwob").__file__), "html", "miniwob")
+        self.url, tasks = f"file://{folder}/{self.task}.html", sorted(file.removesuffix(".html") for file in os.listdir(folder))
+        if self.task not in tasks or self.way not in ("", "element", "coordinate"):
+            near = difflib.get_close_matches(self.task, tasks, n=2, cutoff=0)
+            raise ValueError(f"env={name!r} is unknown; nearest: {', '.join(f'miniwob/{task}-v1' for task in near)}; with :element or :coordinate behind it, or nothing.")
+        self.kinds = (*(self.element if self.way != "coordinate" else ()), *(self.coordinate if self.way != "element" else ()), Words(*(f"press {key}" for key in KEYS)))
+        self.example = "click 80 112" if self.way == "coordinate" else "click 13"
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # an end by `kill` or `timeout`, too, takes the browsers with it
+
+    def start(self):
+        for attempt in range(3):
+            try:
+                self.browser = self.browser or (self.idle.pop() if self.idle else open_browser(self.name))
+                if self.browser.current_url != self.url:
+                    self.browser.get(self.url)
+                self.browser.execute_cdp_cmd("Input.dispatchMouseEvent", dict(type="mouseMoved", x=0, y=0))     # no button glows under the last episode's pointer
+                self.look(DEAL, int(self.rng.integers(2 ** 31)))
+                return
+            except self.failures as error:
+                self.fail(error)
+        raise SystemExit(f"env={self.name!r}: Chromium failed three times in a row: {self.lost}.")
+    def look(self, script="", *args):
+        """Runs a script in the page, then reads it -> (is the episode over, its reward)."""
+        for wait in range(40):                                      # some pages come up slowly
+            ready, over, reward, goal, dom = self.browser.execute_script((script if not wait else "") + PAGE, *args)
+            if ready:
+                break
+            time.sleep(0.05)
+        if not over:
+            self.goal, self.elements, self.seen = goal, elements(dom), False
+        return over, reward
+    def fail(self, error):
+        if self.browser:
+            end_browser(self.browser)
+        self.browser, self.lost = None, f"the browser failed ({type(error).__name__})"
+    def close(self):
+        if self.browser:
+            self.idle.append(self.browser) if len(self.idle) < self.workers else end_browser(self.browser)
+        self.browser = None
+
+    def act(self, action):
+        try:
+            if not self.perform(action):
+                return self.penalty, False, False
+            over, reward = self.look()
+        except self.failures as error:
+            self.fail(error)
+            return 0.0, False, True
+        self.success = over and reward >= 1
+        return (float(reward) if over else 0.0), over, False
+    def perform(self, action):
+        """Plays an action in the page; False if it names what is not there."""
+        numbers, text = [a for a in action[1:] if type(a) is int], "".join(a for a in action[1:] if type(a) is str)
+        keys = KEYS[action[0].removeprefix("press ")] if action[0].startswith("press ") else re.sub("[\ue000-\uf8ff]", "", text)      # those are control keys
+        chain = need(self.name, "selenium.webdriver").ActionChains(self.browser, duration=0)
+        if len(numbers) == 1:
+            if numbers[0] not in [e["ref"] for e in self.elements if e["ref"] > 0]:
+                return False
+            self.browser.execute_script("core.elementClick(arguments[0]);", numbers[0])
+        elif numbers:
+            if not (0 <= numbers[0] < 160 and 0 <= numbers[1] < 210):
+                return False
+            chain.w3c_actions.pointer_action.move_to_location(*numbers).click()
+        if keys or len(numbers) == 2:
+            chain.send_keys(keys).perform()
+        return True
+
+    def picture(self):
+        if self.browser and not self.seen:
+            try:
+                self.shot, self.seen = Image.open(io.BytesIO(self.browser.get_screenshot_as_png())).convert("RGB").crop((0, 0, 160, 210)), True
+            except self.failures as error:
+                self.fail(error)
+        return self.shot.resize((self.size, self.size), Image.LANCZOS)
+    def text(self): return "" if self.way == "coordinate" else "\n".join(map(element_line, self.elements))
+    def fingerprint(self): return f"{self.task} {self.goal} {zlib.crc32(repr([(e['role'], e['text'], e['value'], e['box']) for e in self.elements]).encode())}"
+    def questions(self, draw):
+        """[(kind, question, answer), ...] about the page, for Reading: from its lines, or from the picture alone."""
+        shown = [e for e in self.elements if e["text"] and 0 <= e["box"][0] < 160 and 50 <= e["box"][1] < 210]
+        place = lambda e: f"{round(e['box'][0] + e['box'][2] / 2)} {round(e['box'][1] + e['box'][3] / 2)}"
+        lines, roles = "\n".join(map(element_line, self.elements)), Counter(e["role"] for e in self.elements)
+        asked = [("picture", SEEN, ", ".join(f"{e['role']} {e['text']} {place(e)}" for e in shown[:6]) or "nothing"),
+                 *[("count", f"How many of the kind {role} are there?", roles[role]) for role in ("button", "textbox", "checkbox")]]
+        for e in shown:
+            asked += [("where", f"Where is {e['text']!r}?", place(e)), ("at", f"What is at {place(e)}?", e["text"])]
+        for e in self.elements:
+            if e["ref"] > 0 and e["text"]:
+                asked += [("says", f"{lines}\nWhat does {e['ref']} say?", e["text"]), ("number", f"{lines}\nWhich number has {e['text']!r}?", e["ref"])]
+            if e["role"] in ("textbox", "checkbox", "radio"):
+                asked += [("field", f"What is in the {e['role']} at {place(e)}?", element_line(e).partition(e["role"])[2].strip())]
+        return asked
+    def sample(self, rng):                                          # of the numbers and words that are there
+        kind = self.kinds[rng.integers(len(self.kinds))]
+        refs, words = [e["ref"] for e in self.elements if e["ref"] > 0] or [0], re.findall(r"\w+", self.goal)
+        draw = dict(ELEMENT=lambda: int(rng.choice(refs)), X=lambda: int(rng.integers(160)), Y=lambda: int(rng.integers(50, 210)), TEXT=lambda: str(rng.choice(words)))
+        return kind.sample(rng) if isinstance(kind, Words) else canonical((kind.word, *(draw[name]() for name in kind.names)))
+
+    def expert(self):
+        """The next action of a scripted player; ValueError for a task that has none."""
+        said, buttons = re.findall(r'"([^"]*)"', self.goal), [e for e in self.elements if e["role"] == "button"]
+        boxes, texts = [e for e in self.elements if e["role"] == "textbox"], {"enter-text": said, "enter-password": 2 * said, "login-user": said}.get(self.task)
+        if self.task in ("click-test", "click-test-2", "click-button", "click-dialog", "click-dialog-2", "click-link", "click-tab"):
+            label = (said + re.findall(r"Tab #[0-9]+|ONE", self.goal) + ["Click Me!"])[0]
+            return self.click(next(e for e in buttons + self.elements if e["text"] == ("Close" if label == "x" else label)))
+        if self.task in ("click-checkboxes", "click-option"):
+            wanted = re.match("Select (.*) and click", self.goal).group(1).split(", ")
+            wrong = [box for box, label in zip(self.elements, self.elements[1:]) if box["role"] in ("checkbox", "radio") and box["value"] != (label["text"] in wanted)]
+            return self.click(next((box for box in wrong if box["role"] == "checkbox" or not box["value"]), buttons[-1]))
+        if texts:
+            return next((self.type(box, text) for box, text in zip(boxes, texts) if box["value"] != text), self.click(buttons[-1]))
+        if self.task in ("focus-text", "focus-text-2"):
+            return self.click(boxes[int((re.findall("[0-9]", self.goal) or "1")[0]) - 1])
+        if self.task == "click-collapsible":
+            return self.click(buttons[-1] if any(e["role"] == "div" for e in self.elements) else self.elements[0])
+        if self.task == "use-slider":
+            handle, shown = self.elements[:2]
+            gap = int(re.findall("-?[0-9]+", self.goal)[0]) - int(shown["text"])
+            page = self.browser.execute_script("return $('#slider').slider('option', 'max') - $('#slider').slider('option', 'min')") // 5
+            keys = ("PageDown", "PageUp") if 2 * abs(gap) > page > 1 else ("ArrowLeft", "ArrowRight")
+            return self.click(buttons[-1]) if not gap else f"press {keys[gap > 0]}" if handle["focused"] else self.click(handle)
+        raise ValueError(f"env={self.name!r} has no scripted expert: collect its data by a random player or a model, or write one in MiniWoB.expert.")
+    def click(self, e):
+        if self.way != "coordinate":
+            return f"click {e['ref']}"
+        left, top, width, height = e["box"]                         # a point of it that no later element covers
+        points = [(round(left + dx * width), round(top + dy * height)) for dx, dy in ((0.5, 0.5), (0.1, 0.2), (0.9, 0.2), (0.1, 0.8), (0.9, 0.8))]
+        over = [other["box"] for other in self.elements[self.elements.index(e) + 1:]]
+        free = [(x, y) for x, y in points if not any(l <= x <= l + w and t <= y <= t + h for l, t, w, h in over)]
+        return "click {} {}".format(*(free or points)[0])
+    def type(self, e, text):
+        if e["value"] and not text.startswith(e["value"]):          # somebody wrote something else: away with it
+            return "press Backspace" if e["focused"] else self.click(e)
+        action = text[len(e["value"]):]
+        return canonical(("type", e["ref"], action)) if self.way != "coordinate" else canonical(("type", action)) if e["focused"] else self.click(e)
 
 # ---- scripted players and the front door ----
 def player(name, env, rng):
@@ -449,7 +796,7 @@ def player(name, env, rng):
         return sign + env.expert()
     if name == "biased":
         words, right = env.words(), env.expert()
-        after = words.index(right) + 1 if words else 0
+        after = words.index(right) + 1 if right in words else 0
         return sign + next((w for w in words[after:] + words[:after] if not env.optimal(w)), right)
     if name == "malformed":
         broken = [word, f"[act] {word}", f"move {word}", MARKER, f"{MARKER} go", f"action: {word}", f"{MARKER} {word} {word}", f"{MARKER}\n{word}"]
@@ -462,9 +809,28 @@ def mixture(mix, env, rng):
     name = list(mix)[rng.choice(len(mix), p=shares / shares.sum())]
     return player(name, env, rng), name
 
+class Tasks:
+    """Several environments behind one: each episode is the next one's, or the one's that options={"task": i} names (modulo their number)."""
+    def __init__(self, tasks):
+        self.tasks, self.task, self.env = tasks, -1, tasks[0]
+        self.split, self.workers = any(t.split for t in tasks), min((t.workers for t in tasks if t.workers), default=None)
+    def reset(self, seed=None, options=None):
+        self.task = (options or {}).get("task", self.task + 1) % len(self.tasks)
+        self.env = self.tasks[self.task]
+        return self.env.reset(seed, options)
+    def __getattr__(self, key): return getattr(self.env, key)       # all else is the present one's
+
 def make(name, **kw):
-    known = {**ENVS, "Reading": Reading, "Captions": Captions}
+    """An environment by its name, or several: make("NumberLine,EZPoints"). kw: size, penalty, invalid, max_turns. ValueError for a name that
+    is unknown; SystemExit where an optional package is missing; one sentence each."""
+    if "," in name:
+        return Tasks([make(part.strip(), **kw) for part in name.split(",") if part.strip()])
+    known = {**ENVS, "FrozenLake": FrozenLake, "Reading": Reading, "Captions": Captions}
+    if name.startswith(("Reading:", "Captions:")):
+        return known[name.partition(":")[0]](name.partition(":")[2], **kw)
+    if name.startswith(("BabyAI-", "miniwob/")):
+        return (BabyAI if name.startswith("BabyAI-") else MiniWoB)(name, **kw)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=2, cutoff=0)
-        raise ValueError(f"env={name!r} is unknown; nearest: {', '.join(near)}; known: {', '.join(known)}.")
+        raise ValueError(f"env={name!r} is unknown; nearest: {', '.join(near)}; known: {', '.join(known)}, BabyAI-GoToLocal-v0, miniwob/click-test-v1, ...")
     return known[name](**kw)

@@ -8,6 +8,8 @@ How well it went: success with intervals, return, share of valid actions; greedy
     python evaluate.py out/numberline/data --report                     # a folder of episodes, as that run's critic sees it
 """
 import base64, io, json, math, os, re, sys, tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from types import SimpleNamespace
 
@@ -19,7 +21,7 @@ from tqdm import tqdm
 import envs
 from agent_rl import advantages, filter_weight, shaped
 from buffer import Buffer, batch, make_row, reply_text
-from configurator import ConfigError, configure
+from configurator import ConfigError, configure, parse_block
 from model import build, latest_checkpoint
 
 # --- config ---
@@ -45,16 +47,25 @@ def wilson(k, n, z=1.96):
     return max(0.0, (p + z * z / (2 * n) - half) / c), min(1.0, (p + z * z / (2 * n) + half) / c)
 
 
+def environment(run_cfg):
+    """make_env of a run, for `play`: its environment, or its several."""
+    return lambda: envs.make(run_cfg.env, size=run_cfg.size, penalty=run_cfg.penalty, invalid=run_cfg.invalid, max_turns=run_cfg.max_turns)
+
+
 def held_out(env, n):
     """n seeds of starts that training never draws (all of them where a game is too small to hold some out), as many different
-    ones as there are. A seed is not a state: starts are told apart by `env.fingerprint()`."""
+    ones as there are. A seed is not a state: starts are told apart by `env.fingerprint()`. Of several tasks seed i is task i's, modulo their number."""
+    if tasks := getattr(env, "tasks", None):
+        seeds = [held_out(task, -(-n // len(tasks))) for task in tasks]
+        return [seeds[i % len(tasks)][i // len(tasks)] for i in range(n)]
     seeds, seen, tries = [], set(), 0
-    while len(seeds) < n and tries < 500 + 20 * n:
+    while len(seeds) < n and tries < (4 * n if env.workers else 500 + 20 * n):     # where starts are slow to draw, some may come twice
         env.reset(seed=TEST_SEEDS + tries, options={"split": "test"})
         if env.fingerprint() not in seen:
             seen.add(env.fingerprint())
             seeds.append(TEST_SEEDS + tries)
         tries += 1
+    env.close()
     return [seeds[i % len(seeds)] for i in range(n)]
 
 
@@ -78,21 +89,31 @@ def scripted_agent(mix, rng):
 
 
 def play(make_env, act, seeds, num_envs=32, split="test", prefix="", bar=None):
-    """Play one episode for each seed, num_envs at a time; yields dicts (rows, images, success, success_return, episode_return, turns, valid, tag)
-    as episodes end. act(envs, rows, images) -> list of dict(reply, source, [reply_ids, logprobs])."""
-    todo, live = list(enumerate(seeds))[::-1], []
-    spare = [make_env() for _ in range(min(num_envs, len(seeds)))]
-    with tqdm(total=len(seeds), desc=bar, disable=None if bar else True, leave=False) as progress:
+    """Play one episode for each seed, num_envs at a time (of several tasks, each in turn); yields dicts (env, rows, images, success, success_return,
+    episode_return, turns, valid, tag) as episodes end. act(envs, rows, images) -> list of dict(reply, source, [reply_ids, logprobs]).
+    An episode whose environment is lost (a dead browser) is played once more, then dropped, counted and reported."""
+    todo, live, lost = list(enumerate(seeds))[::-1], [], Counter()
+    spare = [make_env()]
+    spare += [make_env() for _ in range(min(num_envs, len(seeds), spare[0].workers or num_envs) - 1)]
+    def begin(job):
+        env, n, seed = job
+        return SimpleNamespace(env=env, obs=env.reset(seed=seed, options={"split": split, "task": n})[0], seed=seed, n=n, name=f"{prefix}{n}", rows=[], images={})
+    with tqdm(total=len(seeds), desc=bar, disable=None if bar else True, leave=False) as progress, ThreadPoolExecutor(spare[0].workers or 1) as pool:
+        at_once = pool.map if spare[0].workers else map             # threads pay where a step waits for another process
         while todo or live:
-            while todo and spare:
-                n, seed = todo.pop()
-                env = spare.pop()
-                obs, _ = env.reset(seed=seed, options={"split": split})
-                live.append(SimpleNamespace(env=env, obs=obs, seed=seed, name=f"{prefix}{n}", rows=[], images={}))
+            live += at_once(begin, [(spare.pop(), *todo.pop()) for _ in range(min(len(spare), len(todo)))])
             pending = [make_row(e.name, len(e.rows), e.env.name, e.seed, e.obs) for e in live]
             replies = act([e.env for e in live], pending, [e.obs["image"] for e in live])
-            for e, row, r in zip(list(live), pending, replies):
-                obs, reward, terminated, truncated, info = e.env.step(r["reply"])
+            outcomes = at_once(lambda e, r: e.env.step(r["reply"]), live, replies)
+            for e, row, r, (obs, reward, terminated, truncated, info) in zip(list(live), pending, replies, list(outcomes)):
+                if e.env.lost:
+                    lost[e.n] += 1
+                    if lost[e.n] == 1:
+                        todo.append((e.n, e.seed))
+                    else:
+                        tqdm.write(f"{e.env.name}, seed {e.seed}: dropped, {e.env.lost}; {sum(k > 1 for k in lost.values())} of {len(seeds)} episodes so far.")
+                    live.remove(e), spare.append(e.env), e.env.close()
+                    continue
                 outcome = dict(action=info["action"], valid=bool(info["valid"]), reward=float(reward), terminated=bool(terminated), truncated=bool(truncated), success=bool(info["success"]))
                 e.images[row["images_file_names"][0]] = e.obs["image"]
                 e.rows.append(make_row(e.name, len(e.rows), e.env.name, e.seed, e.obs, **r, **outcome))
@@ -103,10 +124,9 @@ def play(make_env, act, seeds, num_envs=32, split="test", prefix="", bar=None):
                         last = make_row(e.name, len(e.rows), e.env.name, e.seed, obs, source="end", success=bool(info["success"]))
                         e.images[last["images_file_names"][0]] = obs["image"]
                         e.rows.append(last)
-                    yield dict(rows=e.rows, images=e.images, success=bool(info["success"]), success_return=bool(info["success_return"]), episode_return=ret,
+                    yield dict(env=e.env.name, rows=e.rows, images=e.images, success=bool(info["success"]), success_return=bool(info["success_return"]), episode_return=ret,
                                turns=turns, valid=sum(valid), tag=e.env.tag())
-                    live.remove(e)
-                    spare.append(e.env)
+                    live.remove(e), spare.append(e.env), e.env.close()
                     progress.update()
 
 
@@ -123,12 +143,17 @@ def record(episodes, buffer, chunk=200):
 
 
 def summary(episodes):
-    """Episodes -> one dictionary of numbers; success rates with their Wilson 95 % intervals, by tag too where the environment has some."""
+    """Episodes -> one dictionary of numbers; success rates with their Wilson 95 % intervals, by tag too where the environment has some, and
+    by_env where several were played."""
+    if not episodes:
+        raise SystemExit("No episode could be played to its end: see above why each was dropped.")
     n, share = len(episodes), lambda key, of: sum(e[key] for e in of)
     out = dict(episodes=n, episode_return=share("episode_return", episodes) / n, turns=share("turns", episodes) / n,
                valid=share("valid", episodes) / share("turns", episodes))
     for key in ("success", "success_return"):
         out[key], out[key + "_95"] = share(key, episodes) / n, [round(x, 4) for x in wilson(share(key, episodes), n)]
+    if len(names := dict.fromkeys(e["env"] for e in episodes)) > 1:
+        return out | dict(by_env={name: summary([e for e in episodes if e["env"] == name]) for name in names})
     tags = sorted({e["tag"] for e in episodes} - {""})
     if tags:
         groups = {t: [e for e in episodes if e["tag"] == t] for t in tags}
@@ -155,10 +180,12 @@ def full_evaluation(vlm, make_env, episodes, max_new_tokens, temperature=1.0, se
 
 def table(results):
     """{name: summary} -> text, one aligned line each."""
-    lines = [f"{'':<28}{'goal reached':>24}{'summed reward > 0':>26}{'return':>9}{'turns':>7}{'valid':>8}{'n':>6}"]
-    for name, s in results.items():
+    rows = [row for name, s in results.items() for row in ((name, s), *((f"  {env}", of) for env, of in s.get("by_env", {}).items()))]
+    wide = max([28, *(len(name) + 1 for name, _ in rows)])
+    lines = [f"{'':<{wide}}{'goal reached':>24}{'summed reward > 0':>26}{'return':>9}{'turns':>7}{'valid':>8}{'n':>6}"]
+    for name, s in rows:
         cells = [f"{100 * s[k]:.1f} % [{100 * s[k + '_95'][0]:.1f}, {100 * s[k + '_95'][1]:.1f}]" if k + "_95" in s else f"{100 * s[k]:.1f} %" for k in ("success", "success_return")]
-        lines.append(f"{name:<28}{cells[0]:>24}{cells[1]:>26}{s['episode_return']:>9.3f}{s['turns']:>7.2f}{100 * s['valid']:>7.1f}%{s['episodes']:>6}")
+        lines.append(f"{name:<{wide}}{cells[0]:>24}{cells[1]:>26}{s['episode_return']:>9.3f}{s['turns']:>7.2f}{100 * s['valid']:>7.1f}%{s['episodes']:>6}")
         lines += [f"    {tag:<24}{100 * g['success']:>12.1f} %  of {g['episodes']}" for tag, g in s.get("by_tag", {}).items()]
     return "\n".join(lines)
 
@@ -336,13 +363,13 @@ def calibration(points):
 def html_table(results):
     """{name: summary} -> the rows of the page's table; under a rate a line from 0 to 100 % with its interval."""
     out = []
-    for name, s in results.items():
+    for name, s, cls in ((n, x, c) for name, of in results.items() for n, x, c in ((name, of, ""), *((env, x, ' class="tag"') for env, x in of.get("by_env", {}).items()))):
         cells = []
         for key, of in (("success", "goal reached"), ("success_return", "summed reward &gt; 0")):
             lo, hi = (100 * x for x in s.get(key + "_95", (s[key], s[key])))
             cells.append(f'<td class="rate" data-of="{of}, %">{100 * s[key]:.1f} <small>[{lo:.1f}, {hi:.1f}]</small><svg class="bar" viewBox="0 0 100 3" preserveAspectRatio="none">'
                          f'<rect width="100" height="3"/><rect class="in" x="{min(lo, 99):.1f}" width="{max(1, hi - lo):.1f}" height="3"/></svg></td>')
-        out.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}<td data-of="return">{s["episode_return"]:.3f}</td><td data-of="turns">{s["turns"]:.2f}</td>'
+        out.append(f'<tr{cls}><th scope="row">{escape(name)}</th>{"".join(cells)}<td data-of="return">{s["episode_return"]:.3f}</td><td data-of="turns">{s["turns"]:.2f}</td>'
                    f'<td data-of="valid, %">{100 * s["valid"]:.1f}</td><td data-of="episodes">{s["episodes"]}</td></tr>')
         out += [f'<tr class="tag"><th scope="row">{escape(tag)}</th><td class="rate" data-of="goal reached, %">{100 * g["success"]:.1f} <small></small></td>'
                 f'<td colspan="4"></td><td data-of="episodes">{g["episodes"]}</td></tr>' for tag, g in s.get("by_tag", {}).items()]
@@ -413,7 +440,8 @@ def read_config(run):
     if not os.path.exists(file):
         raise ConfigError(f"{run!r} is no run folder: it has no config.json; train one with python train.py config/numberline.py --out_dir={run}")
     with open(file) as f:
-        return SimpleNamespace(**json.load(f))
+        defaults = {name: key.default for name, key in parse_block(os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")).items()}
+        return SimpleNamespace(**defaults | json.load(f))      # a run from before a key existed has that key's default
 
 
 def trained(run, run_cfg):
@@ -456,7 +484,7 @@ def main(argv):
     n = run_cfg.eval_episodes if cfg.episodes is None else cfg.episodes
     if n < 1 or cfg.temperature < 0:
         raise ConfigError("--episodes must be at least 1 and --temperature at least 0.")
-    make_env = lambda: envs.make(run_cfg.env, size=run_cfg.size, penalty=run_cfg.penalty, invalid=run_cfg.invalid)
+    make_env = environment(run_cfg)
     aside, vlm = tempfile.TemporaryDirectory(), None
     buffer = Buffer(cfg.save or aside.name, create=True) if cfg.save or cfg.report else None
     start = len(buffer or ())

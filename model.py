@@ -355,11 +355,11 @@ def end_of_turn(processor):
     return tok.eos_token_id
 
 
-def load_model(path, texts=(), dtype=torch.float32, device="cpu", trust_remote_code=False):
+def load_model(path, texts=(), dtype=torch.float32, device="cpu", trust_remote_code=False, image_size=80):
     """A hub id, a local folder, or 'scratch' (the tiny architecture with random weights) -> (net, processor).
     SystemExit with one sentence if it does not exist, is no image-text model, or its processor knows no image token."""
     if path == "scratch":
-        return scratch(texts)
+        return scratch(texts, image_size=image_size)
     if not os.path.isdir(path):  # the shipped model is found from any working directory
         beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
         path = beside if os.path.isdir(beside) else path
@@ -384,7 +384,7 @@ def load_model(path, texts=(), dtype=torch.float32, device="cpu", trust_remote_c
 def load_base(cfg, texts=()):
     """(net, processor) that a config asks for."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    net, processor = load_model(cfg.model, texts, device=device, trust_remote_code=cfg.trust_remote_code)
+    net, processor = load_model(cfg.model, texts, device=device, trust_remote_code=cfg.trust_remote_code, image_size=cfg.size)
     if device == "cpu" and cfg.dtype == "bfloat16":
         net.set_attn_implementation("eager")  # the CPU's fused attention is seven times slower backwards in bfloat16 (torch 2.13)
     return net, processor

@@ -17,7 +17,7 @@ import envs
 from agent_rl import compute_loss, shaped, summarise
 from buffer import Buffer, batch
 from configurator import check_config, configure
-from evaluate import evaluate, full_evaluation, model_agent, play, record, scripted_agent, summary, table
+from evaluate import environment, evaluate, full_evaluation, model_agent, play, record, scripted_agent, summary, table
 from model import build, latest_checkpoint, load_base
 
 # --- config ---
@@ -40,14 +40,16 @@ lora_r = 16             # rank; 0 trains all weights
 lora_alpha = 32         # the adapters' output is scaled by lora_alpha / lora_r
 lora_dropout = 0.0
 lora_targets = '.*'     # regex over the full paths of the language model's linear layers
-q_head = 'full'         # full: H x V | tied: 2 H^2 parameters through the frozen unembedding, for large vocabularies
-n_critics = 2           # the targets take the minimum over them
+q_head = 'tied'         # tied: 2 H^2 parameters through the frozen unembedding: words that the model reads alike are valued alike | full: H x V
+n_critics = 1           # of several the targets take the minimum: one more pessimism, against what is rare too
 cache_mb = 512          # memory for encoded prompts
 # environment
-env = 'NumberLine'      # NumberLine | EZPoints | Points24 | Blackjack, or pre-training's Captions | Reading
+env = 'NumberLine'      # NumberLine | EZPoints | Points24 | Blackjack | FrozenLake | BabyAI-GoToLocal-v0 | miniwob/click-test-v1 | ..., or pre-training's
+                        # Captions | Reading; several, played in turn: 'NumberLine,EZPoints', in a file also ['NumberLine', 'EZPoints']
 size = 80               # side of the picture, pixels
 penalty = -1.0          # reward of a reply that does not parse; the environment does not move
 invalid = 'penalty'     # penalty | random: RL4VLM's rule, a random action without a penalty
+max_turns: int = None   # an episode is cut off after so many turns; None: the environment's own limit
 # data
 data = ''               # folder of recorded episodes; '': record data_episodes by data_mix into out_dir/data
 data_mix = {'expert': 0.3, 'random': 0.5, 'malformed': 0.2} # who plays a turn: expert, random, malformed, biased, and their shares
@@ -58,7 +60,7 @@ mdp = 'token'           # token: an advantage a token | turn: one a reply
 bc_coef = 0.0           # plain cloning, always on
 af_coef = 1.0           # value-corrected cloning
 critic_coef = 10.0      # the critic has to tell states apart before the filter can: it leads
-pess_coef = 2.0         # pulls Q of the whole vocabulary to q_init: tokens that no data shows here stay low; 0: off
+pess_coef = 0.5         # pulls Q of the whole vocabulary to q_init: tokens that no data shows here stay low; 0: off
 cql_coef = 0.0          # CQL's conservative term, an alternative; 0: off
 q_init: float = None    # where the head starts; None: the lowest discounted return in the data
 v_support = 0.0         # V over tokens with pi >= v_support * max pi only; 0: the whole vocabulary
@@ -163,7 +165,7 @@ def git_commit():
 def main(argv):
     cfg = configure(__file__, argv)
     check_config(cfg)
-    make_env = lambda: envs.make(cfg.env, size=cfg.size, penalty=cfg.penalty, invalid=cfg.invalid)
+    make_env = environment(cfg)
     try:
         make_env()
     except ValueError as e:
@@ -172,7 +174,7 @@ def main(argv):
     DATA, SAMPLE, ROLLOUT, INIT = range(4)
     path = lambda name: os.path.join(cfg.out_dir, name)
     torch.manual_seed(int(rng(INIT).integers(2 ** 31)))
-    base = load_base(cfg, envs.corpus(20_000) if cfg.model == 'scratch' else ())  # what can fail by a user's mistake comes before anything is written
+    base = load_base(cfg, envs.corpus(20_000, env=cfg.env) if cfg.model == 'scratch' else ())  # what can fail by a user's mistake comes before anything is written
     shape = lambda reward: shaped(reward, cfg)
     offline = Buffer(cfg.data, shape=shape) if cfg.data else None
     open_run(cfg)
@@ -243,7 +245,7 @@ def main(argv):
             played = list(play(make_env, act, seeds, cfg.num_envs, split="train", prefix=f"{step}-"))
             record(played, replay)
             s = summary(played)
-            extra = {f"rollout/{k}": s[k] for k in ("success", "success_return", "episode_return", "valid", "turns")}
+            extra = {f"rollout/{k}": s[k] for k in ("success", "success_return", "episode_return", "valid", "turns")} | {f"rollout/{k}/success": of["success"] for k, of in s.get("by_env", {}).items()}
             timed("rollout", t)
 
         t = time.time()
@@ -277,7 +279,7 @@ def main(argv):
         if cfg.eval_interval and done % cfg.eval_interval == 0 and not done == total:
             t = time.time()
             s = evaluate(vlm, make_env, cfg.eval_quick, cfg.max_new_tokens, seed=cfg.seed)
-            extra |= {f"eval/{k}": s[k] for k in ("success", "success_return", "episode_return", "valid")}
+            extra |= {f"eval/{k}": s[k] for k in ("success", "success_return", "episode_return", "valid")} | {f"eval/{k}/success": of["success"] for k, of in s.get("by_env", {}).items()}
             timed("eval", t)
         if done == cfg.offline_updates and done < total:                   # what the recorded data alone gave
             t = time.time()
@@ -314,7 +316,8 @@ def main(argv):
     with open(path("eval.json"), "w") as f:
         json.dump(dict(checkpoint=path("ckpt"), argv=argv, seed=cfg.seed, results=results), f, indent=1)
     print(f"\n{cfg.env}, {cfg.actor_loss}, seed {cfg.seed}: {time.time() - vlm_began:.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in clock.items())}); {'held-out starts' if make_env().split else 'starts that training also draws'}, Wilson 95 % intervals")
-    print(table({"the recorded data": stats | dict(turns=stats["turns"] / stats["episodes"]), **results}))
+    an_episode = lambda s: s | dict(turns=s["turns"] / s["episodes"], by_env={k: an_episode(of) for k, of in s.get("by_env", {}).items()})
+    print(table({"the recorded data": an_episode(stats), **results}))
     if not vlm.lora:
         vlm.net.half().save_pretrained(path("model"))                      # a model folder to share, two bytes a weight
         vlm.processor.save_pretrained(path("model"))

@@ -93,6 +93,11 @@ def test_a_file_and_a_flag_mean_the_same(key, text, value):
     ("--name=3", "name", "3"), ("--name=__import__('os')", "name", "__import__('os')"), ("--run_name='None'", "run_name", "None"), ("--run_name=a.py", "run_name", "a.py"), ("--lr= 2 ", "lr", 2.0)])
 def test_flags(flag, key, value): assert getattr(run(flag), key) == value
 
+def test_several_names_may_stand_in_a_list():
+    assert run(config("name = ['NumberLine', 'EZPoints']\n")).name == run("--name=NumberLine,EZPoints").name == "NumberLine,EZPoints"
+    for wrong in ("[]", "['a', 1]", "('a', 'b')"):
+        with pytest.raises(ConfigError): run(config(f"name = {wrong}\n"))
+
 def test_files_then_flags_later_wins():
     a, b = config('"""Why."""\n# a comment\nlr = 1\nsteps = 1\nname: str = "a"\n', "config/a.py"), config("steps = 2\n", "config/b.py")
     cfg = run(a, b, "--name=c")

@@ -2,12 +2,13 @@
 The environments: the protocol, every game's rules from states set by hand, the yardsticks, the scripted players, the pictures.
     python -m pytest tests/test_envs.py
 """
-import ast, operator, os, sys
+import ast, importlib.util, io, operator, os, sys
 from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations_with_replacement
 from math import factorial
+from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image, ImageChops
@@ -712,3 +713,186 @@ def test_corpus_is_reproducible_and_never_shows_the_marker():
     assert not any(MARKER in text or "End your reply" in text for text in texts)
     for name in GAMES:
         assert any(ENVS[name].goal in text for text in texts)
+
+
+# ---------------------------------------------------------------- several tasks, lost episodes, threads
+
+def test_several_tasks_take_turns():
+    env = make("NumberLine, EZPoints,Blackjack", size=48)
+    names = [(env.reset(seed=i), env.name)[1] for i in range(4)]
+    assert names == ["NumberLine", "EZPoints", "Blackjack", "NumberLine"] and env.split
+    env.reset(seed=5, options={"split": "train", "task": 7})
+    alone = fresh("EZPoints", 5)
+    assert env.name == "EZPoints" and env.prompt() == alone.prompt() and env.observation()["image"].size == (48, 48)
+    say(env, "stand")
+    assert env.turns == 1 and not hasattr(env, "no_such_thing")
+    with pytest.raises(ValueError, match="'EZPoint' is unknown; nearest: EZPoints"):
+        make("NumberLine,EZPoint")
+
+
+def test_max_turns_is_a_setting():
+    env = make("NumberLine", max_turns=2)
+    env.reset(seed=0)
+    assert say(env, "x", "x")[1:3] == (False, True) and make("NumberLine").max_turns == 10
+
+
+# ---------------------------------------------------------------- environments of others, with stand-ins for their packages
+
+class Corridor:
+    """A gymnasium environment: three steps to the right."""
+    unwrapped = property(lambda self: self)
+    def reset(self, seed=None): self.seed, self.at = seed, 0; return 0, {}
+    def step(self, action):
+        self.at = max(0, self.at + (1 if action == 1 else -1))
+        return self.at, np.float64(self.at == 3), np.bool_(self.at == 3), False, {}
+    def render(self): return np.full((20, 30, 3), 60 * self.at, np.uint8)
+
+
+def test_gym_wraps_any_environment_with_a_picture_and_names(monkeypatch):
+    made = []
+    def gym_make(id, **settings): made.append((id, settings)); return Corridor()
+    monkeypatch.setitem(sys.modules, "gymnasium", SimpleNamespace(make=gym_make))
+    class Walk(envs.Gym):
+        name, goal, example, kinds, max_turns, split = "Walk", "Go right.", "right", (Words("left", "right"),), 5, False
+        id, settings = "Corridor-v3", {"length": 3}
+        def expert(self): return "right"
+    env = Walk(size=40)
+    obs, _ = env.reset(seed=1)
+    seed = env.gym.seed
+    assert made == [("Corridor-v3", dict(render_mode="rgb_array", disable_env_checker=True, length=3))] and obs["image"].size == (40, 40)
+    assert say(env, "left", "fly", "right", "right")[:3] == (0.0, False, False) and env.gym.at == 2
+    reward, terminated, truncated, info = say(env, "right")
+    assert (reward, terminated, truncated, info["success"]) == (1.0, True, False, True) and type(reward) is float and type(terminated) is bool
+    before = env.fingerprint()
+    env.reset(seed=1)
+    assert env.gym.seed == seed and env.fingerprint() != before
+    env.reset(seed=2)
+    assert env.gym.seed != seed and player("expert", env, np.random.default_rng(0)) == f"{MARKER} right"
+
+
+@pytest.mark.parametrize("name", ["FrozenLake", "BabyAI-GoToLocal-v0", "miniwob/click-test-v1", "NumberLine,FrozenLake"])
+def test_a_missing_package_is_one_sentence(monkeypatch, name):
+    for package in ("gymnasium", "minigrid", "selenium", "selenium.common.exceptions"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match="needs the package .*pip install -r requirements-envs.txt") as e:
+        make(name)
+    assert "\n" not in str(e.value)
+
+
+def node(ref, tag, *children, text=None, box=(0, 0, 10, 10), **more):
+    return dict(ref=ref, tag=tag, children=list(children), bgColor="rgba(0, 0, 0, 0)", classes="", **dict(zip(("left", "top", "width", "height"), box)), **({} if text is None else {"text": text}), **more)
+
+
+FORM = node(1, "BODY", node(2, "DIV", node(3, "LABEL", node(4, "INPUT_checkbox", value=False, box=(10, 60, 12, 12)), node(-1, "t", text="nThOE")),
+                            node(5, "INPUT_text", value="ab", focused=True, box=(10, 80, 100, 20)), node(6, "BUTTON", node(7, "SPAN"), node(-2, "t", text="Close"), box=(10, 120, 40, 20)),
+                            node(8, "DIV", node(-3, "t", text="two"), node(-4, "t", text="lines")), node(9, "DIV"), node(10, "DIV") | dict(bgColor="rgb(255, 0, 0)"), node(11, "BUTTON", text="it's")))
+
+
+def test_a_page_as_lines():
+    """What says something or takes input, with its number; what is there for the layout only is left out."""
+    assert [envs.element_line(e) for e in envs.elements(FORM)] == ["[4] checkbox off", "'nThOE'", "[5] textbox 'ab'", "[6] button 'Close'", "[8] div 'two lines'",
+                                                                   "[10] div 'rgb(255, 0, 0)'", "[11] button \"it's\""]
+
+
+class Page:
+    """Stands in for a browser: the form above; the button closes it with a reward of 1, number 11 breaks it."""
+    current_url = ""
+    def __init__(self): self.log, self.over, self.shots, self.service = [], False, 0, SimpleNamespace(process=SimpleNamespace(pid=2 ** 30, wait=lambda: None))
+    def get(self, url): self.current_url = url
+    def execute_cdp_cmd(self, *args): pass
+    def get_screenshot_as_png(self):
+        self.shots += 1
+        data = io.BytesIO()
+        Image.new("RGB", (500, 240), (self.shots, len(self.log), 7)).save(data, "PNG")
+        return data.getvalue()
+    def execute_script(self, script, *args):
+        if "elementClick" in script:
+            if args[0] == 11:
+                raise OSError("gone")
+            self.log.append(args[0])
+            self.over = args[0] == 6
+        elif script.startswith(envs.DEAL):
+            self.over, self.seed = False, args[0]
+        return [True, self.over, 1 if self.over else 0, f"Click {self.seed % 7}.", None if self.over else FORM]
+
+
+@pytest.fixture
+def page(monkeypatch, tmp_path):
+    """make(name) -> a MiniWoB environment on a stand-in browser, env.browser."""
+    sent = []
+    class Chain:
+        def __init__(self, browser, duration): self.at, self.w3c_actions = None, SimpleNamespace(pointer_action=self)
+        def move_to_location(self, x, y): self.at = (x, y); return self
+        def click(self): return self
+        def send_keys(self, keys): self.keys = keys; return self
+        def perform(self): sent.append((self.at, self.keys))
+    folder = tmp_path / "html" / "miniwob"
+    folder.mkdir(parents=True)
+    (folder / "click-test.html").write_text("")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    for name, parts in (("selenium", {}), ("selenium.common", {}), ("selenium.common.exceptions", dict(WebDriverException=RuntimeError)), ("selenium.webdriver", dict(ActionChains=Chain)),
+                        ("urllib3", {}), ("urllib3.exceptions", dict(HTTPError=OSError))):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**parts))
+    monkeypatch.setattr(envs.MiniWoB, "idle", [Page()])
+    def make_page(name="miniwob/click-test-v1", **kw):
+        env = make(name, **kw)
+        env.reset(seed=0)
+        env.sent = sent
+        return env
+    return make_page
+
+
+def test_miniwob_acts_by_number_and_by_place(page):
+    env = page(penalty=-0.25)
+    assert env.prompt().startswith(f"Click {env.browser.seed % 7}.\n[4] checkbox off\n") and 'click ELEMENT or type ELEMENT "TEXT" or click X Y or type "TEXT" or press Enter' in env.prompt()
+    assert say(env, "click 4")[:3] == (0.0, False, False) and env.browser.log == [4]
+    assert say(env, 'type 5 "abc"')[3]["valid"] and env.browser.log == [4, 5] and env.sent == [(None, "abc")]
+    say(env, "click 80 112", 'type "x\ue009y"', "press Enter")                               # a control key inside of a text is left out
+    assert env.sent[1:] == [((80, 112), ""), (None, "xy"), (None, "\ue007")]
+    for nothing in ("click 77", "click 0", "click -1", 'type 9 "a"', "click 160 10", "click 10 -1"):
+        before = list(env.browser.log)
+        assert say(env, nothing)[0] == -0.25 and env.browser.log == before
+    assert env.step(f"{MARKER} click 77")[4]["valid"] and not env.step(f"{MARKER} press F1")[4]["valid"]
+    picture = env.picture().tobytes()
+    obs, reward, terminated, truncated, info = env.step(f"{MARKER} click 6")
+    assert (reward, terminated, truncated, info["success"]) == (1.0, True, False, True) and obs["image"].tobytes() == picture     # the last real picture
+
+
+@pytest.mark.parametrize("way, yes, no", [("element", ["click 4", 'type 5 "a"'], ["click 80 112", 'type "a"']), ("coordinate", ["click 80 112", 'type "a"'], ["click 4", 'type 5 "a"'])])
+def test_miniwob_by_one_way_only(page, way, yes, no):
+    env, rng = page(f"miniwob/click-test-v1:{way}"), np.random.default_rng(0)
+    assert ("checkbox" in env.prompt()) == (way == "element") and env.parse(f"{MARKER} {env.example}")
+    assert all(env.parse(f"{MARKER} {a}") for a in yes + ["press Tab"]) and not any(env.parse(f"{MARKER} {a}") for a in no)
+    samples = [env.parse(player("random", env, rng)) for _ in range(200)]
+    assert all(samples) and len({a[0].split()[0] for a in samples}) == 3 and {a[1] for a in samples if a[0] == "click" and len(a) == 2} <= {4, 5, 6, 8, 10, 11}
+    assert all(env.parse(player("malformed", env, rng)) is None for _ in range(50))
+
+
+def test_miniwob_survives_its_browser(page):
+    """The browser dies in the middle: the episode is marked as lost and ends; the next one has another browser; close() gives it back."""
+    env = page()
+    old = env.browser
+    envs.BROWSERS.append(old)
+    reward, terminated, truncated, _ = say(env, "click 11")
+    assert (terminated, truncated) == (False, True) and "browser failed (OSError)" in env.lost and env.browser is None and old not in envs.BROWSERS
+    envs.MiniWoB.idle.append(Page())
+    env.reset(seed=1)
+    assert not env.lost and env.browser is not old
+    env.close()
+    assert env.browser is None and len(envs.MiniWoB.idle) == 1
+
+
+def test_miniwob_unknown_task(page):
+    with pytest.raises(ValueError, match="'miniwob/click-tset-v1' is unknown; nearest: miniwob/click-test-v1"):
+        make("miniwob/click-tset-v1")
+    with pytest.raises(ValueError, match="has no scripted expert|unknown"):
+        env = page()
+        env.task = "email-inbox"
+        env.expert()
+
+
+def test_the_expert_avoids_what_covers_its_target(page):
+    env = page("miniwob/click-test-v1:coordinate")
+    env.elements = [dict(ref=4, role="button", text="ONE", value=None, box=[0, 60, 40, 20]), dict(ref=5, role="button", text="TWO", value=None, box=[10, 65, 60, 40])]
+    x, y = map(int, env.click(env.elements[0]).split()[1:])
+    assert 0 <= x <= 40 and 60 <= y <= 80 and not (x >= 10 and y >= 65)

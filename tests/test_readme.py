@@ -1,10 +1,8 @@
 """What the README says is true of the files beside it."""
-import importlib.util, os, re
+import os, re
 
-import numpy as np
 import pytest
 
-import envs
 from configurator import check_config, configure, parse_block
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -25,6 +23,7 @@ def test_every_command_in_the_readme_is_accepted():
     assert len(commands) > 5
     for script, words in commands:
         argv = [w for w in words.split() if w != "..."]
+        argv = argv[1:] if script == "bench" and argv[:1] == ["envs"] else argv
         if script == "evaluate":
             argv = argv[1:] if argv and not argv[0].startswith("-") else argv
         if "--help" in argv:
@@ -45,27 +44,14 @@ def test_every_metric_in_the_readme_is_logged():
     assert named - logged == {"rollout/*", "eval/*", "time/*", "grad_norm", "lr"}
 
 
-def test_the_environment_in_the_readme_works(tmp_path):
-    """The example is complete: it imports, its expert wins, its pictures differ, it is found by name."""
-    code = re.search(r"```python\n(from envs import.*?)```", README, re.S).group(1)
+def test_the_environment_in_the_readme_is_the_one_that_runs():
+    """The example is short, compiles, and is the class that stands in envs.py, letter for letter (tests/extra_envs.py plays it: gymnasium is optional)."""
+    code = re.search(r"```python\n(class .*?)```", README, re.S).group(1)
     assert code.count("\n") <= 40
-    (tmp_path / "example.py").write_text(code)
-    spec = importlib.util.spec_from_file_location("example", tmp_path / "example.py")
-    try:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-        env, rng = envs.make("Thermostat"), np.random.default_rng(0)
-        pictures = set()
-        for seed in range(20):
-            obs, _ = env.reset(seed=seed)
-            over = False
-            while not over:
-                pictures.add(obs["image"].tobytes())
-                obs, _, terminated, truncated, info = env.step(envs.player("expert", env, rng))
-                over = terminated or truncated
-            assert info["success"] and info["success_return"]
-        assert len(pictures) >= 6 and "[action] warmer" in obs["text"]
-    finally:
-        envs.ENVS.pop("Thermostat", None)
+    compile(code, "README.md", "exec")
+    with open(os.path.join(ROOT, "envs.py")) as f:
+        assert code in f.read()
+    assert "config/frozenlake.py" in README
 
 
 @pytest.mark.parametrize("name", sorted(f for f in os.listdir(os.path.join(ROOT, "config")) if f.endswith(".py")))

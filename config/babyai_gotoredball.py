@@ -1,0 +1,24 @@
+"""
+BabyAI, go to the red ball among grey objects: the real environment, from play of minigrid's bot, at random, and malformed.
+
+    pip install -r requirements-envs.txt
+    python train.py config/babyai_gotoredball.py
+
+Not run yet: settings to start from, modelled on NumberLine's and EZPoints'. The shipped tiny-vlm was pre-trained on the games' pictures
+and has never seen a grid: name a model that has (config/pretrain_worlds.py makes one).
+"""
+out_dir = 'out/babyai_gotoredball'
+env = 'BabyAI-GoToRedBallGrey-v0'   # the whole map; 'BabyAI-GoToRedBallGrey-v0:view' shows what the agent sees
+size = 112
+max_turns = 32
+data_mix = {'expert': 0.3, 'random': 0.5, 'malformed': 0.2}
+data_episodes = 3000
+cache_mb = 3000
+offline_updates = 1200
+online_updates = 400
+offline_ratio = 0.5
+gamma = 0.9
+critic_coef = 4.0
+filter_warmup = 150
+lr = 2e-3
+min_lr = 0.2

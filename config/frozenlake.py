@@ -1,0 +1,22 @@
+"""
+FrozenLake, gymnasium's own with its own pictures, on random 4 x 4 maps: the README's example of an environment of one's own.
+
+    pip install -r requirements-envs.txt
+    python train.py config/frozenlake.py
+
+Not run yet: settings to start from. The shipped tiny-vlm has never seen these tiles; at size 80 a tile is 20 pixels.
+"""
+out_dir = 'out/frozenlake'
+env = 'FrozenLake'
+data_mix = {'expert': 0.4, 'random': 0.4, 'malformed': 0.2}
+data_episodes = 3000
+cache_mb = 2000
+offline_updates = 1200
+online_updates = 300
+offline_ratio = 0.5
+gamma = 0.9
+critic_coef = 4.0
+filter_warmup = 150
+lr = 2e-3
+min_lr = 0.2
+reference = {'optimum': (1.0, 1.0)}

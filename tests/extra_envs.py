@@ -1,0 +1,158 @@
+"""
+The real environments, end to end: BabyAI, Chromium, gymnasium's FrozenLake. Not collected by plain pytest, since their packages are optional:
+
+    pip install -r requirements-envs.txt && apt-get install chromium chromium-driver && python -m pytest tests/extra_envs.py
+"""
+import os, signal, subprocess, sys, time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import envs
+from buffer import Buffer
+from envs import MARKER, make, mixture
+from evaluate import held_out, play, record, scripted_agent, summary
+
+TASKS = "click-test click-test-2 click-button click-dialog click-dialog-2 click-link click-tab click-checkboxes click-option click-collapsible enter-text enter-password login-user " \
+        "focus-text focus-text-2 use-slider".split()
+MIXED = {"expert": 0.3, "random": 0.5, "malformed": 0.2}
+
+
+def episodes(name, mix, n, split="train", **kw):
+    return list(play(lambda: make(name, **kw), scripted_agent(mix, np.random.default_rng(0)), list(range(n)), 8, split=split))
+
+# ---------------------------------------------------------------- BabyAI and FrozenLake
+
+@pytest.mark.parametrize("name, wins", [("BabyAI-GoToLocal-v0", 1.0), ("BabyAI-GoToRedBallGrey-v0:view", 1.0), ("BabyAI-PutNextLocal-v0", 1.0), ("BabyAI-GoTo-v0", 1.0), ("FrozenLake", 1.0)])
+def test_the_expert_wins(name, wins, capsys, tmp_path):
+    """Through the whole path: played, recorded, read back. minigrid's own talk about rejected levels is not heard."""
+    played = episodes(name, {"expert": 1.0}, 12, size=56)
+    s = summary(played)
+    assert s["success"] == wins and s["valid"] == 1.0 and "rejected" not in capsys.readouterr().out
+    buf = Buffer(str(tmp_path / "data"), create=True)
+    record(played, buf)
+    stats, row = Buffer(buf.folder).stats(), buf.rows[0]
+    assert stats["success"] == wins and row["env"] == name and buf.image(row["images_file_names"][0]).size == (56, 56)
+    assert 0 < stats["episode_return"] <= 1
+
+
+@pytest.mark.parametrize("name", ["BabyAI-GoToLocal-v0", "BabyAI-PickupLoc-v0", "BabyAI-OpenDoor-v0"])
+def test_the_bot_copes_with_moves_of_others(name):
+    """Turns by a random and a malformed player in between: it still gets there, far more often than random play does."""
+    assert summary(episodes(name, MIXED, 20, size=56))["success"] >= 0.8
+
+
+def test_a_bot_that_goes_in_circles_is_stopped():
+    """Unlock-v0 with seed 63 hangs minigrid's bot inside of replan: it is stopped by a count, not by a clock, and the episode is lost."""
+    env = make("BabyAI-Unlock-v0", size=64)
+    env.reset(seed=0)
+    env.level.reset(seed=63)
+    env.bot = env.hint = None
+    while not env.over and not env.lost:
+        env.step(f"{MARKER} {env.expert()}")
+    assert "circles" in env.lost
+
+
+def test_babyai_says_its_mission_and_holds_starts_out():
+    env = make("BabyAI-GoToLocal-v0", size=64)
+    obs, _ = env.reset(seed=0, options={"split": "test"})
+    assert obs["text"].startswith("go to ") and "turn left, turn right, go forward, pick up, drop, toggle" in obs["text"] and env.max_turns == 64
+    assert make("BabyAI-GoToLocal-v0", max_turns=9).reset(seed=0) and envs.held_out(env.fingerprint())
+    starts = set()
+    for seed in held_out(env, 40):
+        env.reset(seed=seed, options={"split": "test"})
+        starts.add(env.fingerprint())
+    assert len(starts) == 40
+    before, (x, y) = env.fingerprint(), env.level.agent_pos
+    env.step(f"{MARKER} turn left")
+    assert env.fingerprint() != before and make("BabyAI-GoToLocal-v0:view", size=56).reset(seed=0)[0]["image"].size == (56, 56)
+    env = make("BabyAI-GoToLocal-v0", max_turns=9)
+    env.reset(seed=0)
+    assert env.max_turns == 9
+    with pytest.raises(ValueError, match="'BabyAI-GotoLocal-v0' is unknown; nearest: BabyAI-GoToLocal"):
+        make("BabyAI-GotoLocal-v0")
+
+
+def test_the_readmes_example_is_played(tmp_path):
+    """FrozenLake: its pictures differ, several ways may be as short, its held-out maps are not dealt in training."""
+    env = make("FrozenLake")
+    maps = {split: {(env.reset(seed=seed, options={"split": split}), env.fingerprint())[1] for seed in range(40)} for split in ("train", "test")}
+    assert not maps["train"] & maps["test"] and min(map(len, maps.values())) > 20
+    both = 0
+    for seed in range(30):
+        env.reset(seed=seed)
+        best = [word for word in env.words() if env.optimal(word)]
+        assert env.expert() in best
+        both += len(best) == 2
+    assert both > 3
+
+# ---------------------------------------------------------------- MiniWoB++
+
+@pytest.mark.parametrize("way", ["", ":element", ":coordinate"])
+def test_the_scripted_player_solves_every_task(way, tmp_path):
+    """16 tasks in one run of several tasks, 3 episodes each, in real browsers; recorded and read back."""
+    name = ",".join(f"miniwob/{task}-v1{way}" for task in TASKS)
+    played = list(play(lambda: make(name, size=160), scripted_agent({"expert": 1.0}, np.random.default_rng(0)), list(range(3 * len(TASKS))), 16, split="train"))
+    by_env = summary(played)["by_env"]
+    assert {k: of["success"] for k, of in by_env.items()} == {f"miniwob/{task}-v1{way}": 1.0 for task in TASKS}
+    buf = Buffer(str(tmp_path / "data"), create=True)
+    record(played, buf)
+    assert len(Buffer(buf.folder).episodes) == 3 * len(TASKS) and len(envs.MiniWoB.idle) <= envs.MiniWoB.workers
+
+
+def test_a_page_is_its_seeds():
+    """The same seed gives the same page and pixels, whatever was played before; another one does not; train and test pages differ."""
+    env, rng = make("miniwob/click-dialog-2-v1", size=210), np.random.default_rng(0)
+    def deal(seed, split=None):
+        obs, _ = env.reset(seed=seed, options={"split": split})
+        out = obs["image"].tobytes(), obs["text"], env.fingerprint()
+        while not env.over:
+            env.step(mixture(MIXED, env, rng)[0])
+        return out
+    first = [deal(seed) for seed in (1, 2, 3)]
+    assert first == [deal(seed) for seed in (1, 2, 3)] and len(set(first)) == 3
+    parts = [{deal(seed, split)[2] for seed in range(5)} for split in ("train", "test")]
+    assert not parts[0] & parts[1]
+    env.close()
+
+
+def test_the_last_picture_is_real_and_turns_are_limited():
+    env = make("miniwob/click-button-v1", size=160, max_turns=3)
+    obs, _ = env.reset(seed=0)
+    before = obs["image"].tobytes()
+    obs, reward, terminated, _, info = env.step(f"{MARKER} {env.expert()}")
+    assert (reward, terminated, info["success"]) == (1.0, True, True) and obs["image"].tobytes() == before
+    env.reset(seed=0)
+    assert [env.step(f"{MARKER} press Tab")[2:4] for _ in range(3)] == [(False, False), (False, False), (False, True)]
+    env.close()
+
+
+@pytest.mark.parametrize("what", ["browser", "driver"])
+def test_a_killed_browser_does_not_end_the_run(what, capsys):
+    """Killed in the middle of an episode: that episode is played again in a new one, nothing is missing and nobody is told of a drop."""
+    killed, expert = [], scripted_agent({"expert": 1.0}, np.random.default_rng(0))
+    def act(envs_, rows, images):
+        if not killed and rows[0]["turn"] == 1:
+            driver = envs_[0].browser.service.process.pid
+            children = subprocess.run(["pgrep", "-P", str(driver)], capture_output=True, text=True).stdout.split()
+            killed.extend(map(int, children) if what == "browser" else [driver])
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+        return expert(envs_, rows, images)
+    played = list(play(lambda: make("miniwob/enter-password-v1"), act, list(range(6)), split="train"))
+    assert killed and summary(played)["success"] == 1.0 and len(played) == 6 and "dropped" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("end", ["raise KeyboardInterrupt", "os.kill(os.getpid(), 15); time.sleep(9)"])
+def test_every_browser_is_ended_with_the_program(end):
+    """No Chromium is left behind by Ctrl-C or `kill`."""
+    code = "import envs, os, time; e = envs.make('miniwob/click-test-v1'); e.reset(seed=0); print(e.browser.service.process.pid, flush=True); " + end
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(envs.__file__))
+    group = int(done.stdout)
+    alive = lambda: [line for line in subprocess.run(["ps", "-eo", "pgid,stat"], capture_output=True, text=True).stdout.splitlines()[1:] if int(line.split()[0]) == group and "Z" not in line.split()[1]]
+    for _ in range(50):
+        if not alive():
+            break
+        time.sleep(0.1)
+    assert not alive()
