@@ -178,6 +178,15 @@ def full_evaluation(vlm, make_env, episodes, max_new_tokens, temperature=1.0, se
     return {prefix + name: evaluate(vlm, make_env, episodes, max_new_tokens, seed=seed, q_weight=q_weight, bar=name, **kw) for name, kw in (ways[k] for k in only)}
 
 
+def offline_results(run):
+    """What a run with two phases had reached before it played itself: {name: summary}, empty for others."""
+    file = os.path.join(run, "eval_offline.json")
+    if not os.path.exists(file):
+        return {}
+    with open(file) as f:
+        return json.load(f)
+
+
 def table(results):
     """{name: summary} -> text, one aligned line each."""
     rows = [row for name, s in results.items() for row in ((name, s), *((f"  {env}", of) for env, of in s.get("by_env", {}).items()))]
@@ -500,7 +509,7 @@ def main(argv):
         vlm, folder = trained(run, run_cfg)
         if cfg.q_weight and not len(vlm.heads):
             raise ConfigError(f"--q_weight={cfg.q_weight} needs a critic, and actor_loss={run_cfg.actor_loss!r} trains none: leave it at 0.")
-        results = full_evaluation(vlm, make_env, n, run_cfg.max_new_tokens, cfg.temperature, cfg.seed, cfg.q_weight, buffer)
+        results = offline_results(run) | full_evaluation(vlm, make_env, n, run_cfg.max_new_tokens, cfg.temperature, cfg.seed, cfg.q_weight, buffer)
         with open(os.path.join(run, "eval.json"), "w") as f:
             json.dump(dict(checkpoint=folder, argv=argv, seed=cfg.seed, q_weight=cfg.q_weight, results=results), f, indent=1)
     print(f"{run_cfg.env}, {run}: {n} episodes on {'held-out starts' if make_env().split else 'starts that training also draws'}, Wilson 95 % intervals\n{table(results)}")

@@ -17,7 +17,7 @@ import envs
 from agent_rl import compute_loss, shaped, summarise
 from buffer import Buffer, batch
 from configurator import check_config, configure
-from evaluate import environment, evaluate, full_evaluation, model_agent, play, record, scripted_agent, summary, table
+from evaluate import environment, evaluate, full_evaluation, model_agent, offline_results, play, record, scripted_agent, summary, table
 from model import build, latest_checkpoint, load_base
 
 # --- config ---
@@ -307,11 +307,7 @@ def main(argv):
 
     # -- how well it went
     t = time.time()
-    results = {}
-    if os.path.exists(path("eval_offline.json")):
-        with open(path("eval_offline.json")) as f:
-            results = json.load(f)
-    results |= full_evaluation(vlm, make_env, cfg.eval_episodes, cfg.max_new_tokens, seed=cfg.seed)
+    results = offline_results(cfg.out_dir) | full_evaluation(vlm, make_env, cfg.eval_episodes, cfg.max_new_tokens, seed=cfg.seed)
     timed("eval", t)
     with open(path("eval.json"), "w") as f:
         json.dump(dict(checkpoint=path("ckpt"), argv=argv, seed=cfg.seed, results=results), f, indent=1)
