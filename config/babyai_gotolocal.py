@@ -9,16 +9,20 @@ and has never seen a grid: name a model that has (config/pretrain_worlds.py make
 """
 out_dir = 'out/babyai_gotolocal'
 env = 'BabyAI-GoToLocal-v0'   # the whole map; 'BabyAI-GoToLocal-v0:view' shows what the agent sees
-size = 112
+size = 128             # 8 x 8 cells of 16 pixels: a cell is a patch
 max_turns = 32
 data_mix = {'expert': 0.3, 'random': 0.5, 'malformed': 0.2}
 data_episodes = 3000
 cache_mb = 3000
 offline_updates = 1200
 online_updates = 400
+dtype = 'bfloat16'
 offline_ratio = 0.5
 gamma = 0.9
-critic_coef = 4.0
-filter_warmup = 150
+critic_coef = 1.0
+won_share = 0.5
+q_init = -1.5          # the data's lowest return, many slips in a row, would bury what is rare
+pess_coef = 0.3
+filter_warmup = 250
 lr = 2e-3
 min_lr = 0.2
