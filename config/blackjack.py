@@ -3,7 +3,8 @@ Blackjack from mixed play. The best player wins 43.2 % of the hands, a random on
 
     python train.py config/blackjack.py
 
-RESULTS
+Hands won, sampled, 2,000 held-out hands, seeds 0, 1, 2: data 32 %, offline 41.3, 41.1, 42.3 %, online 41.8, 41.6, 42.3 % (intervals +- 2.2);
+valid 99.8 %. The best player wins 44.5 % of these very hands. 12 to 16 minutes on one of two cores (AVX-512 with bf16).
 """
 out_dir = 'out/blackjack'
 env = 'Blackjack'

@@ -3,7 +3,9 @@ EZPoints (make 12 from two cards) from play that succeeds in a seventh of the ep
 
     python train.py config/ezpoints.py
 
-RESULTS
+Sampled, 300 held-out hands, seeds 0, 1, 2: data 13.3, 14.6, 13.3 %, offline 74.3, 78.3, 78.7 %, online 99.3, 99.7, 99.7 %; valid 100 %.
+17 minutes a run on one of two cores (AVX-512 with bf16). What offline lacks are products (2 6, 3 4; a fifth of the hands): the data hardly show
+that `+` fails there; play of its own does. Points that decided it: won_share, the tied head, little pessimism (see LOG.md).
 """
 out_dir = 'out/ezpoints'
 env = 'EZPoints'

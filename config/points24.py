@@ -3,7 +3,7 @@ Points24 (make 24 from four cards) from play that is mostly right: 73.1 % of the
 
     python train.py config/points24.py
 
-RESULTS
+500 held-out deals, seed 0: nothing is solved (0 % [0, 0.8], SFT and PPO of a 7B 2 to 3 %), valid 98.6 %; data 55.3 %. Nine minutes on one of two cores.
 """
 out_dir = 'out/points24'
 env = 'Points24'
