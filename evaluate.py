@@ -7,7 +7,7 @@ How well it went: success with intervals, return, share of valid actions; greedy
     python evaluate.py out/numberline --report                          # out/numberline/report.html to look at, a GIF a game, curves.svg
     python evaluate.py out/numberline/data --report                     # a folder of episodes, as that run's critic sees it
 """
-import base64, io, json, math, os, re, sys, tempfile
+import base64, functools, io, json, math, os, re, sys, tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
@@ -67,6 +67,12 @@ def held_out(env, n):
         tries += 1
     env.close()
     return [seeds[i % len(seeds)] for i in range(n)]
+
+
+@functools.lru_cache(maxsize=16)
+def starts(make_env, n):
+    """The held-out starts of a run's environment, drawn once: each evaluation plays the same, and a web page is slow to deal."""
+    return held_out(make_env(), n)
 
 
 def model_agent(vlm, max_new_tokens, temperature, generator, q_weight=0.0, hide=False):
@@ -165,7 +171,7 @@ def evaluate(vlm, make_env, episodes, max_new_tokens, temperature=1.0, seed=0, q
     """Play the held-out starts -> summary. Its random stream is its own: evaluation never perturbs training."""
     generator = torch.Generator(vlm.device).manual_seed(seed)
     act = model_agent(vlm, max_new_tokens, temperature, generator, q_weight, hide)
-    played = list(play(make_env, act, held_out(make_env(), episodes), num_envs, prefix=f"eval{seed}-", bar=bar))
+    played = list(play(make_env, act, starts(make_env, episodes), num_envs, prefix=f"eval{seed}-", bar=bar))
     if buffer is not None:
         record(played, buffer)
     return summary(played)
@@ -176,6 +182,13 @@ def full_evaluation(vlm, make_env, episodes, max_new_tokens, temperature=1.0, se
     ways = dict(greedy=("greedy", dict(temperature=0.0)), sampled=(f"sampled, T={temperature:g}", dict(temperature=temperature, buffer=buffer)),
                 hidden=("picture hidden, greedy", dict(temperature=0.0, hide=True)))
     return {prefix + name: evaluate(vlm, make_env, episodes, max_new_tokens, seed=seed, q_weight=q_weight, bar=name, **kw) for name, kw in (ways[k] for k in only)}
+
+
+def recorded(stats):
+    """Buffer.stats() as a row of the table: turns an episode, with intervals, and so for each environment of several."""
+    n = stats["episodes"]
+    row = stats | dict(turns=stats["turns"] / n) | {k + "_95": wilson(round(stats[k] * n), n) for k in ("success", "success_return")}
+    return row | dict(by_env={name: recorded(of) for name, of in stats["by_env"].items()}) if "by_env" in stats else row
 
 
 def offline_results(run):
@@ -472,10 +485,9 @@ def report_data(folder, cfg):
     if run:
         run_cfg = read_config(run)
         vlm, _ = trained(run, run_cfg)
-    stats = buf.stats()
-    stats |= dict(turns=stats["turns"] / stats["episodes"]) | {k + "_95": wilson(round(stats[k] * stats["episodes"]), stats["episodes"]) for k in ("success", "success_return")}
-    print(table({"the recorded episodes": stats}))
-    write_report(folder, buf, {"the recorded episodes": stats}, vlm, run, run_cfg, cfg.report_episodes)
+    results = {"the recorded episodes": recorded(buf.stats())}
+    print(table(results))
+    write_report(folder, buf, results, vlm, run, run_cfg, cfg.report_episodes)
 
 
 def main(argv):
@@ -501,7 +513,7 @@ def main(argv):
         if cfg.agent not in PLAYERS:
             raise ConfigError(f"--agent={cfg.agent!r} is not known: leave it empty for the run's model, or choose one of {', '.join(PLAYERS)}.")
         act = scripted_agent({cfg.agent: 1.0}, np.random.default_rng(cfg.seed))
-        played = list(play(make_env, act, held_out(make_env(), n), prefix=f"{cfg.agent}{cfg.seed}-", bar=cfg.agent))
+        played = list(play(make_env, act, starts(make_env, n), prefix=f"{cfg.agent}{cfg.seed}-", bar=cfg.agent))
         if buffer is not None:
             record(played, buffer)
         results = {cfg.agent: summary(played)}

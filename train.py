@@ -17,7 +17,7 @@ import envs
 from agent_rl import compute_loss, shaped, summarise
 from buffer import Buffer, batch
 from configurator import check_config, configure
-from evaluate import environment, evaluate, full_evaluation, model_agent, offline_results, play, record, scripted_agent, summary, table
+from evaluate import environment, evaluate, full_evaluation, model_agent, offline_results, play, record, recorded, scripted_agent, summary, table
 from model import build, latest_checkpoint, load_base
 
 # --- config ---
@@ -233,6 +233,8 @@ def main(argv):
 
     # -- the loop
     clock, infos, vlm_began = dict(rollout=0.0, update=0.0, eval=0.0), [], time.time()
+    def logged(part, s):
+        return {f"{part}/{k}": s[k] for k in ("success", "success_return", "episode_return", "valid", "turns")} | {f"{part}/{env}/success": of["success"] for env, of in s.get("by_env", {}).items()}
     def timed(name, since): clock[name] += time.time() - since
 
     for step in tqdm(range(start, total), initial=start, total=total, disable=None, desc="updates"):
@@ -245,7 +247,7 @@ def main(argv):
             played = list(play(make_env, act, seeds, cfg.num_envs, split="train", prefix=f"{step}-"))
             record(played, replay)
             s = summary(played)
-            extra = {f"rollout/{k}": s[k] for k in ("success", "success_return", "episode_return", "valid", "turns")} | {f"rollout/{k}/success": of["success"] for k, of in s.get("by_env", {}).items()}
+            extra = logged("rollout", s)
             timed("rollout", t)
 
         t = time.time()
@@ -279,7 +281,7 @@ def main(argv):
         if cfg.eval_interval and done % cfg.eval_interval == 0 and not done == total:
             t = time.time()
             s = evaluate(vlm, make_env, cfg.eval_quick, cfg.max_new_tokens, seed=cfg.seed)
-            extra |= {f"eval/{k}": s[k] for k in ("success", "success_return", "episode_return", "valid")} | {f"eval/{k}/success": of["success"] for k, of in s.get("by_env", {}).items()}
+            extra |= logged("eval", s)
             timed("eval", t)
         if done == cfg.offline_updates and done < total:                   # what the recorded data alone gave
             t = time.time()
@@ -312,8 +314,7 @@ def main(argv):
     with open(path("eval.json"), "w") as f:
         json.dump(dict(checkpoint=path("ckpt"), argv=argv, seed=cfg.seed, results=results), f, indent=1)
     print(f"\n{cfg.env}, {cfg.actor_loss}, seed {cfg.seed}: {time.time() - vlm_began:.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in clock.items())}); {'held-out starts' if make_env().split else 'starts that training also draws'}, Wilson 95 % intervals")
-    an_episode = lambda s: s | dict(turns=s["turns"] / s["episodes"], by_env={k: an_episode(of) for k, of in s.get("by_env", {}).items()})
-    print(table({"the recorded data": an_episode(stats), **results}))
+    print(table({"the recorded data": recorded(stats), **results}))
     if not vlm.lora:
         vlm.net.half().save_pretrained(path("model"))                      # a model folder to share, two bytes a weight
         vlm.processor.save_pretrained(path("model"))

@@ -2,7 +2,8 @@
 BabyAI, go to the named one of eight objects in a room: the real environment, from play of minigrid's bot, at random, and malformed.
 
     pip install -r requirements-envs.txt
-    python train.py config/babyai_gotolocal.py
+    python train.py config/babyai_gotolocal.py                                                                     # or another level:
+    python train.py config/babyai_gotolocal.py --env=BabyAI-GoToRedBallGrey-v0 --out_dir=out/babyai_gotoredball
 
 Not run yet: settings to start from, modelled on NumberLine's and EZPoints'. The shipped tiny-vlm was pre-trained on the games' pictures
 and has never seen a grid: name a model that has (config/pretrain_worlds.py makes one).

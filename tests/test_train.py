@@ -331,6 +331,25 @@ def test_several_tasks_in_one_run(tiny, tmp_path, capsys):
     assert seeds[::2] == held_out(envs.make("NumberLine"), 5) and seeds[1::2] == held_out(envs.make("EZPoints"), 4)
 
 
+def test_recorded_play_counts_turns_an_episode_for_each_task(tiny, tmp_path, capsys):
+    """The report of a folder of several tasks had shown each task's turns in total beside the turns an episode of all."""
+    out = run(tmp_path / "run", tiny, env="NumberLine,EZPoints", eval_episodes=5)
+    stats = Buffer(os.path.join(out, "data")).stats()
+    row = evaluate.recorded(stats)
+    assert row["turns"] == stats["turns"] / stats["episodes"]
+    for name, of in row["by_env"].items():
+        assert of["turns"] == stats["by_env"][name]["turns"] / stats["by_env"][name]["episodes"] <= 10 and of["success_95"][0] <= of["success"] <= of["success_95"][1]
+
+
+def test_held_out_starts_are_drawn_once_a_run(monkeypatch):
+    """Each evaluation had dealt them anew: seconds each where a start is a web page."""
+    drawn = []
+    monkeypatch.setattr(evaluate, "held_out", lambda env, n: drawn.append(n) or held_out(env, n))
+    one, two = (lambda: envs.make("EZPoints")), (lambda: envs.make("NumberLine"))
+    assert evaluate.starts(one, 9) == evaluate.starts(one, 9) == held_out(one(), 9) and drawn == [9]
+    assert evaluate.starts(two, 9) == held_out(two(), 9) and evaluate.starts(one, 4) == held_out(one(), 4) and drawn == [9, 9, 4]
+
+
 class Flaky(envs.NumberLine):
     """Its episodes are lost in their first turn: those of seeds below 100 always, of seeds below 200 the first time."""
     broken, alive, most = set(), 0, 0
