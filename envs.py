@@ -17,6 +17,7 @@ import atexit, contextlib, difflib, importlib.util, io, json, os, re, shutil, si
 from collections import Counter
 from fractions import Fraction
 from functools import lru_cache, reduce
+from types import SimpleNamespace
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -378,17 +379,17 @@ ATOMS = [sorted({w for c in ENVS.values() for w in f"{ASKED} {c.goal} Formula: A
 
 class Reading(Env):
     """One question a turn about a random state of a random game, a sum, or a text to repeat. The reply is the answer, no marker."""
-    name, kinds, marker, split, max_turns, captions_only = "Reading", (Text(),), False, False, 1, False
+    name, kinds, marker, split, max_turns, captions_only, pages = "Reading", (Text(),), False, False, 1, False, {}
     def __init__(self, world="", **kw):             # Reading:BabyAI-GoToLocal-v0 asks about that world, not about the games
         super().__init__(**kw)
-        self.world = make(world, size=self.size) if world else None
+        self.world, self.atoms = make(world, size=self.size) if world else None, ATOMS
         if self.world:
             self.name, self.workers = f"{self.name}:{world}", self.world.workers
+            self.atoms = [sorted({word for kind in self.world.kinds for word in kind.doc().replace(",", "").split()}), *ATOMS[1:]]
     def start(self):
         draw = lambda *args: self.rng.integers(*args).tolist()
         name, which = "" if self.world else list(ENVS)[self.rng.integers(4)], self.rng.random()
-        self.game = self.world or ENVS[name](self.size)
-        asked = self.ask_world(draw) if self.world else self.ask(name, self.game, draw)     # also draws the game's state
+        self.game, asked = self.ask_world(self.rng) if self.world else self.ask(name, ENVS[name](self.size), draw)      # also draws the game's state
         if which < 0.25:
             name, asked = "", [self.echo()]
         elif which < 0.3 and not self.captions_only:
@@ -398,30 +399,38 @@ class Reading(Env):
         first = which > 0.8 or self.captions_only                           # the first one is the caption
         kind, question, answer = asked[0 if first else self.rng.integers(len(asked))]
         # as in play, the question is not always all there is: the goal, the state and something beside the point may come before it
-        context = [] if self.captions_only else [self.game.goal, self.game.text(), self.echo()[2]]
+        context = [] if self.captions_only else [self.game.goal, "" if self.world and self.game.text() in question else self.game.text(), self.echo()[2]]
         self.question = "\n".join([line for line in context if line and self.rng.random() < 0.4] + [question])
         self.kind, self.answer = f"{name} {kind}".strip(), str(answer)
-    def ask_world(self, draw):
-        """Questions about a state a few random moves after a start that is not held out."""
-        self.world.rng, self.world.over = self.rng, True
-        while self.world.over or held_out(self.world.fingerprint(), self.world.one_in):
-            self.world.start()
-            self.world.over = False
-        for _ in range(draw(4)):
-            if any(self.world.act(self.world.parse_env(self.world.sample(self.rng)))[1:]):      # it ended: back to a start
-                return self.ask_world(draw)
-        return self.world.questions(draw)
-    def close(self): self.game.close()
+    def ask_world(self, rng):
+        """A state a few random moves after a start that is not held out, and questions about it. A page, slow to come by, is one of 1,500, each dealt once."""
+        world, number = self.world, int(rng.integers(1500))
+        if world.workers and (world.name, number) in self.pages:
+            return self.pages[world.name, number]
+        world.rng, world.over = np.random.default_rng(number) if world.workers else rng, True
+        while world.over:
+            world.start()
+            world.over = held_out(world.fingerprint(), world.one_in)
+            for _ in range(0 if world.over else world.rng.integers(4)):
+                world.over = world.over or any(world.act(world.parse_env(world.sample(world.rng)))[1:])     # it ended: back to a start
+        state, asked = world, world.questions(lambda *args: world.rng.integers(*args).tolist())
+        if world.workers:
+            state = SimpleNamespace(goal=world.goal, **{name: (lambda value: lambda: value)(getattr(world, name)()) for name in ("text", "prompt", "picture", "fingerprint")})
+            self.pages[world.name, number] = state, asked
+        return state, asked
+    def close(self):
+        if self.world:
+            self.world.close()
     def ask(self, name, game, draw):
         if name == "NumberLine":
             game.current, game.target = draw(0, 6, 2)
             larger = "target" if game.target > game.current else "current" if game.current > game.target else "equal"
-            return [("picture", SEEN, game.caption()), ("target", "What is the target number?", game.target), ("current", "What is the current number?", game.current),
+            return game, [("picture", SEEN, game.caption()), ("target", "What is the target number?", game.target), ("current", "What is the current number?", game.current),
                     ("larger", "Which is larger, target or current?", larger), ("difference", "What is the difference?", abs(game.target - game.current))]
         if name == "Blackjack":
             game.player, game.dealer, game.stood = deal(self.rng, draw(2, 6)), deal(self.rng, 2), bool(draw(2))
             points, total = hand(game.player)[0], best(*hand(game.player))
-            return [("picture", SEEN, game.caption()), ("dealer", "What does the dealer show?", RANKS[game.dealer[0][0]]), *[("your sum", "What is the sum of your cards?", total)] * 3,
+            return game, [("picture", SEEN, game.caption()), ("dealer", "What does the dealer show?", RANKS[game.dealer[0][0]]), *[("your sum", "What is the sum of your cards?", total)] * 3,
                     ("your cards", "What are your cards?", game.caption().split(" you ")[1]),
                     ("soft ace", "Is there a soft ace?", "no" if total == points else "yes"), ("count", "How many cards do you have?", len(game.player))]
         game.cards, items = deal(self.rng, 2 if name == "EZPoints" else 4), [*game.words()[:-1], "blank"]
@@ -434,12 +443,12 @@ class Reading(Env):
             asked += [("formula", f"{game.text()}\nWhat is the formula?", " ".join(game.formula)), ("last item", f"{game.text()}\nWhat is the last item?", game.formula[-1])]
         if name == "EZPoints":
             asked += [("sum", "What is the sum of the cards?", sum(points)), ("product", "What is the product of the cards?", points[0] * points[1])]
-        return asked
+        return game, asked
     def echo(self):
         """A random text to repeat: copying has to be learned, and no question about a picture needs most of the tokens."""
         out = MARKER
         while MARKER in out:                                             # "[", "action", "]" may meet by chance
-            pools = [ATOMS[i] for i in self.rng.integers(len(ATOMS), size=self.rng.integers(1, 7))]
+            pools = [self.atoms[i] for i in self.rng.integers(len(self.atoms), size=self.rng.integers(1, 7))]
             out = "".join(("", " ")[self.rng.integers(2)] + pool[self.rng.integers(len(pool))] for pool in pools).strip()
         return "echo", f"Repeat:\n{out}", out              # on a line of its own: there it has the same tokens as in the reply
     def act(self, action):
@@ -460,8 +469,7 @@ def corpus(n, seed=0, env="Reading"):
     of the names in it that are Reading or Captions."""
     names = [name.strip().replace("Captions", "Reading") for name in env.split(",") if name.strip().startswith(("Reading", "Captions"))]
     rng, readings = np.random.default_rng(seed), [make(name) for name in dict.fromkeys(names or ["Reading"])]
-    readings = [reading for reading in readings for _ in range(1 if reading.workers else 8)]        # pages are slow to come by
-    for i in range(n):
+    for i in range(n // 10 if any(reading.workers for reading in readings) else n):     # pages are slow to come by
         reading = readings[i % len(readings)]
         reading.rng = rng
         reading.start()
@@ -564,7 +572,11 @@ class BabyAI(Gym):
                  ("agent", "Where is the agent?", f"{x} {y}"), ("facing", "Which way does the agent look?", looks), ("count", f"How many things of the kind {kind} are there?", counts[kind])]
         asked += [("at", f"What is at {i} {j}?", what(i, j))] * ((i, j) != (x, y))
         for thing, i, j in things:
-            asked += [("where", f"Where is the {thing}?", f"{i} {j}")] * ([t for t, _, _ in things].count(thing) == 1) + [("thing", f"What is at {i} {j}?", thing)]
+            asked += [("thing", f"What is at {i} {j}?", thing)]
+            if [t for t, _, _ in things].count(thing) == 1:
+                ahead, right = (i - x) * dx + (j - y) * dy, (j - y) * dx - (i - x) * dy
+                seen_from = f"{'ahead' if ahead >= 0 else 'behind'} {abs(ahead)} {'right' if right >= 0 else 'left'} {abs(right)}"
+                asked += [("where", f"Where is the {thing}?", f"{i} {j}"), ("relative", f"Seen by the agent, where is the {thing}?", seen_from)]
         return asked
     def expert(self):
         """minigrid's bot, from any state and after moves that were not its own. What others did, or its bugs, can bring it to its wits' end: then a new one
@@ -585,6 +597,7 @@ class BabyAI(Gym):
         return self.hint or self.example
 
 # ---- MiniWoB++: web pages in a real Chromium ----
+AREA = (0, 50, 160, 210)        # of a page's 160 x 210 pixels; above it stands the goal, which the prompt has too: this way text is shown pixel for pixel at size 160
 KEYS = {"Enter": "\ue007", "Tab": "\ue004", "Backspace": "\ue003", "ArrowLeft": "\ue012", "ArrowRight": "\ue014", "PageUp": "\ue00e", "PageDown": "\ue00f"}
 ROLES = {"input_text": "textbox", "input_password": "textbox", "textarea": "textbox", "input_checkbox": "checkbox", "input_radio": "radio", "a": "link", "button": "button", "select": "select", "t": "text"}
 PAGE = "const said = core.getUtterance(), over = WOB_DONE_GLOBAL; return [WOB_TASK_READY, over, WOB_RAW_REWARD_GLOBAL, said.utterance || said, over ? null : core.getDOMInfo()];"
@@ -592,7 +605,7 @@ DEAL = "if (window.jQuery) jQuery.fx.off = true; document.activeElement.blur(); 
 
 def elements(dom):
     """What core.getDOMInfo() gives -> [dict(ref, role, text, value, focused, classes, box)] of what says something or takes input, in the page's order.
-    box: left, top, width, height in the page's pixels. A piece of text that has no number of its own has a ref below 0."""
+    box: left, top, width, height in the pixels of AREA. A piece of text that has no number of its own has a ref below 0."""
     inside = lambda node: " ".join(filter(None, [str(node.get("text") or ""), *map(inside, node.get("children", []))]))
     def walk(node):
         tag, children = node["tag"].lower(), node.get("children", [])
@@ -602,7 +615,7 @@ def elements(dom):
             text = node["bgColor"]                                  # a coloured box or a slider's handle; transparent ones are only there for the layout
         if whole and (text or tag in ROLES or "value" in node or not isinstance(node.get("classes", ""), str)):    # the last: a shape in an SVG
             yield dict(ref=node["ref"], role=ROLES.get(tag, tag), text=text, value=node.get("value"), focused=bool(node.get("focused")), classes=str(node.get("classes", "")),
-                       box=[node[side] for side in ("left", "top", "width", "height")])
+                       box=[node["left"], node["top"] - AREA[1], node["width"], node["height"]])
         for child in () if whole else children:
             yield from walk(child)
     return list(walk(dom))
@@ -637,8 +650,8 @@ atexit.register(lambda: [end_browser(browser) for browser in list(BROWSERS)])
 
 class MiniWoB(Env):
     """Any MiniWoB++ task (package miniwob) in a real Chromium: "miniwob/click-test-2-v1" acts by number and by place; with :element behind it by the numbers
-    in the text only, with :coordinate by places only (the text is then the task alone, the page is to be seen). Places are the page's pixels, 160 x 210,
-    whatever the picture's size. A number that no element has and a place outside of the page parse, but cost the penalty. Reward: the page's own without
+    in the text only, with :coordinate by places only (the text is then the task alone, the page is to be seen). Places are pixels of the page's
+    area below the goal, 160 x 160, whatever the picture's size. A number that no element has and a place outside of the page parse, but cost the penalty. Reward: the page's own without
     its discount for time; `success`: all of it, 1. The page's clock is off, max_turns ends an episode; the last picture is the last before the page closed.
     A browser is lent to one episode at a time; one that dies, or does not answer for 20 s, is replaced, and its episode is `lost`."""
     max_turns, one_in, workers, idle = 20, 4, 4, []
@@ -647,7 +660,7 @@ class MiniWoB(Env):
     def __init__(self, name, **kw):
         super().__init__(**kw)
         page, _, self.way = name.removeprefix("miniwob/").partition(":")
-        self.name, self.task, self.browser, self.shot = name, page.removesuffix("-v1"), None, Image.new("RGB", (160, 210))
+        self.name, self.task, self.browser, self.shot = name, page.removesuffix("-v1"), None, Image.new("RGB", (160, 160))
         self.failures = (need(name, "selenium.common.exceptions").WebDriverException, need(name, "urllib3.exceptions").HTTPError, OSError)
         folder = os.path.join(os.path.dirname(getattr(importlib.util.find_spec("miniwob"), "origin", None) or need(name, "miniwob").__file__), "html", "miniwob")
         self.url, tasks = f"file://{folder}/{self.task}.html", sorted(file.removesuffix(".html") for file in os.listdir(folder))
@@ -710,9 +723,9 @@ class MiniWoB(Env):
                 return False
             self.browser.execute_script("core.elementClick(arguments[0]);", numbers[0])
         elif numbers:
-            if not (0 <= numbers[0] < 160 and 0 <= numbers[1] < 210):
+            if not all(0 <= number < 160 for number in numbers):
                 return False
-            chain.w3c_actions.pointer_action.move_to_location(*numbers).click()
+            chain.w3c_actions.pointer_action.move_to_location(numbers[0] + AREA[0], numbers[1] + AREA[1]).click()
         if keys or len(numbers) == 2:
             chain.send_keys(keys).perform()
         return True
@@ -720,7 +733,7 @@ class MiniWoB(Env):
     def picture(self):
         if self.browser and not self.seen:
             try:
-                self.shot, self.seen = Image.open(io.BytesIO(self.browser.get_screenshot_as_png())).convert("RGB").crop((0, 0, 160, 210)), True
+                self.shot, self.seen = Image.open(io.BytesIO(self.browser.get_screenshot_as_png())).convert("RGB").crop(AREA), True
             except self.failures as error:
                 self.fail(error)
         return self.shot.resize((self.size, self.size), Image.LANCZOS)
@@ -728,23 +741,24 @@ class MiniWoB(Env):
     def fingerprint(self): return f"{self.task} {self.goal} {zlib.crc32(repr([(e['role'], e['text'], e['value'], e['box']) for e in self.elements]).encode())}"
     def questions(self, draw):
         """[(kind, question, answer), ...] about the page, for Reading: from its lines, or from the picture alone."""
-        shown = [e for e in self.elements if e["text"] and 0 <= e["box"][0] < 160 and 50 <= e["box"][1] < 210]
-        place = lambda e: f"{round(e['box'][0] + e['box'][2] / 2)} {round(e['box'][1] + e['box'][3] / 2)}"
-        lines, roles = "\n".join(map(element_line, self.elements)), Counter(e["role"] for e in self.elements)
-        asked = [("picture", SEEN, ", ".join(f"{e['role']} {e['text']} {place(e)}" for e in shown[:6]) or "nothing"),
-                 *[("count", f"How many of the kind {role} are there?", roles[role]) for role in ("button", "textbox", "checkbox")]]
+        roles, fields = Counter(e["role"] for e in self.elements), ("textbox", "checkbox", "radio")
+        shown = [e for e in self.elements if (0 < len(e["text"]) <= 16 or e["role"] in fields) and 0 <= e["box"][0] < 160 and 0 <= e["box"][1] < 160]
+        place, lines = lambda e: "{} {}".format(*self.places(e)[0]), self.text() or "\n".join(map(element_line, self.elements))
+        asked = [("picture", SEEN, ", ".join(f"{place(e)} {e['role']} {e['text']}".strip() for e in shown[:10]) or "nothing"),
+                 *[("count", f"How many of the kind {role} are there?", roles[role]) for role in ("button", "textbox", "radio") if draw(2)]]
+        for role in ("button", "link", *fields):
+            asked += [("nth", f"Where is {role} {i + 1}?", place(e)) for i, e in enumerate(e for e in shown if e["role"] == role)]
         for e in shown:
-            asked += [("where", f"Where is {e['text']!r}?", place(e)), ("at", f"What is at {place(e)}?", e["text"])]
+            asked += [("where", f"Where is {e['text']!r}?", place(e)), ("at", f"What is at {place(e)}?", e["text"])] * bool(e["text"])
+            asked += [("field", f"What is in the {e['role']} at {place(e)}?", element_line(e).partition(e["role"])[2].strip())] * (e["role"] in fields)
         for e in self.elements:
             if e["ref"] > 0 and e["text"]:
                 asked += [("says", f"{lines}\nWhat does {e['ref']} say?", e["text"]), ("number", f"{lines}\nWhich number has {e['text']!r}?", e["ref"])]
-            if e["role"] in ("textbox", "checkbox", "radio"):
-                asked += [("field", f"What is in the {e['role']} at {place(e)}?", element_line(e).partition(e["role"])[2].strip())]
         return asked
     def sample(self, rng):                                          # of the numbers and words that are there
         kind = self.kinds[rng.integers(len(self.kinds))]
         refs, words = [e["ref"] for e in self.elements if e["ref"] > 0] or [0], re.findall(r"\w+", self.goal)
-        draw = dict(ELEMENT=lambda: int(rng.choice(refs)), X=lambda: int(rng.integers(160)), Y=lambda: int(rng.integers(50, 210)), TEXT=lambda: str(rng.choice(words)))
+        draw = dict(ELEMENT=lambda: int(rng.choice(refs)), X=lambda: int(rng.integers(160)), Y=lambda: int(rng.integers(160)), TEXT=lambda: str(rng.choice(words)))
         return kind.sample(rng) if isinstance(kind, Words) else canonical((kind.word, *(draw[name]() for name in kind.names)))
 
     def expert(self):
@@ -774,11 +788,14 @@ class MiniWoB(Env):
     def click(self, e):
         if self.way != "coordinate":
             return f"click {e['ref']}"
-        left, top, width, height = e["box"]                         # a point of it that no later element covers
-        points = [(round(left + dx * width), round(top + dy * height)) for dx, dy in ((0.5, 0.5), (0.1, 0.2), (0.9, 0.2), (0.1, 0.8), (0.9, 0.8))]
-        over = [other["box"] for other in self.elements[self.elements.index(e) + 1:]]
-        free = [(x, y) for x, y in points if not any(l <= x <= l + w and t <= y <= t + h for l, t, w, h in over)]
-        return "click {} {}".format(*(free or points)[0])
+        over = [other["box"] for other in self.elements[self.elements.index(e) + 1:]]       # a place that no later element covers
+        free = [(x, y) for x, y in self.places(e) if not any(l <= x <= l + w and t <= y <= t + h for l, t, w, h in over)]
+        return "click {} {}".format(*(free or self.places(e))[0])
+    def places(self, e):
+        """Its middle, then its corners, in steps of 5 pixels where it is as large as that: fewer numbers to tell apart."""
+        left, top, width, height = e["box"]
+        step = lambda x, low, long: 5 * round(x / 5) if low < 5 * round(x / 5) < low + long - 1 else round(x)
+        return [(step(left + dx * width, left, width), step(top + dy * height, top, height)) for dx, dy in ((0.5, 0.5), (0.1, 0.2), (0.9, 0.2), (0.1, 0.8), (0.9, 0.8))]
     def type(self, e, text):
         if e["value"] and not text.startswith(e["value"]):          # somebody wrote something else: away with it
             return "press Backspace" if e["focused"] else self.click(e)

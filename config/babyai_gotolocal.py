@@ -6,7 +6,7 @@ BabyAI, go to the named one of eight objects in a room: the real environment, fr
     python train.py config/babyai_gotolocal.py --env=BabyAI-GoToRedBallGrey-v0 --out_dir=out/babyai_gotoredball
 
 Not run yet: settings to start from, modelled on NumberLine's and EZPoints'. The shipped tiny-vlm was pre-trained on the games' pictures
-and has never seen a grid: name a model that has (config/pretrain_worlds.py makes one).
+and has never seen a grid: name a model that has (config/pretrain_grids.py makes one).
 """
 out_dir = 'out/babyai_gotolocal'
 env = 'BabyAI-GoToLocal-v0'   # the whole map; 'BabyAI-GoToLocal-v0:view' shows what the agent sees

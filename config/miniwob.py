@@ -4,7 +4,7 @@ MiniWoB++, ten tasks in one run: web pages in a real Chromium, by element number
     pip install -r requirements-envs.txt && apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver
     python train.py config/miniwob.py
 
-Not run yet: settings to start from. The shipped tiny-vlm has never seen a page: name a model that has (config/pretrain_worlds.py makes one).
+Not run yet: settings to start from. The shipped tiny-vlm has never seen a page: name a model that has (config/pretrain_pages.py makes one).
 To tell the two ways to act apart, put :element or :coordinate behind each name; the table has a row for each name.
 """
 out_dir = 'out/miniwob'

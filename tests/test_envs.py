@@ -848,8 +848,8 @@ def test_miniwob_acts_by_number_and_by_place(page):
     assert say(env, "click 4")[:3] == (0.0, False, False) and env.browser.log == [4]
     assert say(env, 'type 5 "abc"')[3]["valid"] and env.browser.log == [4, 5] and env.sent == [(None, "abc")]
     say(env, "click 80 112", 'type "x\ue009y"', "press Enter")                               # a control key inside of a text is left out
-    assert env.sent[1:] == [((80, 112), ""), (None, "xy"), (None, "\ue007")]
-    for nothing in ("click 77", "click 0", "click -1", 'type 9 "a"', "click 160 10", "click 10 -1"):
+    assert env.sent[1:] == [((80, 162), ""), (None, "xy"), (None, "\ue007")]
+    for nothing in ("click 77", "click 0", "click -1", 'type 9 "a"', "click 160 10", "click 10 160", "click 10 -1"):
         before = list(env.browser.log)
         assert say(env, nothing)[0] == -0.25 and env.browser.log == before
     assert env.step(f"{MARKER} click 77")[4]["valid"] and not env.step(f"{MARKER} press F1")[4]["valid"]

@@ -1,0 +1,34 @@
+"""
+A tiny VLM that reads BabyAI's rooms, pre-trained in two stages as the first one was (config/pretrain_tiny.py): plain cloning of right answers
+about the whole map at 128 pixels, where a cell is a patch; all weights, no action syntax.
+
+    pip install -r requirements-envs.txt
+    python train.py config/pretrain_grids.py --model=scratch --out_dir=out/captions_grids --offline_updates=800 \\
+        --env=Captions:BabyAI-GoToLocal-v0,Captions:BabyAI-PickupLoc-v0,Captions:BabyAI-PutNextLocal-v0
+    python train.py config/pretrain_grids.py && cp -r out/pretrain_grids/model tiny-vlm-grids
+"""
+out_dir = 'out/pretrain_grids'
+model = 'out/captions_grids/model'
+env = ['Reading:BabyAI-GoToLocal-v0', 'Reading:BabyAI-PickupLoc-v0', 'Reading:BabyAI-PutNextLocal-v0']
+size = 128
+data_mix = {'expert': 1.0}
+data_episodes = 40000
+cache_mb = 9000        # all encoded prompts stay in memory
+actor_loss = 'sft'
+lora_r = 0
+dtype = 'bfloat16'    # half the time where the CPU has avx512_bf16 or amx; float32 elsewhere
+offline_updates = 4000
+online_updates = 0
+batch_size = 64
+window = 1
+micro_batch = 64
+lr = 2e-3
+min_lr = 0.02
+warmup_updates = 100
+weight_decay = 0.01
+max_new_tokens = 80
+log_interval = 50
+eval_interval = 500
+ckpt_interval = 500
+eval_quick = 200
+eval_episodes = 1800
