@@ -30,12 +30,16 @@ Where it departs from the paper, or fills in what is not public of it:
  5. mdp = 'turn': one advantage a reply, A = Q(s, last token) - V(first state); every token of a reply has the turn's target,
     hence V(first state) is the players' value here.
 
-Letters: B turns, R reply tokens, V vocabulary, C critics.
+Letters: B turns, R reply tokens, N = B R, V vocabulary, H hidden size, C critics.
 """
 import math
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+LOGITS = 2 ** 22        # at most so many logits are alive at once (16 MiB in fp32), and as many Qs of each critic
 
 
 def state_value(logits, q, support=0.0):
@@ -53,16 +57,35 @@ def shaped(reward, cfg):
     return cfg.reward_scale * max(-cut, min(cut, reward))
 
 
-def advantages(logits, q, a, mask, cfg):
-    """The critics' word on every reply token. logits (B, R, V), q (C, B, R, V), a, mask (B, R) -> Q(s,a) (C, B, R) with its gradient, V(s) and A (B, R) without."""
-    qa = q.gather(-1, a[None, ..., None].expand(len(q), *a.shape, 1))[..., 0]
-    with torch.no_grad():
-        v = state_value(logits, q.mean(0), cfg.v_support)
-        adv = qa.mean(0) - v                                                                  # A = Q(s,a) - V(s)
-        if cfg.mdp == "turn":
-            last = (mask.sum(1).long() - 1).clamp(min=0)[:, None]
-            adv = (qa.mean(0).gather(1, last) - v[:, :1]).expand_as(adv)
-    return qa, v, adv
+def token_values(vlm, hidden, a, cfg):
+    """All that the loss wants to know of N states and the tokens a said there: hidden (N, H), a (N,) -> dict of (N,), qa (C, N). What is as wide as the vocabulary ends here."""
+    logits = vlm.logits(hidden)                                                               # (N, V)
+    out = dict(logp=-F.cross_entropy(logits, a, reduction="none"))                            # log pi(a|s)
+    if len(vlm.heads):
+        q = vlm.q(hidden.detach() if cfg.critic_detach else hidden)                           # (C, N, V)
+        said = lambda q: q.gather(-1, a.expand(*q.shape[:-1])[..., None])[..., 0]
+        out |= dict(qa=said(q), pess=((q - vlm.q_init) ** 2).mean(-1).mean(0), **(dict(lse=q.logsumexp(-1).mean(0)) if cfg.cql_coef else {}))
+        with torch.no_grad():
+            q_target = vlm.q(hidden, target=True).amin(0)                                     # the most pessimistic critic
+            out |= dict(v=state_value(logits, q.mean(0), cfg.v_support), v_target=state_value(logits, q_target, cfg.v_support), qa_target=said(q_target))
+    return out
+
+
+def all_token_values(vlm, hidden, a, cfg):
+    """token_values of a batch, some states at a time where the vocabulary is large: their logits and Qs are computed once more on the way back
+    instead of being kept. hidden (B, R, H), a (B, R) -> dict of (B, R), qa (C, B, R)."""
+    flat, a_flat, size = hidden.flatten(0, 1), a.flatten(), max(1, LOGITS // vlm.vocab_size)
+    again = (lambda *args: checkpoint(token_values, *args, use_reentrant=False)) if len(flat) > size else token_values
+    parts = [again(vlm, h, x, cfg) for h, x in zip(flat.split(size), a_flat.split(size))]
+    return {k: torch.cat([part[k] for part in parts], -1).unflatten(-1, a.shape) for k in parts[0]}
+
+
+def advantages(qa, v, mask, cfg):
+    """A(s,a) = Q(s,a) - V(s) of every reply token, without a gradient. qa (C, B, R), v, mask (B, R) -> (B, R)."""
+    q = qa.detach().mean(0)
+    if cfg.mdp == "turn":
+        return (q.gather(1, (mask.sum(1).long() - 1).clamp(min=0)[:, None]) - v[:, :1]).expand_as(v)
+    return q - v
 
 
 def td_targets(v, mask, reward, terminated, nexts, gamma, gamma_token=1.0, lam=1.0, q=None, pi=None):
@@ -111,34 +134,31 @@ def compute_loss(vlm, batch, cfg, warm=False, quantile=0.0, tokens=None, critic_
     """The whole loss of a micro-batch -> (loss, info). tokens, critic_tokens: counts over the *whole update*, so that gradients do not depend on how
     it is split. warm: the filter lets everything pass. quantile: the episode return above which 'fbc' clones. info: sums over tokens, see `summarise`."""
     mask, a = batch["mask"], batch["reply_ids"]
-    logits, hidden = vlm(batch["inputs"], batch["P"], mask.shape[1])                          # (B, R, V), (B, R, H)
-    logp = -F.cross_entropy(logits.transpose(1, 2), a, reduction="none")                      # log pi(a|s)  (B, R)
+    hidden = vlm.states(batch["inputs"], batch["P"], mask.shape[1])                           # (B, R, H)
+    s = SimpleNamespace(**all_token_values(vlm, hidden, a, cfg))                              # (B, R) each
     n = tokens if tokens is not None else mask.sum()
-    info = dict(tokens=mask.sum(), nll=-(logp * mask).sum())
+    info = dict(tokens=mask.sum(), nll=-(s.logp * mask).sum())
     if not len(vlm.heads):                                                                    # no critic: 'sft', 'fbc'
-        f = filter_weight(torch.zeros_like(logp), cfg.actor_loss, good_episode=batch["ep_return"] >= quantile)
-        return -((cfg.bc_coef + cfg.af_coef * f) * logp * mask).sum() / n, {k: t.detach() for k, t in info.items()}
+        f = filter_weight(torch.zeros_like(s.logp), cfg.actor_loss, good_episode=batch["ep_return"] >= quantile)
+        return -((cfg.bc_coef + cfg.af_coef * f) * s.logp * mask).sum() / n, {k: t.detach() for k, t in info.items()}
 
-    q = vlm.q(hidden.detach() if cfg.critic_detach else hidden)                               # (C, B, R, V)
-    qa, v, adv = advantages(logits, q, a, mask, cfg)
     with torch.no_grad():
-        q_target = vlm.q(hidden, target=True).amin(0)                                         # the most pessimistic critic
         turn = cfg.mdp == "turn"
         gamma_token, lam = (1.0, 1.0) if turn else (cfg.gamma_token, cfg.lam)
-        tree = () if turn or cfg.trace == "plain" else (q_target.gather(-1, a[..., None])[..., 0], logp.exp())
-        y, known = td_targets(state_value(logits, q_target, cfg.v_support), mask, batch["reward"], batch["terminated"], batch["next"], cfg.gamma, gamma_token, lam, *tree)
+        tree = () if turn or cfg.trace == "plain" else (s.qa_target, s.logp.exp())
+        y, known = td_targets(s.v_target, mask, batch["reward"], batch["terminated"], batch["next"], cfg.gamma, gamma_token, lam, *tree)
+        adv = advantages(s.qa, s.v, mask, cfg)
         f = filter_weight(adv, cfg.actor_loss, cfg.beta, cfg.awr_temperature, good_episode=batch["ep_return"] >= quantile)
         f = torch.ones_like(f) if warm else f
     m = mask * known[:, None]
-    td = ((qa - y) ** 2).mean(0)
-    cql = (q.logsumexp(-1) - qa).mean(0) if cfg.cql_coef else torch.zeros_like(td)
-    pess = ((q - vlm.q_init) ** 2).mean(-1).mean(0)
-    actor = -((cfg.bc_coef + cfg.af_coef * f) * logp * mask).sum() / n                        # bc_coef L_SFT + af_coef L_AF
-    critic = ((td + cfg.pess_coef * pess + cfg.cql_coef * cql) * m).sum() / (critic_tokens if critic_tokens is not None else m.sum()).clamp(min=1)
+    td = ((s.qa - y) ** 2).mean(0)
+    cql = s.lse - s.qa.mean(0) if cfg.cql_coef else torch.zeros_like(td)
+    actor = -((cfg.bc_coef + cfg.af_coef * f) * s.logp * mask).sum() / n                      # bc_coef L_SFT + af_coef L_AF
+    critic = ((td + cfg.pess_coef * s.pess + cfg.cql_coef * cql) * m).sum() / (critic_tokens if critic_tokens is not None else m.sum()).clamp(min=1)
     span, first = batch["span"] * mask, mask[:, 0]
-    info |= dict(critic_tokens=m.sum(), td_error=(td * m).sum(), pess=(pess * m).sum(), q=(qa.mean(0) * mask).sum(), v=(v * mask).sum(), adv_span=(adv * span).sum(),
+    info |= dict(critic_tokens=m.sum(), td_error=(td * m).sum(), pess=(s.pess * m).sum(), q=(s.qa.mean(0) * mask).sum(), v=(s.v * mask).sum(), adv_span=(adv * span).sum(),
                  span=span.sum(), pass_span=(f.clamp(max=1) * span).sum(), pass_rest=(f.clamp(max=1) * (mask - span)).sum(), first=first.sum(),
-                 predicted=(v[:, 0] * first).sum(), observed=(batch["to_go"] * first).sum())
+                 predicted=(s.v[:, 0] * first).sum(), observed=(batch["to_go"] * first).sum())
     return actor + cfg.critic_coef * critic, {k: t.detach() for k, t in info.items()}
 
 

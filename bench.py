@@ -3,19 +3,20 @@ Speed and memory, as ratios within one run: absolute times belong to a machine.
 
     python bench.py                      # the shipped tiny VLM on NumberLine
     python bench.py --model=/path/to/a/vlm --env=Blackjack
+    python bench.py vocabulary           # a real model's vocabulary: memory of AFSFT against SFT
     python bench.py envs --env=NumberLine,BabyAI-GoToLocal-v0,miniwob/click-test-2-v1     # no model: turns a second under random play
 """
-import os, resource, statistics, sys, tempfile, time
+import contextlib, os, resource, statistics, sys, tempfile, time
 
 import numpy as np
 import torch
 
 import envs
 from agent_rl import compute_loss
-from buffer import Buffer, batch
+from buffer import Buffer, batch, reply_text
 from configurator import check_config, configure
 from evaluate import environment, model_agent, play, record, scripted_agent
-from model import build
+from model import build, scratch
 
 
 def seconds(*functions, rounds=7):
@@ -44,11 +45,80 @@ def turns_a_second(cfg, episodes=48):
         print(f"{cfg.env:<32}" + "".join(f"{rate:8.0f}" for rate in rates), flush=True)
 
 
+def peak_bytes(f, device):
+    """Bytes that tensors take while f() runs, at most, beyond those that were there before. By the allocator's own count on cuda, by the profiler's record on the
+    cpu: what a process holds there says more about its malloc than about the tensors."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        f()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    return int(max(np.cumsum([0] + [n for _, n in changes])))
+
+
+def memory(vlm, optimizer, data, make_env, cfg, autocast):
+    """train.py --dry_run=True: the longest batch forward, backward, one optimizer step and a rollout of the longest prompts; prints the peak by part -> {part: bytes}."""
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in tensors}.values())
+    length = lambda i: sum(len(part["text"] or "") for m in data.rows[i]["messages"] for part in m["content"])
+    by_length = sorted(range(len(data)), key=length, reverse=True)
+    longest = [(by_length * cfg.batch_size)[i] for i in range(cfg.batch_size)]
+    windows = [data.episodes[name][k:][:cfg.window] for name, k in (data.place[i] for i in longest)]
+    settings = type(cfg)(**{**vars(cfg), "filter_warmup": 0})
+    def update():
+        for i in range(0, len(windows), cfg.micro_batch):
+            b = batch([(data, windows[i:i + cfg.micro_batch])], vlm, envs.MARKER, cfg.gamma)
+            with autocast():
+                loss = compute_loss(vlm, b, settings)[0]
+            loss.backward()
+    adapters, trained = [p for p in vlm.net.parameters() if p.requires_grad], [p for p in vlm.parameters() if p.requires_grad]
+    vlm.train()
+    parts = dict(weights=size([*vlm.net.parameters(), *vlm.net.buffers()]) - (size(adapters) if vlm.lora else 0), adapters=size(adapters) if vlm.lora else 0,
+                 heads=size([*vlm.heads.parameters(), *vlm.targets.parameters()]))
+    parts["update"] = peak_bytes(update, vlm.device)                                        # activations, and the gradients that stay
+    parts["optimizer"] = peak_bytes(optimizer.step, vlm.device)
+    optimizer.zero_grad(set_to_none=True)
+    rows = [data.rows[i] for i in (longest * cfg.num_envs)[:cfg.num_envs] if reply_text(data.rows[i]) is not None]
+    act = model_agent(vlm, cfg.max_new_tokens, cfg.rollout_temperature, torch.Generator(vlm.device).manual_seed(0))
+    def rollout():
+        with autocast():
+            act(None, rows, [data.image(row["images_file_names"][0]) for row in rows])
+    parts["rollout"] = peak_bytes(rollout, vlm.device)
+    fixed = sum(parts[k] for k in ("weights", "adapters", "heads", "optimizer"))
+    for name, what in dict(weights="the net, frozen or not", adapters="LoRA", heads="critics and their targets", optimizer="AdamW's two moments", update=f"{cfg.batch_size} windows of "
+                           f"{cfg.window} turns, {cfg.micro_batch} at once: activations, gradients", rollout=f"{len(rows)} turns at once, {cfg.max_new_tokens} new tokens").items():
+        print(f"{name:<12}{parts[name] / 2 ** 20:10.1f} MiB   {what}")
+    print(f"{'peak':<12}{(fixed + max(parts['update'], parts['rollout'])) / 2 ** 20:10.1f} MiB   of tensors on {vlm.device}" + (" (the program itself takes about 0.5 GiB more)" if vlm.device.type == "cpu" else
+          f" of {torch.cuda.get_device_properties(0).total_memory / 2 ** 20:,.0f} MiB"))
+    return parts
+
+
+def vocabulary(cfg, words=151_936, hidden=1024):
+    """Peak memory of an update with a real model's vocabulary, AFSFT against SFT: a random net of two layers, LoRA, the tied head. -> the ratio."""
+    make_env, peaks = environment(cfg), {}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Buffer(folder, create=True)
+        record(play(make_env, scripted_agent({"random": 1.0}, np.random.default_rng(0)), list(range(cfg.batch_size)), split="train"), data)
+        for loss in ("sft", "afsft"):
+            print(f"\n{loss}, {words:,} words, hidden size {hidden:,}")
+            torch.manual_seed(0)
+            net, processor = scratch(envs.corpus(1000), hidden=hidden, layers=2)
+            net.resize_token_embeddings(words, mean_resizing=False)
+            settings = type(cfg)(**{**vars(cfg), "actor_loss": loss, "model": "random"})
+            vlm = build(settings, (net, processor), -1.0)
+            parts = memory(vlm, torch.optim.AdamW([p for p in vlm.parameters() if p.requires_grad]), data, make_env, settings, contextlib.nullcontext)
+            peaks[loss] = sum(parts[k] for k in parts if k != "rollout")
+    print(f"\nmemory of an update, AFSFT / SFT  {peaks['afsft'] / peaks['sft']:.2f}")
+    return peaks["afsft"] / peaks["sft"]
+
+
 def main(argv):
-    alone = argv[:1] == ["envs"]
-    cfg = check_config(configure(os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), argv[alone:]))
+    alone = {"envs": turns_a_second, "vocabulary": vocabulary}.get(argv[0] if argv else "")
+    cfg = check_config(configure(os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), argv[bool(alone):]))
     if alone:
-        return turns_a_second(cfg)
+        return alone(cfg)
     make_env = environment(cfg)
     with tempfile.TemporaryDirectory() as folder:
         data, rng = Buffer(folder, create=True), np.random.default_rng(0)

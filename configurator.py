@@ -194,7 +194,7 @@ def configure(script, argv, files=True, quiet=False):
     return types.SimpleNamespace(**values)
 
 # -- cross-field rules -------------------------------------------------------------------------------------------------
-CHOICES = dict(device=("auto", "cpu", "cuda"), dtype=("auto", "float32", "bfloat16"), q_head=("full", "tied"), invalid=("penalty", "random"),
+CHOICES = dict(device=("auto", "cpu", "cuda"), dtype=("auto", "float32", "bfloat16"), weights=("auto", "float32", "bfloat16"), q_head=("full", "tied"), invalid=("penalty", "random"),
                actor_loss=("sft", "afsft", "awr", "fbc"), mdp=("token", "turn"), trace=("tree", "plain"))
 AT_LEAST_1 = "log_interval ckpt_interval n_critics data_episodes batch_size window micro_batch num_envs rollout_episodes updates_per_rollout max_new_tokens eval_episodes eval_quick cache_mb".split()
 AT_LEAST_0 = "seed eval_interval stop_at lora_r offline_updates online_updates warmup_updates filter_warmup bc_coef af_coef critic_coef cql_coef pess_coef weight_decay rollout_temperature".split()
@@ -220,6 +220,8 @@ def check_config(cfg):
     need(cfg.bc_coef + cfg.af_coef > 0, "bc_coef and af_coef are both 0: the policy would not learn, set one of them above 0.")
     need(not (cfg.resume and cfg.overwrite), "resume and overwrite are both True: one goes on with the run, the other deletes it; choose one.")
     need(cfg.model != "scratch" or cfg.lora_r == 0, f"model='scratch' has random weights, adapters on them (lora_r={cfg.lora_r}) learn nothing: set lora_r=0.")
+    need(cfg.weights != "bfloat16" or cfg.lora_r > 0, "weights='bfloat16' are too coarse to be trained themselves (lora_r=0): set lora_r above 0, or weights='float32'.")
+    need(not (cfg.dry_run and cfg.resume), "dry_run and resume are both True: a dry run starts from nothing and leaves nothing; choose one.")
     need(cfg.ckpt_interval % cfg.log_interval == 0, f"ckpt_interval={cfg.ckpt_interval} is no multiple of log_interval={cfg.log_interval}: a resumed run could not repeat its metrics.")
     need(cfg.stop_at % cfg.log_interval == 0, f"stop_at={cfg.stop_at} is no multiple of log_interval={cfg.log_interval}: a resumed run could not repeat its metrics.")
     need(not cfg.online_updates or not {name.strip().partition(":")[0] for name in cfg.env.split(",")} & {"Reading", "Captions"}, f"env={cfg.env!r} is cloned from right answers and has no online phase: set online_updates=0.")

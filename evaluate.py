@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import envs
-from agent_rl import advantages, filter_weight, shaped
+from agent_rl import advantages, filter_weight, shaped, state_value
 from buffer import Buffer, batch, make_row, reply_text
 from configurator import ConfigError, configure, parse_block
 from model import build, latest_checkpoint
@@ -241,7 +241,8 @@ def inspect(buf, rows, vlm, run_cfg, top=10, chunk=8):
         said, other = [pi.gather(-1, a[..., None])[..., 0]], [pi.gather(-1, likely)]
         if len(vlm.heads):
             q = vlm.q(hidden)
-            qa, v, adv = advantages(logits, q, a, mask, run_cfg)
+            qa, v = q.gather(-1, a.expand(len(q), *a.shape)[..., None])[..., 0], state_value(logits, q.mean(0), run_cfg.v_support)
+            adv = advantages(qa, v, mask, run_cfg)
             said += [qa.mean(0), v, adv, filter_weight(adv, run_cfg.actor_loss, run_cfg.beta, run_cfg.awr_temperature)]
             other += [q.mean(0).gather(-1, likely)]
         said, other = torch.stack(said, -1).tolist(), torch.stack(other, -1).tolist()

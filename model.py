@@ -4,8 +4,8 @@ The network: any open-weight vision-language model, LoRA on its language part, Q
 Nothing here knows a model family. Three ideas carry all of it:
  1. one sequence = [prompt, left-padded to P | reply, right-padded to R], so the states before the reply's tokens stand at the
     same columns P-1 .. P+R-2 in every row, and are a plain slice;
- 2. every model ends in `get_output_embeddings()`: a hook before it sees the last hidden state, keeps it for the Q head and
-    cuts it down to that slice, so logits and Q are computed where the reply is and nowhere else;
+ 2. every model ends in `get_output_embeddings()`: a hook before it keeps that slice of the last hidden state, so that logits and Q are
+    computed where the reply is and nowhere else, and, where the vocabulary is large, some states at a time;
  3. the library's own `generate` rolls out (KV cache, positions, caches of every kind); a logits processor does the sampling.
 
 Letters: B rows, P prompt length, R reply length, V vocabulary, H hidden size, C critics, r LoRA rank.
@@ -80,7 +80,7 @@ class QHead(nn.Module):
     def forward(self, h):
         x = self.out(self.mlp(h.float()))
         if self.unembedding is not None:
-            x = F.linear(x, self.unembedding().detach().float())
+            x = F.linear(x.to(self.unembedding().dtype), self.unembedding().detach()).float()
         return x + self.bias
 
 # ------------------------------------------------------------------------------------------------------------ the model
@@ -112,16 +112,19 @@ class VLM(nn.Module):
         self.register_buffer("banned", torch.tensor([i in banned for i in range(vocab)], device=device), persistent=False)
         self.image_token = str(getattr(processor, "image_token", ""))
         self.neutral = sorted({*special_tokens(self.tokenizer).values(), self.image_token} - {""}, key=len)[::-1]
-        self._columns, self._hidden = None, None
+        self._watch, self._hidden = None, None
         unembed.register_forward_pre_hook(self._cut)
         self._cache, self._cache_bytes, self._cache_limit = OrderedDict(), 0, cache_mb * 2 ** 20
 
     device = property(lambda self: self.banned.device)
+    vocab_size = property(lambda self: len(self.banned))
 
     def _cut(self, unembed, args):
-        hidden = args[0] if self._columns is None else args[0][:, self._columns]
-        self._hidden = hidden
-        return (hidden, *args[1:])
+        """Before the unembedding. _watch is a slice: keep these columns of the hidden state and hand none on, their logits come later (`logits`); ...: keep all."""
+        if self._watch is None:
+            return args
+        self._hidden = args[0] if self._watch is ... else args[0][:, self._watch]
+        return args if self._watch is ... else (args[0][:, :0], *args[1:])
 
     # -------------------------------------------------------------------------------------------------- text to tensors
 
@@ -201,15 +204,28 @@ class VLM(nn.Module):
 
     # --------------------------------------------------------------------------------------------------------- networks
 
-    def forward(self, inputs, P, R):
-        """-> logits (B, R, V) and hidden (B, R, H) of the states before each reply token; banned tokens have probability 0."""
-        self._columns = slice(P - 1, P + R - 1)
+    def states(self, inputs, P, R):
+        """-> hidden (B, R, H): what the model knows before each reply token."""
+        self._watch = slice(P - 1, P + R - 1)
         try:
-            logits = self.net(**inputs, use_cache=False).logits.float()
+            self.net(**inputs, use_cache=False)
         finally:
-            self._columns = None
+            self._watch = None
         hidden, self._hidden = self._hidden, None
-        return logits.masked_fill(self.banned, -1e9), hidden
+        return hidden
+
+    def logits(self, hidden):
+        """(..., H) -> (..., V), as the library's forward computes them of its last hidden state; banned tokens have probability 0."""
+        logits, text = self.net.get_output_embeddings()(hidden).float(), self.net.config.get_text_config()
+        logits = logits / (getattr(text, "logits_scaling", None) or 1.0)                     # Granite
+        if cap := getattr(text, "final_logit_softcapping", None):                            # Gemma
+            logits = cap * torch.tanh(logits / cap)
+        return logits.masked_fill(self.banned, -1e9)
+
+    def forward(self, inputs, P, R):
+        """-> logits (B, R, V) and hidden (B, R, H) of the states before each reply token."""
+        hidden = self.states(inputs, P, R)
+        return self.logits(hidden), hidden
 
     def q(self, hidden, target=False):
         """-> (C, B, R, V)"""
@@ -240,12 +256,15 @@ class VLM(nn.Module):
         self.eval()
         inputs, P, _, _ = self.collate(prompts)
         sampler = Sampler(self, temperature, generator, q_weight)
-        out = self.net.generate(**inputs, logits_processor=[sampler], generation_config=GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=self.eos, pad_token_id=self.eos))
-        self._hidden = None
+        self._watch = ... if q_weight else None
+        try:
+            out = self.net.generate(**inputs, logits_processor=[sampler], generation_config=GenerationConfig(
+                do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=self.eos, pad_token_id=self.eos))
+        finally:
+            self._watch = self._hidden = None
         self.train(was_training)
         new = out[:, -len(sampler.logps):]  # some families return the prompt too, some do not
-        logps = torch.stack(sampler.logps, 1).gather(2, new[..., None])[..., 0].tolist()
+        logps = torch.cat(sampler.logps, 1).tolist()
         ids = [row[:row.index(self.eos) + 1] if self.eos in row else row for row in new.tolist()]
         return ids, [lp[:len(row)] for lp, row in zip(logps, ids)]
 
@@ -312,12 +331,12 @@ class Sampler(LogitsProcessor):
         if self.q_weight:
             q = self.vlm.q(self.vlm._hidden[:, -1]).mean(0)                          # (B, V)
             logits = logits + self.q_weight * (q - (logits.softmax(-1) * q).sum(-1, keepdim=True)).masked_fill(self.vlm.banned, 0)
-        logp = (logits / (self.temperature or 1.0)).log_softmax(-1)
-        self.logps.append(logp)
-        if not self.temperature:
-            return logp
-        u = torch.rand(logp.shape, generator=self.generator, device=self.generator.device if self.generator else logp.device).to(logp.device)
-        return logp - torch.log(-torch.log(u.clamp(1e-20, 1 - 1e-7)))
+        scores = logp = (logits / (self.temperature or 1.0)).log_softmax(-1)
+        if self.temperature:
+            u = torch.rand(logp.shape, generator=self.generator, device=self.generator.device if self.generator else logp.device).to(logp.device)
+            scores = logp - torch.log(-torch.log(u.clamp(1e-20, 1 - 1e-7)))
+        self.logps.append(logp.gather(1, scores.argmax(-1, keepdim=True)))          # of the token that `generate` will take: the whole (B, V) would be kept for every token
+        return scores
 
 
 def nbytes(tensors):
@@ -359,7 +378,8 @@ def load_model(path, texts=(), dtype=torch.float32, device="cpu", trust_remote_c
     """A hub id, a local folder, or 'scratch' (the tiny architecture with random weights) -> (net, processor).
     SystemExit with one sentence if it does not exist, is no image-text model, or its processor knows no image token."""
     if path == "scratch":
-        return scratch(texts, image_size=image_size)
+        net, processor = scratch(texts, image_size=image_size)
+        return net.to(device), processor
     if not os.path.isdir(path):  # the shipped model is found from any working directory
         beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
         path = beside if os.path.isdir(beside) else path
@@ -384,7 +404,10 @@ def load_model(path, texts=(), dtype=torch.float32, device="cpu", trust_remote_c
 def load_base(cfg, texts=()):
     """(net, processor) that a config asks for."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    net, processor = load_model(cfg.model, texts, device=device, trust_remote_code=cfg.trust_remote_code, image_size=cfg.size)
+    half = cfg.lora_r > 0 and (cfg.weights == "bfloat16" or cfg.weights == "auto" and device == "cuda")
+    net, processor = load_model(cfg.model, texts, torch.bfloat16 if half else torch.float32, device, cfg.trust_remote_code, cfg.size)
+    if cfg.grad_checkpointing:
+        net.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     if device == "cpu" and cfg.dtype == "bfloat16":
         net.set_attn_implementation("eager")  # the CPU's fused attention is seven times slower backwards in bfloat16 (torch 2.13)
     return net, processor

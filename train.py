@@ -6,7 +6,7 @@ Train a vision-language model to act, off-policy: offline on recorded play, then
     python train.py config/numberline.py --resume=True                         # after a stop
     python train.py --help                                                     # every key
 """
-import json, math, os, platform, shutil, subprocess, sys, time
+import json, math, os, platform, shutil, subprocess, sys, tempfile, time
 
 import numpy as np
 import torch
@@ -30,12 +30,15 @@ log_interval = 10       # updates between two lines of metrics.jsonl
 eval_interval = 100     # updates between two short evaluations; 0: at the end only
 ckpt_interval = 100     # updates between two checkpoints
 stop_at = 0             # stop cleanly after this update, for machines with a time limit; 0: do not
+dry_run = False         # only show what it takes: the longest batch forward, backward and in a rollout, peak memory by part
 wandb_project = ''      # log to Weights & Biases too (needs the package); '': do not
 # model
 model = 'tiny-vlm'      # a hub id or local folder of any image-text-to-text model; 'scratch': the tiny one with random weights
 trust_remote_code = False # run Python files that come with the model folder
 device = 'auto'         # auto: cuda if there is one, else cpu
 dtype = 'auto'          # float32 | bfloat16 (autocast); auto: bfloat16 on cuda, float32 on the cpu
+weights = 'auto'        # of a frozen base: float32 | bfloat16; auto: bfloat16 on cuda, float32 on the cpu. Adapters and critics are float32 always
+grad_checkpointing = False # keep only the layers' inputs and compute the rest once more on the way back: less memory, about a third more time
 lora_r = 16             # rank; 0 trains all weights
 lora_alpha = 32         # the adapters' output is scaled by lora_alpha / lora_r
 lora_dropout = 0.0
@@ -165,6 +168,9 @@ def git_commit():
 def main(argv):
     cfg = configure(__file__, argv)
     check_config(cfg)
+    if cfg.dry_run:
+        nowhere = tempfile.TemporaryDirectory()                            # gone with this function
+        cfg.out_dir, cfg.data_episodes = nowhere.name, min(cfg.data_episodes, 64)
     make_env = environment(cfg)
     try:
         make_env()
@@ -230,6 +236,10 @@ def main(argv):
         except ImportError:
             raise SystemExit(f"wandb_project={cfg.wandb_project!r} needs the package wandb: pip install wandb, or leave it empty.")
         wandb.init(project=cfg.wandb_project, config=vars(cfg), dir=cfg.out_dir)
+
+    if cfg.dry_run:
+        from bench import memory
+        return memory(vlm, optimizer, offline, make_env, cfg, autocast)
 
     # -- the loop
     clock, infos, vlm_began = dict(rollout=0.0, update=0.0, eval=0.0), [], time.time()

@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+import agent_rl
 from agent_rl import compute_loss, filter_weight, state_value, summarise, td_targets
 
 V, D = 7, 5
@@ -25,16 +26,18 @@ class Stub(nn.Module):
     """What compute_loss needs of a VLM: hidden states are given, a linear policy and linear critics are on top of them."""
     def __init__(self, critics=2, seed=0):
         super().__init__()
-        self.q_init = -0.8
+        self.q_init, self.vocab_size = -0.8, V
         torch.manual_seed(seed)
         self.trunk, self.policy = nn.Linear(D, D), nn.Linear(D, V)
         self.heads = nn.ModuleList(nn.Linear(D, V) for _ in range(critics))
         self.targets = copy.deepcopy(self.heads).requires_grad_(False)
         for p in self.targets.parameters():
             p.add_(0.3 * torch.randn_like(p))
+    def states(self, inputs, P, R): return self.trunk(inputs["x"][:, :R])
+    def logits(self, hidden): return self.policy(hidden)
     def forward(self, inputs, P, R):
-        hidden = self.trunk(inputs["x"][:, :R])
-        return self.policy(hidden), hidden
+        hidden = self.states(inputs, P, R)
+        return self.logits(hidden), hidden
     def q(self, hidden, target=False): return torch.stack([head(hidden) for head in (self.targets if target else self.heads)])
 
 
@@ -342,13 +345,29 @@ def test_weights_carry_no_gradient():
     assert g.get("trunk.weight", torch.zeros(1)).abs().sum() == 0 and heads(g)
 
 
+@pytest.mark.parametrize("actor_loss, critics", [("afsft", 2), ("sft", 0)])
+def test_a_large_vocabulary_is_taken_some_states_at_a_time(monkeypatch, actor_loss, critics):
+    """With room for the logits of 4 states at once instead of all: the same loss, gradients and metrics, and never more than 4 at once."""
+    vlm, batch, cfg, seen = Stub(critics), random_batch(windows=4), settings(actor_loss=actor_loss), []
+    whole, info = compute_loss(vlm, batch, cfg)
+    expected = gradients(vlm, whole)
+    monkeypatch.setattr(agent_rl, "LOGITS", 4 * V + 1)
+    logits = vlm.logits
+    vlm.logits = lambda h: (seen.append(len(h)), logits(h))[1]
+    loss, parts = compute_loss(vlm, batch, cfg)
+    for k, g in gradients(vlm, loss).items():
+        assert torch.allclose(g, expected[k], atol=1e-6), k
+    assert torch.allclose(loss, whole, atol=1e-6) and all(torch.allclose(info[k], parts[k], atol=1e-5) for k in info)
+    assert max(seen) == 4 and sum(seen) == 2 * batch["mask"].numel()            # on the way and once more on the way back
+
+
 def test_turn_has_one_advantage_a_reply():
     """mdp='turn': all tokens of a reply pass or none, by Q of the last token and V of the first state; gamma_token has no say."""
     vlm, batch = Stub(), random_batch(windows=8)
     cfg = settings(mdp="turn", bc_coef=0.0, critic_coef=0.0, actor_loss="afsft", beta=0.0)
     logits, hidden = vlm(batch["inputs"], 3, 6)
     logits.retain_grad()
-    vlm.forward = lambda *_: (logits, hidden)
+    vlm.states, vlm.logits = lambda *_: hidden, lambda h: logits.flatten(0, 1)
     compute_loss(vlm, batch, cfg)[0].backward()
     passed = logits.grad.abs().sum(-1) > 0                                                                   # (B, R)
     q, length = vlm.q(hidden).mean(0), batch["mask"].sum(1).int()
@@ -368,11 +387,12 @@ class Tabular(nn.Module):
     """One state a token place: a table of logits and a table of Q."""
     def __init__(self, q_init):
         super().__init__()
-        self.q_init = q_init
-        self.logits, self.table = nn.Parameter(torch.zeros(2, V)), nn.Parameter(torch.full((2, V), q_init))
+        self.q_init, self.vocab_size = q_init, V
+        self.policy, self.table = nn.Parameter(torch.zeros(2, V)), nn.Parameter(torch.full((2, V), q_init))
         self.heads = [self.table]
-    def forward(self, inputs, P, R): return self.logits.expand(inputs["x"].shape[0], 2, V), torch.zeros(1)
-    def q(self, hidden, target=False): return (self.table.detach() if target else self.table).expand(1, self.rows, 2, V)
+    def states(self, inputs, P, R): return torch.eye(2).expand(len(inputs["x"]), 2, 2)
+    def logits(self, hidden): return hidden @ self.policy
+    def q(self, hidden, target=False): return (hidden @ (self.table.detach() if target else self.table))[None]
 
 
 @pytest.mark.parametrize("q_init, support, learns", [(0.0, 0.0, False), (-1.0, 0.0, True), (0.0, 0.9, True)])
@@ -382,7 +402,6 @@ def test_the_story_of_pessimism(q_init, support, learns):
     the policy never learns to say it. From the lowest return in the data it passes. So it does if V asks likely tokens only, once
     cloning in the warm-up has made it the likeliest."""
     vlm, n = Tabular(q_init), 8
-    vlm.rows = n
     replies, reward = torch.tensor([[0, 1], [0, 2]]).repeat(n // 2, 1), torch.tensor([-1.0, -0.5]).repeat(n // 2)
     ones = torch.ones(n, 2)
     batch = dict(inputs=dict(x=torch.zeros(n, 2)), P=3, mask=ones, span=ones * torch.tensor([0.0, 1.0]), reply_ids=replies, reward=reward,
@@ -394,19 +413,19 @@ def test_the_story_of_pessimism(q_init, support, learns):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        syntax.append((summarise([info])["pass_syntax"], vlm.logits.softmax(-1)[0, 0].item()))
+        syntax.append((summarise([info])["pass_syntax"], vlm.policy.softmax(-1)[0, 0].item()))
     assert vlm.table[0, 0].item() == pytest.approx(-0.75, abs=0.01) and vlm.table[0, 3].item() == q_init
     assert [passed for passed, _ in syntax[15:]] == [1.0 if learns else 0.0] * 45
     assert (syntax[-1][1] > 0.9) if learns else (syntax[-1][1] < 0.6), "pi of the only token that the data has here"
     if learns:
-        assert vlm.logits[1, 2] > vlm.logits[1, 1] + 0.5, "the better of the two moves is preferred"
+        assert vlm.policy[1, 2] > vlm.policy[1, 1] + 0.5, "the better of the two moves is preferred"
 
 
 def test_pessimism_has_a_floor():
     """Raised by chance, tokens that no data shows come back to q_init and no lower (CQL alone would sink without end); what data shows
     stays close to its return."""
     vlm, n = Tabular(-1.0), 4
-    vlm.rows, ones = n, torch.ones(n, 2)
+    ones = torch.ones(n, 2)
     vlm.table.data[:, 3:] = 2.0
     batch = dict(inputs=dict(x=torch.zeros(n, 2)), P=3, mask=ones, span=ones, reply_ids=torch.tensor([[0, 1]] * n), reward=torch.full((n,), 0.5), terminated=torch.ones(n),
                  next=torch.full((n,), -1), to_go=torch.zeros(n), ep_return=torch.zeros(n))
