@@ -68,6 +68,39 @@ def straight(tiny, tmp_path_factory):
     """A run that nothing interrupts: what all others are compared with. Do not write into it."""
     return run(tmp_path_factory.mktemp("runs") / "straight", tiny)
 
+# ------------------------------------------------------------------------------------------------------------- memory
+
+def test_a_dry_run_shows_what_it_takes_and_leaves_nothing(tiny, tmp_path, capsys):
+    """Peak memory by part; an update with a window at a time, or with checkpointed layers, takes less; out_dir is not made."""
+    def peaks(**changes):
+        run(tmp_path / "out", tiny, dry_run=True, n_critics=1, **changes)
+        said = capsys.readouterr().out
+        return {name: float(mib) for name, mib in re.findall(r"^(\w+) +([0-9.]+) MiB", said, re.M)}
+    whole, half = peaks(micro_batch=4), peaks(micro_batch=1)
+    deep, again = [peaks(model=os.path.join(ROOT, "tiny-vlm"), grad_checkpointing=way)["update"] for way in (False, True)]      # of several layers
+    assert list(whole) == ["weights", "adapters", "heads", "update", "optimizer", "rollout", "peak"][:3] + ["optimizer", "update", "rollout", "peak"] and min(whole.values()) >= 0
+    assert half["update"] < 0.6 * whole["update"] and again < 0.7 * deep and whole["weights"] == half["weights"] > 0
+    assert not os.path.exists(tmp_path / "out")
+
+
+def test_checkpointed_layers_give_the_same_run(straight, tiny, tmp_path):
+    """grad_checkpointing computes activations twice and changes no bit of what is learned (dropout's draws are repeated)."""
+    twin = run(tmp_path / "twin", tiny, grad_checkpointing=True)
+    assert metrics(twin) == metrics(straight) and weights(twin) == weights(straight)
+
+
+def test_a_base_in_bfloat16(tiny, tmp_path):
+    """The frozen base takes two bytes a weight, adapters, critics and what is saved stay float32."""
+    out, kept = run(tmp_path / "half", tiny, weights="bfloat16"), []
+    assert all(np.isfinite(v) for r in metrics(out) for k, v in r.items() if k != "phase")
+    for file in ("adapter_model.safetensors", "q_head.safetensors"):
+        kept += load_file(os.path.join(out, "ckpt", file)).values()
+    cfg = configure(os.path.join(ROOT, "train.py"), [f"--model={tiny}", "--weights=bfloat16", "--device=cpu"], quiet=True)
+    vlm = model.build(cfg)
+    assert {p.dtype for p in kept} == {torch.float32} and {p.dtype for p in vlm.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in vlm.net.parameters() if not p.requires_grad} == {torch.bfloat16}
+    one_sentence(lambda: run(tmp_path / "all", tiny, weights="bfloat16", lora_r=0), "weights='bfloat16'", "lora_r")
+
 # ------------------------------------------------------------------------------------------------------------- resume
 
 def test_the_run_learns_and_logs(straight, tiny, tmp_path):
