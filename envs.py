@@ -573,6 +573,9 @@ class BabyAI(Gym):
         asked += [("at", f"What is at {i} {j}?", what(i, j))] * ((i, j) != (x, y))
         for thing, i, j in things:
             asked += [("thing", f"What is at {i} {j}?", thing)]
+            for word in thing.split():                              # by one word of two, where that is enough: easier to find, and found first
+                if sum(word in t.split() for t, _, _ in things) == 1:
+                    asked += [("where one", f"Where is the {word} one?", f"{i} {j}")] * 2
             if [t for t, _, _ in things].count(thing) == 1:
                 ahead, right = (i - x) * dx + (j - y) * dy, (j - y) * dx - (i - x) * dy
                 seen_from = f"{'ahead' if ahead >= 0 else 'behind'} {abs(ahead)} {'right' if right >= 0 else 'left'} {abs(right)}"

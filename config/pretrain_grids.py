@@ -9,7 +9,7 @@ about the whole map at 128 pixels, where a cell is a patch; all weights, no acti
 """
 out_dir = 'out/pretrain_grids'
 model = 'out/captions_grids/model'
-env = ['Reading:BabyAI-GoToLocal-v0', 'Reading:BabyAI-PickupLoc-v0', 'Reading:BabyAI-PutNextLocal-v0']
+env = ['Reading:BabyAI-GoToRedBallGrey-v0', 'Reading:BabyAI-GoToLocal-v0', 'Reading:BabyAI-PickupLoc-v0', 'Reading:BabyAI-PutNextLocal-v0']
 size = 128
 data_mix = {'expert': 1.0}
 data_episodes = 40000
