@@ -3,14 +3,17 @@ How well it went: success with intervals, return, share of valid actions; greedy
 
     python evaluate.py out/numberline                                   # a trained run, on held-out starts
     python evaluate.py out/numberline --episodes=1000 --temperature=0.5
-    python evaluate.py out/numberline --agent=expert --save=data/x      # any player; --save records into the folder format
+    python evaluate.py out/numberline --agent=expert                    # another player on the same starts; --save=data/x records it, on training starts
+    python evaluate.py --env=NumberLine --agent=human --save=data/me    # without a run; a config file works too: config/ezpoints.py --agent=...
+    python evaluate.py --agent=openai --base_url=http://localhost:8000/v1 --model=NAME --env=NumberLine --episodes=200 --save=data/teacher
     python evaluate.py out/numberline --report                          # out/numberline/report.html to look at, a GIF a game, curves.svg
     python evaluate.py out/numberline/data --report                     # a folder of episodes, as that run's critic sees it
 """
-import base64, functools, io, json, math, os, re, sys, tempfile
+import base64, email.utils, functools, http.client, io, json, math, os, random, re, sys, tempfile, time, urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
+from multiprocessing.pool import ThreadPool
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,23 +24,35 @@ from tqdm import tqdm
 import envs
 from agent_rl import advantages, filter_weight, shaped, state_value
 from buffer import Buffer, batch, make_row, reply_text
-from configurator import ConfigError, configure, parse_block
+from configurator import ConfigError, check_config, configure, parse_block, show
 from model import build, latest_checkpoint
 
 # --- config ---
 episodes: int = None # episodes of each table row; None: the run's eval_episodes
-agent = ''           # who plays: '' the run's model, or one of expert, random, malformed, biased
-save = ''            # folder to record the sampled episodes into; '' records nothing
-temperature = 1.0    # of the sampled row
+agent = ''           # who plays: '' the run's model; openai: a model behind a server; human: a person at the terminal; expert, random, malformed, biased: a script
+env = ''             # what `agent` plays where no run says so: the environment, and the side of its picture in pixels; '' and None: train.py's, or the config file's
+size: int = None
+save = ''            # folder to record into: an agent's episodes, then on training starts, or the model's sampled ones; '' records nothing
+temperature = 1.0    # of the sampled row, of the server's model
 q_weight = 0.0       # adds q_weight * A to the logits: the critic corrects the policy at play; 0 is the plain policy
 seed = 0             # of the sampling; the held-out starts do not depend on it
 report = False       # write report.html: the table, the curves, and episodes with what the critic thinks of every token
 report_episodes = 100 # at most that many on the page
 critic = ''          # run folder whose critic judges a folder of episodes; '': the run that the folder lies in, if there is one
+# agent=openai: any server of the chat-completions protocol (vLLM, SGLang, llama.cpp, a vendor)
+base_url = ''        # for instance http://localhost:8000/v1
+model = ''           # its name there
+api_key_env = 'OPENAI_API_KEY' # the environment variable that holds the key, if the server wants one; the key itself is never written anywhere
+max_tokens = 256     # of a reply
+num_envs = 32        # episodes that an agent plays at once, so the number of requests at once (a person plays one)
+timeout = 60.0       # seconds until an answer must be there, whole
+retries = 6          # of a request that failed, after 1, 2, 4, ... seconds, or when the server says; then its episode is given up
 # --- end of config ---
 
 PLAYERS = ("expert", "random", "malformed", "biased")
+TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")   # its config block has the settings of a run, and their defaults
 TEST_SEEDS = 10 ** 6  # held-out starts are drawn by seeds from here on
+BACKOFF, LONGEST = 1.0, 60.0  # seconds before a request's second try, doubled for each further one; the most that is waited, whatever a server asks for
 
 
 def wilson(k, n, z=1.96):
@@ -94,10 +109,125 @@ def scripted_agent(mix, rng):
     return act
 
 
+def openai_agent(cfg, counts):
+    """A player for `play`: a model behind a server that speaks OpenAI's chat-completions protocol, asked about all environments at once; `counts`, a Counter, learns what happened.
+    What may pass (time-outs, lost connections, 408, 409, 425, 429, 5xx, answers without a text) is tried again; then the turn, and its episode, is lost. What will not (no such server,
+    key, model; a request that is refused before any was answered; nothing but losses) is a ConfigError."""
+    if not cfg.model or not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", cfg.base_url):       # an address with a password in it would be printed
+        raise ConfigError("--agent=openai needs a server's address and the name of a model there, for instance --base_url=http://localhost:8000/v1 --model=NAME; a key goes into OPENAI_API_KEY.")
+    key, body, gone, jitter = os.environ.get(cfg.api_key_env, "").strip(), dict(model=cfg.model, temperature=cfg.temperature, max_tokens=cfg.max_tokens), 0, random.Random()
+    if not re.fullmatch(r"[!#-\[\]-~]*", key) or not key and cfg.api_key_env != "OPENAI_API_KEY":
+        raise ConfigError("The environment variable that --api_key_env names is not set, or what it holds is no key.")
+    secret = re.compile(re.escape(key) + "|" + re.escape(key[:max(8, len(key) // 2)]) + r"[\w.~+/=-]*")       # whole, or cut off by whoever echoes it
+    hide = lambda text: secret.sub("[key]", text) if key else text
+    local = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", cfg.base_url + "/")
+    opener = urllib.request.OpenerDirector()    # a bare one: every status is an answer, no redirect is followed (it would take the key along)
+    for handler in (urllib.request.ProxyHandler({} if local else None), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()):
+        opener.add_handler(handler)
+
+    def post(content):
+        """One try -> (HTTP status, body, headers); without an answer (0, why, {}), or -1 if there is no server to connect to."""
+        data, end = json.dumps(body | dict(messages=[dict(role="user", content=content)])).encode(), time.monotonic() + cfg.timeout
+        request, raw = urllib.request.Request(f"{cfg.base_url.rstrip('/')}/chat/completions", data, {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})), b""
+        try:
+            with opener.open(request, timeout=cfg.timeout) as answer:
+                while part := answer.read1(2 ** 16):
+                    raw += part
+                    if len(raw) > 2 ** 22 or time.monotonic() > end:
+                        return 0, "longer than 4 MB" if len(raw) > 2 ** 22 else "time-out", {}
+                return answer.status, raw.decode("utf-8", "replace"), answer.headers
+        except (OSError, http.client.HTTPException, ValueError, OverflowError) as e:
+            reason = getattr(e, "reason", e)
+            if isinstance(reason, (TimeoutError, ConnectionError, http.client.HTTPException)) and not isinstance(reason, (ConnectionRefusedError, http.client.InvalidURL)):
+                return 0, "time-out" if isinstance(reason, TimeoutError) else "connection lost", {}
+            return -1, f"no connection: {reason}", {}
+
+    def read(text):
+        """The body of an answer -> (reply, ""), or (None, what is wrong with it)."""
+        try:
+            reply = json.loads(text)
+            reply = reply["choices"][0]["message"]["content"]
+        except (TypeError, LookupError):
+            return None, "no choices"
+        except (ValueError, RecursionError):
+            return None, "no JSON"
+        if not isinstance(reply, str) or len(reply) > 64 * cfg.max_tokens:
+            return None, "longer than asked for" if isinstance(reply, str) else "no text"
+        return (hide(reply) if len(key) > 7 else reply).encode("utf-8", "replace").decode(), ""      # half a character (a lone surrogate) could be neither written nor tokenised
+
+    def ask(content):
+        """All tries for one turn -> (reply or None, Counter of what happened, what went wrong last, the sentence that ends it all or "")."""
+        seen = Counter()
+        for k in range(cfg.retries + 1):
+            status, text, headers = post(content)
+            reply, wrong = read(text) if status == 200 else (None, f"HTTP {status}" if status > 0 else text.partition(":")[0])
+            seen.update(["requests", wrong or "replies"])
+            if reply is not None:
+                return reply, seen, "", ""
+            if status == 400 and "max_completion_tokens" in text and body.pop("max_tokens", 0):      # newer models of OpenAI's call it so
+                body["max_completion_tokens"] = cfg.max_tokens
+                return ask(content)
+            why = show(f"{wrong}: {hide(headers.get('Location') or text)}", 300) if status > 0 else show(text, 300)
+            passes = status in (0, 200, 408, 409, 425, 429) or status >= 500 and status != 501 or status == -1 and counts["replies"]
+            if status in (401, 403, 404) or "insufficient_quota" in text or not passes and not counts["replies"]:
+                remedy = {-1: "start the server, or correct --base_url", 401: f"put the server's key into the environment variable {cfg.api_key_env}", 403: f"the key in {cfg.api_key_env} must be one that may use this model",
+                          404: "--base_url mostly ends in /v1, and --model must be a name that it lists under /models"}.get(status, "see what it says about the address, the model, the picture or the settings")
+                return None, seen, why, f"{cfg.base_url}, model {cfg.model!r}: {why}; {remedy}."
+            if not passes or k == cfg.retries:
+                break
+            pause = min(LONGEST, asked_to_wait(headers.get("Retry-After", "")) + BACKOFF * 2 ** k * jitter.uniform(0.5, 1.0))    # jitter: not all at once again
+            seen["seconds waited"] += pause
+            time.sleep(pause)
+        return None, seen + Counter(["turns given up"]), why, ""
+
+    def act(envs_, rows, images):
+        nonlocal gone
+        uri = lambda image: (image.save(file := io.BytesIO(), "png"), f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}")[1]
+        contents = [[dict(type="image_url", image_url=dict(url=uri(image))) if part["type"] == "image" else part for part in row["messages"][0]["content"]] for row, image in zip(rows, images)]
+        answers, alone = [], int(not counts["replies"])     # the first request goes alone: what is wrong for all is said once
+        for some in (contents[:alone], contents[alone:]):
+            with ThreadPool(max(1, len(some))) as pool:     # its threads are daemons: Ctrl-C does not wait for an answer
+                for reply, seen, why, stop in pool.map(ask, some, 1):
+                    counts.update(seen)
+                    if stop:
+                        raise ConfigError(stop)
+                    answers.append(dict(reply=reply or "", source=f"openai:{cfg.model}") | (dict(lost=why) if reply is None else {}))
+        gone = 0 if any("lost" not in a for a in answers) else gone + len(answers)
+        if gone >= max(8, cfg.num_envs):
+            raise ConfigError(f"{cfg.base_url}, model {cfg.model!r}: no answer to the last {gone} turns, {cfg.retries + 1} tries each ({answers[-1]['lost']}): look after the server, then go on with another --seed.")
+        return answers
+    return act
+
+
+def asked_to_wait(text):
+    """A Retry-After header, a number or a date -> seconds, 0 for what is neither."""
+    try:
+        return max(0.0, float(text) if re.fullmatch(r"[0-9.]{1,9}", text) else email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
+def human_agent(folder):
+    """A player for `play`: a person at the terminal, who types an action's words or a whole reply. EOFError when they have had enough."""
+    def act(envs_, rows, images):
+        (env,), (row,), (image,), path = envs_, rows, images, os.path.join(folder, "picture.png")
+        image.save(path)
+        print(f"\nTurn {env.turns + 1} of at most {env.max_turns}, return so far {env.total:g}. The picture: {path}\n{row['messages'][0]['content'][1]['text']}")
+        if sys.stdout.isatty():     # a small rendering of 40 columns: a half block has two pixels, one in its own colour, one in the background's
+            small = np.asarray(image.convert("RGB").resize((40, 2 * max(1, round(20 * image.height / image.width))), Image.LANCZOS))
+            print("\n".join("".join("\033[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*up, *down) for up, down in zip(*small[y:y + 2])) + "\033[0m" for y in range(0, len(small), 2)))
+        while not (said := input("action (quit ends)> ").encode("utf-8", "replace").decode().strip()):
+            pass
+        if said == "quit":
+            raise EOFError
+        return [dict(reply=said if envs.MARKER in said or not env.marker else f"{envs.MARKER} {said}", source="human")]
+    return act
+
+
 def play(make_env, act, seeds, num_envs=32, split="test", prefix="", bar=None):
     """Play one episode for each seed, num_envs at a time (of several tasks, each in turn); yields dicts (env, rows, images, success, success_return,
-    episode_return, turns, valid, tag) as episodes end. act(envs, rows, images) -> list of dict(reply, source, [reply_ids, logprobs]).
-    An episode whose environment is lost (a dead browser) is played once more, then dropped, counted and reported."""
+    episode_return, turns, valid, tag) as episodes end. act(envs, rows, images) -> list of dict(reply, source, [reply_ids, logprobs], [lost: why there is none]).
+    An episode whose environment is lost (a dead browser), or a reply in it, is played once more, then dropped, counted and reported."""
     todo, live, lost = list(enumerate(seeds))[::-1], [], Counter()
     spare = [make_env()]
     spare += [make_env() for _ in range(min(num_envs, len(seeds), spare[0].workers or num_envs) - 1)]
@@ -112,12 +242,12 @@ def play(make_env, act, seeds, num_envs=32, split="test", prefix="", bar=None):
             replies = act([e.env for e in live], pending, [e.obs["image"] for e in live])
             outcomes = at_once(lambda e, r: e.env.step(r["reply"]), live, replies)
             for e, row, r, (obs, reward, terminated, truncated, info) in zip(list(live), pending, replies, list(outcomes)):
-                if e.env.lost:
+                if why := r.pop("lost", "") or e.env.lost:
                     lost[e.n] += 1
                     if lost[e.n] == 1:
                         todo.append((e.n, e.seed))
                     else:
-                        tqdm.write(f"{e.env.name}, seed {e.seed}: dropped, {e.env.lost}; {sum(k > 1 for k in lost.values())} of {len(seeds)} episodes so far.")
+                        tqdm.write(f"{e.env.name}, seed {e.seed}: dropped, {why}; {sum(k > 1 for k in lost.values())} of {len(seeds)} episodes so far.")
                     live.remove(e), spare.append(e.env), e.env.close()
                     continue
                 outcome = dict(action=info["action"], valid=bool(info["valid"]), reward=float(reward), terminated=bool(terminated), truncated=bool(truncated), success=bool(info["success"]))
@@ -137,14 +267,16 @@ def play(make_env, act, seeds, num_envs=32, split="test", prefix="", bar=None):
 
 
 def record(episodes, buffer, chunk=200):
-    """Append played episodes to a buffer, some at a time; returns how many."""
+    """Append played episodes to a buffer, some at a time; returns how many. Those before an error or Ctrl-C are kept."""
     rows, images, n = [], {}, 0
-    for n, e in enumerate(episodes, 1):
-        rows, images = rows + e["rows"], images | e["images"]
-        if n % chunk == 0:
-            buffer.append(rows, images)
-            rows, images = [], {}
-    buffer.append(rows, images)
+    try:
+        for n, e in enumerate(episodes, 1):
+            rows, images = rows + e["rows"], images | e["images"]
+            if n % chunk == 0:
+                buffer.append(rows, images)
+                rows, images = [], {}
+    finally:
+        buffer.append(rows, images)
     return n
 
 
@@ -463,7 +595,7 @@ def read_config(run):
     if not os.path.exists(file):
         raise ConfigError(f"{run!r} is no run folder: it has no config.json; train one with python train.py config/numberline.py --out_dir={run}")
     with open(file) as f:
-        defaults = {name: key.default for name, key in parse_block(os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")).items()}
+        defaults = {name: key.default for name, key in parse_block(TRAIN).items()}
         return SimpleNamespace(**defaults | json.load(f))      # a run from before a key existed has that key's default
 
 
@@ -491,33 +623,64 @@ def report_data(folder, cfg):
     write_report(folder, buf, results, vlm, run, run_cfg, cfg.report_episodes)
 
 
+def play_agent(cfg, make_env, n, buffer, aside):
+    """Another player than the model plays, recorded if there is a buffer -> {name: summary}."""
+    who, counts, played = cfg.agent if cfg.agent != "openai" else f"openai:{cfg.model}", Counter(), []
+    prefix = f"{who}/{cfg.seed}-"
+    if buffer is not None and any(name.startswith(prefix) for name in buffer.episodes):         # said before the work, not after
+        raise ConfigError(f"{buffer.folder!r} holds episodes of {who} with seed {cfg.seed} already: record into another folder, or with another --seed.")
+    human, slow = cfg.agent == "human", cfg.agent in ("human", "openai")
+    act = human_agent(aside) if human else openai_agent(cfg, counts) if slow else scripted_agent({cfg.agent: 1.0}, np.random.default_rng(cfg.seed))
+    seeds, split = (np.random.default_rng([cfg.seed, 4]).integers(2 ** 31, size=n).tolist(), "train") if cfg.save else (starts(make_env, n), "test")     # data must not hold what tests are for
+    episodes = (played.append(e) or e for e in play(make_env, act, seeds, 1 if human else cfg.num_envs, split, prefix, None if human else who))
+    try:
+        list(episodes) if buffer is None else record(episodes, buffer, 1 if slow else 200)
+    except (EOFError, KeyboardInterrupt):
+        print(f"\nStopped by you: {len(played)} of {n} episodes were finished.")
+        if not played:
+            raise SystemExit(1)
+    finally:
+        if counts:
+            print(f"{cfg.base_url}: {', '.join(f'{k:,.0f} {what}' for what, k in counts.most_common())}; {len(played)} of {n} episodes")
+    return {who: summary(played)}
+
+
 def main(argv):
     run, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     cfg = configure(__file__, flags, files=False)
-    if run is None:
-        raise ConfigError("Name the run folder first: python evaluate.py out/numberline")
+    game, no_run = [f"--{k}={v}" for k, v in (("env", cfg.env), ("size", cfg.size)) if v], run is None or run.endswith(".py")
+    if no_run and not (cfg.agent and (run or cfg.env)):
+        raise ConfigError("Name the run folder first: python evaluate.py out/numberline; another player than its model can do without: --env=NumberLine --agent=expert")
+    if no_run and cfg.report:
+        raise ConfigError("--report is about a run or a folder of episodes: record with --save=data/x, then python evaluate.py data/x --report")
     if cfg.report_episodes < 1:
         raise ConfigError("--report_episodes must be at least 1.")
-    if os.path.exists(os.path.join(run, "metadata.jsonl")):
+    if not no_run and os.path.exists(os.path.join(run, "metadata.jsonl")):
         return report_data(run, cfg)
     if cfg.critic:
         raise ConfigError(f"--critic={cfg.critic!r} is for a folder of episodes; {run!r} is judged by its own critic, leave it out.")
-    run_cfg = read_config(run)
+    if cfg.agent not in ("", "openai", "human", *PLAYERS):
+        raise ConfigError(f"--agent={cfg.agent!r} is not known: leave it empty for the run's model, or choose one of openai, human, {', '.join(PLAYERS)}.")
+    if cfg.agent != "openai" and (cfg.base_url or cfg.model):
+        raise ConfigError("--base_url and --model are a server's and its model's: they need --agent=openai.")
+    if game and not no_run:
+        raise ConfigError(f"{run!r} is played as it was trained: leave {' and '.join(game)} out, or name no run.")
+    run_cfg = check_config(configure(TRAIN, [run] * bool(run) + game, quiet=True)) if no_run else read_config(run)
     n = run_cfg.eval_episodes if cfg.episodes is None else cfg.episodes
     if n < 1 or cfg.temperature < 0:
         raise ConfigError("--episodes must be at least 1 and --temperature at least 0.")
+    if min(cfg.num_envs, cfg.max_tokens) < 1 or cfg.timeout <= 0 or cfg.retries < 0:
+        raise ConfigError("--num_envs and --max_tokens must be at least 1, --timeout above 0, and --retries at least 0.")
     make_env = environment(run_cfg)
+    try:
+        split = make_env().split
+    except ValueError as e:
+        raise ConfigError(str(e))
     aside, vlm = tempfile.TemporaryDirectory(), None
     buffer = Buffer(cfg.save or aside.name, create=True) if cfg.save or cfg.report else None
     start = len(buffer or ())
     if cfg.agent:
-        if cfg.agent not in PLAYERS:
-            raise ConfigError(f"--agent={cfg.agent!r} is not known: leave it empty for the run's model, or choose one of {', '.join(PLAYERS)}.")
-        act = scripted_agent({cfg.agent: 1.0}, np.random.default_rng(cfg.seed))
-        played = list(play(make_env, act, starts(make_env, n), prefix=f"{cfg.agent}{cfg.seed}-", bar=cfg.agent))
-        if buffer is not None:
-            record(played, buffer)
-        results = {cfg.agent: summary(played)}
+        results = play_agent(cfg, make_env, n, buffer, aside.name)
     else:
         vlm, folder = trained(run, run_cfg)
         if cfg.q_weight and not len(vlm.heads):
@@ -525,7 +688,8 @@ def main(argv):
         results = offline_results(run) | full_evaluation(vlm, make_env, n, run_cfg.max_new_tokens, cfg.temperature, cfg.seed, cfg.q_weight, buffer)
         with open(os.path.join(run, "eval.json"), "w") as f:
             json.dump(dict(checkpoint=folder, argv=argv, seed=cfg.seed, q_weight=cfg.q_weight, results=results), f, indent=1)
-    print(f"{run_cfg.env}, {run}: {n} episodes on {'held-out starts' if make_env().split else 'starts that training also draws'}, Wilson 95 % intervals\n{table(results)}")
+    where = "training starts" if cfg.agent and cfg.save else "held-out starts" if split else "starts that training also draws"
+    print(f"{run_cfg.env}, {run or cfg.agent}: {list(results.values())[-1]['episodes']} episodes on {where}, Wilson 95 % intervals\n{table(results)}")
     if cfg.report:
         vlm = vlm or (trained(run, run_cfg)[0] if latest_checkpoint(run, must=False) else None)
         write_report(run, buffer, results, vlm, run, run_cfg, cfg.report_episodes, start)
