@@ -113,13 +113,14 @@ def openai_agent(cfg, counts):
     """A player for `play`: a model behind a server that speaks OpenAI's chat-completions protocol, asked about all environments at once; `counts`, a Counter, learns what happened.
     What may pass (time-outs, lost connections, 408, 409, 425, 429, 5xx, answers without a text) is tried again; then the turn, and its episode, is lost. What will not (no such server,
     key, model; a request that is refused before any was answered; nothing but losses) is a ConfigError."""
-    if not cfg.model or not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", cfg.base_url):       # an address with a password in it would be printed
-        raise ConfigError("--agent=openai needs a server's address and the name of a model there, for instance --base_url=http://localhost:8000/v1 --model=NAME; a key goes into OPENAI_API_KEY.")
-    key, body, gone, jitter = os.environ.get(cfg.api_key_env, "").strip(), dict(model=cfg.model, temperature=cfg.temperature, max_tokens=cfg.max_tokens), 0, random.Random()
+    if not cfg.model or not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", cfg.base_url):      # an address with a password in it would be printed
+        raise ConfigError("--agent=openai needs a server's address and a model's name, for instance --base_url=http://localhost:8000/v1 --model=NAME; a key goes into OPENAI_API_KEY.")
+    key, body = os.environ.get(cfg.api_key_env, "").strip(), dict(model=cfg.model, temperature=cfg.temperature, max_tokens=cfg.max_tokens)
     if not re.fullmatch(r"[!#-\[\]-~]*", key) or not key and cfg.api_key_env != "OPENAI_API_KEY":
         raise ConfigError("The environment variable that --api_key_env names is not set, or what it holds is no key.")
-    secret = re.compile(re.escape(key) + "|" + re.escape(key[:max(8, len(key) // 2)]) + r"[\w.~+/=-]*")       # whole, or cut off by whoever echoes it
-    hide = lambda text: secret.sub("[key]", text) if key else text
+    escaped = [rf"(?:\\?{re.escape(c)}|(?:\\u00|%){ord(c):02x})" for c in key]
+    secret = re.compile("".join(escaped) + "|" + "".join(escaped[:max(8, len(key) // 2)]) + r"[\w.~+/=\\%-]*", re.I)   # however a server echoes it: whole, escaped, cut off
+    hide, gone, jitter = lambda text: secret.sub("[key]", text) if key else text, 0, random.Random()
     local = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", cfg.base_url + "/")
     opener = urllib.request.OpenerDirector()    # a bare one: every status is an answer, no redirect is followed (it would take the key along)
     for handler in (urllib.request.ProxyHandler({} if local else None), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()):
@@ -127,10 +128,10 @@ def openai_agent(cfg, counts):
 
     def post(content):
         """One try -> (HTTP status, body, headers); without an answer (0, why, {}), or -1 if there is no server to connect to."""
-        data, end = json.dumps(body | dict(messages=[dict(role="user", content=content)])).encode(), time.monotonic() + cfg.timeout
-        request, raw = urllib.request.Request(f"{cfg.base_url.rstrip('/')}/chat/completions", data, {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})), b""
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        data, end, raw = json.dumps(body | dict(messages=[dict(role="user", content=content)])).encode(), time.monotonic() + cfg.timeout, b""
         try:
-            with opener.open(request, timeout=cfg.timeout) as answer:
+            with opener.open(urllib.request.Request(f"{cfg.base_url.rstrip('/')}/chat/completions", data, headers), timeout=cfg.timeout) as answer:
                 while part := answer.read1(2 ** 16):
                     raw += part
                     if len(raw) > 2 ** 22 or time.monotonic() > end:
@@ -145,15 +146,14 @@ def openai_agent(cfg, counts):
     def read(text):
         """The body of an answer -> (reply, ""), or (None, what is wrong with it)."""
         try:
-            reply = json.loads(text)
-            reply = reply["choices"][0]["message"]["content"]
-        except (TypeError, LookupError):
-            return None, "no choices"
+            reply = json.loads(text)["choices"][0]["message"]["content"]
+            wrong = "no text" if not isinstance(reply, str) else "longer than asked for" if len(reply) > 64 * cfg.max_tokens else ""
         except (ValueError, RecursionError):
-            return None, "no JSON"
-        if not isinstance(reply, str) or len(reply) > 64 * cfg.max_tokens:
-            return None, "longer than asked for" if isinstance(reply, str) else "no text"
-        return (hide(reply) if len(key) > 7 else reply).encode("utf-8", "replace").decode(), ""      # half a character (a lone surrogate) could be neither written nor tokenised
+            wrong = "no JSON"
+        except (TypeError, LookupError):
+            wrong = "no choices"
+        # a key of a few characters, `EMPTY` or `x`, may well be a word of the reply; half a character (a lone surrogate) could not be tokenised
+        return (None, wrong) if wrong else ((hide(reply) if len(key) > 7 else reply).encode("utf-8", "replace").decode(), "")
 
     def ask(content):
         """All tries for one turn -> (reply or None, Counter of what happened, what went wrong last, the sentence that ends it all or "")."""
@@ -167,26 +167,28 @@ def openai_agent(cfg, counts):
             if status == 400 and "max_completion_tokens" in text and body.pop("max_tokens", 0):      # newer models of OpenAI's call it so
                 body["max_completion_tokens"] = cfg.max_tokens
                 return ask(content)
-            why = show(f"{wrong}: {hide(headers.get('Location') or text)}", 300) if status > 0 else show(text, 300)
+            why = show(hide(f"{wrong}: {headers.get('Location') or text}" if status > 0 else text), 300)
             passes = status in (0, 200, 408, 409, 425, 429) or status >= 500 and status != 501 or status == -1 and counts["replies"]
-            if status in (401, 403, 404) or "insufficient_quota" in text or not passes and not counts["replies"]:
-                remedy = {-1: "start the server, or correct --base_url", 401: f"put the server's key into the environment variable {cfg.api_key_env}", 403: f"the key in {cfg.api_key_env} must be one that may use this model",
-                          404: "--base_url mostly ends in /v1, and --model must be a name that it lists under /models"}.get(status, "see what it says about the address, the model, the picture or the settings")
-                return None, seen, why, f"{cfg.base_url}, model {cfg.model!r}: {why}; {remedy}."
+            if status in (401, 403, 404) or status == 429 and "insufficient_quota" in text or not passes and not counts["replies"]:
+                remedy = {-1: "start the server, or correct --base_url", 401: f"put the server's key into the environment variable {cfg.api_key_env}",
+                          403: f"the key in {cfg.api_key_env} must be one that may use this model", 404: "--base_url mostly ends in /v1, and --model must be a name that it lists under /models"}
+                return None, seen, why, f"{cfg.base_url}, model {cfg.model!r}: {why}; {remedy.get(status, 'see what it says about the address, the model, the picture or the settings')}."
             if not passes or k == cfg.retries:
                 break
-            pause = min(LONGEST, asked_to_wait(headers.get("Retry-After", "")) + BACKOFF * 2 ** k * jitter.uniform(0.5, 1.0))    # jitter: not all at once again
+            pause = min(LONGEST, asked_to_wait(headers.get("Retry-After", "")) + BACKOFF * 2 ** k * jitter.uniform(0.5, 1.0))    # not all at once again
             seen["seconds waited"] += pause
             time.sleep(pause)
         return None, seen + Counter(["turns given up"]), why, ""
 
     def act(envs_, rows, images):
         nonlocal gone
-        uri = lambda image: (image.save(file := io.BytesIO(), "png"), f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}")[1]
-        contents = [[dict(type="image_url", image_url=dict(url=uri(image))) if part["type"] == "image" else part for part in row["messages"][0]["content"]] for row, image in zip(rows, images)]
-        answers, alone = [], int(not counts["replies"])     # the first request goes alone: what is wrong for all is said once
-        for some in (contents[:alone], contents[alone:]):
-            with ThreadPool(max(1, len(some))) as pool:     # its threads are daemons: Ctrl-C does not wait for an answer
+        contents, answers, alone = [], [], int(not counts["replies"])       # the first request goes alone: what is wrong for all is said once
+        for row, image in zip(rows, images):
+            image.save(file := io.BytesIO(), "png")
+            picture = dict(type="image_url", image_url=dict(url=f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"))
+            contents.append([picture if part["type"] == "image" else part for part in row["messages"][0]["content"]])
+        for some in filter(None, (contents[:alone], contents[alone:])):
+            with ThreadPool(len(some)) as pool:     # its threads are daemons: Ctrl-C does not wait for an answer
                 for reply, seen, why, stop in pool.map(ask, some, 1):
                     counts.update(seen)
                     if stop:
@@ -194,7 +196,7 @@ def openai_agent(cfg, counts):
                     answers.append(dict(reply=reply or "", source=f"openai:{cfg.model}") | (dict(lost=why) if reply is None else {}))
         gone = 0 if any("lost" not in a for a in answers) else gone + len(answers)
         if gone >= max(8, cfg.num_envs):
-            raise ConfigError(f"{cfg.base_url}, model {cfg.model!r}: no answer to the last {gone} turns, {cfg.retries + 1} tries each ({answers[-1]['lost']}): look after the server, then go on with another --seed.")
+            raise ConfigError(f"{cfg.base_url}, model {cfg.model!r}: no answer to the last {gone} turns ({answers[-1]['lost']}): look after the server, then go on with another --seed.")
         return answers
     return act
 
@@ -210,7 +212,7 @@ def asked_to_wait(text):
 def human_agent(folder):
     """A player for `play`: a person at the terminal, who types an action's words or a whole reply. EOFError when they have had enough."""
     def act(envs_, rows, images):
-        (env,), (row,), (image,), path = envs_, rows, images, os.path.join(folder, "picture.png")
+        [env], [row], [image], path = envs_, rows, images, os.path.join(folder, "picture.png")
         image.save(path)
         print(f"\nTurn {env.turns + 1} of at most {env.max_turns}, return so far {env.total:g}. The picture: {path}\n{row['messages'][0]['content'][1]['text']}")
         if sys.stdout.isatty():     # a small rendering of 40 columns: a half block has two pixels, one in its own colour, one in the background's
@@ -625,16 +627,19 @@ def report_data(folder, cfg):
 
 def play_agent(cfg, make_env, n, buffer, aside):
     """Another player than the model plays, recorded if there is a buffer -> {name: summary}."""
-    who, counts, played = cfg.agent if cfg.agent != "openai" else f"openai:{cfg.model}", Counter(), []
+    human, server, counts, played = cfg.agent == "human", cfg.agent == "openai", Counter(), []
+    who = f"openai:{cfg.model}" if server else cfg.agent
     prefix = f"{who}/{cfg.seed}-"
     if buffer is not None and any(name.startswith(prefix) for name in buffer.episodes):         # said before the work, not after
         raise ConfigError(f"{buffer.folder!r} holds episodes of {who} with seed {cfg.seed} already: record into another folder, or with another --seed.")
-    human, slow = cfg.agent == "human", cfg.agent in ("human", "openai")
-    act = human_agent(aside) if human else openai_agent(cfg, counts) if slow else scripted_agent({cfg.agent: 1.0}, np.random.default_rng(cfg.seed))
-    seeds, split = (np.random.default_rng([cfg.seed, 4]).integers(2 ** 31, size=n).tolist(), "train") if cfg.save else (starts(make_env, n), "test")     # data must not hold what tests are for
+    act = human_agent(aside) if human else openai_agent(cfg, counts) if server else scripted_agent({cfg.agent: 1.0}, np.random.default_rng(cfg.seed))
+    if cfg.save:                    # data to train on: no held-out starts
+        seeds, split = np.random.default_rng([cfg.seed, 4]).integers(2 ** 31, size=n).tolist(), "train"
+    else:
+        seeds, split = starts(make_env, n), "test"
     episodes = (played.append(e) or e for e in play(make_env, act, seeds, 1 if human else cfg.num_envs, split, prefix, None if human else who))
     try:
-        list(episodes) if buffer is None else record(episodes, buffer, 1 if slow else 200)
+        list(episodes) if buffer is None else record(episodes, buffer, 1 if human or server else 200)
     except (EOFError, KeyboardInterrupt):
         print(f"\nStopped by you: {len(played)} of {n} episodes were finished.")
         if not played:
@@ -658,7 +663,7 @@ def main(argv):
     if not no_run and os.path.exists(os.path.join(run, "metadata.jsonl")):
         return report_data(run, cfg)
     if cfg.critic:
-        raise ConfigError(f"--critic={cfg.critic!r} is for a folder of episodes; {run!r} is judged by its own critic, leave it out.")
+        raise ConfigError(f"--critic={cfg.critic!r} is for a folder of episodes; a run is judged by its own critic, leave it out.")
     if cfg.agent not in ("", "openai", "human", *PLAYERS):
         raise ConfigError(f"--agent={cfg.agent!r} is not known: leave it empty for the run's model, or choose one of openai, human, {', '.join(PLAYERS)}.")
     if cfg.agent != "openai" and (cfg.base_url or cfg.model):

@@ -2,7 +2,7 @@
 Teachers: a model behind a server that misbehaves on purpose, over real HTTP, and a person at the terminal.
     python -m pytest tests/test_teacher.py
 """
-import base64, builtins, email.utils, io, json, os, re, threading, time
+import base64, builtins, email.utils, io, json, os, re, threading, time, urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
@@ -85,7 +85,7 @@ def teach(server, *flags, env="NumberLine", episodes=4):
 def everything_but_the_key(folder, capsys, *texts):
     """Nor is half of it anywhere: in no file, nothing printed."""
     out = capsys.readouterr()
-    for part in (KEY, KEY[:len(KEY) // 2], base64.b64encode(KEY.encode()).decode()):
+    for part in (KEY, KEY[:len(KEY) // 2], KEY[12:30], base64.b64encode(KEY.encode()).decode()):
         assert not any(part.encode() in data for data in content(folder).values())
         assert part not in out.out + out.err + "".join(texts)
     return out.out
@@ -222,7 +222,7 @@ def test_an_echoed_key_is_written_nowhere(serve, tmp_path, capsys):
     def behave(n, body, headers):
         echo = headers["Authorization"]
         if 2 <= n <= 13:
-            return 500, {}, [f"bad: {echo}", json.dumps(dict(error=echo[:30] + "...")), json.dumps(dict(error=dict(message=f"'{echo}'")))][n % 3]
+            return 500, {}, [f"bad: {echo}", json.dumps(dict(error=echo[:30] + "...")), json.dumps(dict(error=dict(message=f"'{echo}'")))][n % 3] if n % 2 else json.dumps(f"{echo} and {urllib.parse.quote(echo, safe='')}").replace("/", "\\/").replace("+", "\\u002B")
         return f"You said {echo}, so [action] +"
     teach(serve(behave), f"--save={tmp_path}/x", "--num_envs=3", "--retries=1", "--max_tokens=50", episodes=5)
     out = everything_but_the_key(tmp_path, capsys)
