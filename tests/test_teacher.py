@@ -104,8 +104,7 @@ def test_a_teacher_plays_and_its_play_trains(serve, tiny, tmp_path, capsys):  # 
     assert 1 < s.most <= 6 and len(buf.episodes) == 12 and {row["source"] for row in buf.rows} == {"openai:some/vlm", "end"} and all(name.startswith("openai:some/vlm/0-") for name in buf.episodes)
     stats, played = buf.stats(), [row for row in buf.rows if reply_text(row) is not None]
     assert len(played) == len(s.requests) == stats["turns"] and 0 < stats["valid"] < 1 and {row["valid"] for row in played} == {True, False} and {reply_text(row) for row in played} <= {*replies[:4], "half of a letter ? [action] +"}
-    assert "12 episodes on training starts" in out or "12 episodes on starts" in out
-    assert f"{100 * stats['success']:.1f} %" in out and f"{len(s.requests)} requests, {len(s.requests)} replies; 12 of 12 episodes" in out
+    assert "12 episodes on training starts" in out and f"{100 * stats['success']:.1f} %" in out and f"{len(s.requests)} requests, {len(s.requests)} replies; 12 of 12 episodes" in out
     path, headers, body = s.requests[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
     assert {k: body[k] for k in body if k != "messages"} == dict(model="some/vlm", temperature=0.3, max_tokens=77)
@@ -213,7 +212,6 @@ def test_what_stays_wrong_is_one_sentence_at_once(serve, status, words, tmp_path
 
 def test_no_server_is_one_sentence(serve, tmp_path, capsys):
     one_sentence(lambda: teach("http://127.0.0.1:9/v1", f"--save={tmp_path}/x"), "http://127.0.0.1:9/v1", "no connection", "--base_url")
-    one_sentence(lambda: teach("http://no-such-host.invalid/v1"), "no connection", "--base_url")
     one_sentence(lambda: teach("http://127.0.0.1:99999/v1"), "no connection", "--base_url")
 
 
