@@ -16,6 +16,7 @@ from agent_rl import compute_loss
 from buffer import Buffer, batch, reply_text
 from configurator import check_config, configure
 from evaluate import environment, model_agent, play, record, scripted_agent
+from extras.reading import corpus
 from model import build, scratch
 
 
@@ -73,7 +74,7 @@ def memory(vlm, optimizer, data, make_env, cfg, autocast):
             with autocast():
                 loss = compute_loss(vlm, b, settings)[0]
             loss.backward()
-    adapters, trained = [p for p in vlm.net.parameters() if p.requires_grad], [p for p in vlm.parameters() if p.requires_grad]
+    adapters = [p for p in vlm.net.parameters() if p.requires_grad]
     vlm.train()
     parts = dict(weights=size([*vlm.net.parameters(), *vlm.net.buffers()]) - (size(adapters) if vlm.lora else 0), adapters=size(adapters) if vlm.lora else 0,
                  heads=size([*vlm.heads.parameters(), *vlm.targets.parameters()]))
@@ -104,7 +105,7 @@ def vocabulary(cfg, words=151_936, hidden=1024):
         for loss in ("sft", "afsft"):
             print(f"\n{loss}, {words:,} words, hidden size {hidden:,}")
             torch.manual_seed(0)
-            net, processor = scratch(envs.corpus(1000), hidden=hidden, layers=2)
+            net, processor = scratch(corpus(1000), hidden=hidden, layers=2)
             net.resize_token_embeddings(words, mean_resizing=False)
             settings = type(cfg)(**{**vars(cfg), "actor_loss": loss, "model": "random"})
             vlm = build(settings, (net, processor), -1.0)

@@ -180,7 +180,11 @@ def main(argv):
     DATA, SAMPLE, ROLLOUT, INIT = range(4)
     path = lambda name: os.path.join(cfg.out_dir, name)
     torch.manual_seed(int(rng(INIT).integers(2 ** 31)))
-    base = load_base(cfg, envs.corpus(20_000, env=cfg.env) if cfg.model == 'scratch' else ())  # what can fail by a user's mistake comes before anything is written
+    texts = ()
+    if cfg.model == 'scratch':
+        from extras.reading import corpus                                  # what its tokenizer is made of
+        texts = corpus(20_000, env=cfg.env)
+    base = load_base(cfg, texts)                                           # what can fail by a user's mistake comes before anything is written
     shape = lambda reward: shaped(reward, cfg)
     offline = Buffer(cfg.data, shape=shape) if cfg.data else None
     open_run(cfg)

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import envs
-from envs import ENVS, MARKER, Command, Env, Reading, Text, Words, best_play, canonical, corpus, evaluate, held_out, make, mixture, parse_agent, player
+from extras.reading import Reading, corpus
+from envs import ENVS, MARKER, Command, Env, Text, Words, best_play, canonical, evaluate, held_out, make, mixture, parse_agent, player
 
 GAMES = list(ENVS)
 

