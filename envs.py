@@ -739,7 +739,7 @@ def make(name, **kw):
     if "," in name:
         return Tasks([make(part.strip(), **kw) for part in name.split(",") if part.strip()])
     known, (kind, _, world) = {**ENVS, "FrozenLake": FrozenLake}, name.partition(":")
-    if kind in ("Reading", "Captions"):                                 # pre-training's questions about the games, or about a world: Reading:BabyAI-GoToLocal-v0
+    if kind in ("Reading", "Captions", "Finding"):                                 # pre-training's questions about the games, or about a world: Reading:BabyAI-GoToLocal-v0
         return getattr(importlib.import_module("extras.reading"), kind)(world, **kw)
     if name.startswith(("BabyAI-", "miniwob/")):
         return (BabyAI if name.startswith("BabyAI-") else MiniWoB)(name, **kw)

@@ -16,7 +16,7 @@ ATOMS = [sorted({w for c in ENVS.values() for w in f"{ASKED} {c.goal} Formula: A
 
 class Reading(Env):
     """One question a turn about a random state of a random game, a sum, or a text to repeat. The reply is the answer, no marker."""
-    name, kinds, marker, split, max_turns, captions_only, pages = "Reading", (Text(),), False, False, 1, False, {}
+    name, kinds, marker, split, max_turns, only, pages = "Reading", (Text(),), False, False, 1, (), {}
     def __init__(self, world="", **kw):             # Reading:BabyAI-GoToLocal-v0 asks about that world, not about the games
         super().__init__(**kw)
         self.world, self.atoms = make(world, size=self.size) if world else None, ATOMS
@@ -29,14 +29,15 @@ class Reading(Env):
         self.game, asked = self.ask_world(self.rng) if self.world else self.ask(name, ENVS[name](self.size), draw)      # also draws the game's state
         if which < 0.25:
             name, asked = "", [self.echo()]
-        elif which < 0.3 and not self.captions_only:
+        elif which < 0.3 and not self.only:
             b, a = sorted(self.rng.integers(0, 25, size=2).tolist())
             sums = [(f"{a} + {b}", a + b), (f"{a} - {b}", a - b), (f"{a % 11} * {b % 11}", (a % 11) * (b % 11))]
             name, asked = "", [("arithmetic", f"What is {text}?", result) for text, result in sums]
-        first = which > (0.95 if self.world else 0.8) or self.captions_only # the first one is the caption; a world's are so long that they would be most of the loss
+        asked = [question for question in asked if question[0] in self.only] or asked
+        first = which > (0.95 if self.world else 0.8) and not self.only     # the first one is the caption; a world's are so long that they would be most of the loss
         kind, question, answer = asked[0 if first else self.rng.integers(len(asked))]
         # as in play, the question is not always all there is: the goal, the state and something beside the point may come before it
-        context = [] if self.captions_only else [self.game.goal, "" if self.world and self.game.text() in question else self.game.text(), self.echo()[2]]
+        context = [] if self.only else [self.game.goal, "" if self.world and self.game.text() in question else self.game.text(), self.echo()[2]]
         self.question = "\n".join([line for line in context if line and self.rng.random() < 0.4] + [question])
         self.kind, self.answer = f"{name} {kind}".strip(), str(answer)
     def ask_world(self, rng):
@@ -99,12 +100,16 @@ class Reading(Env):
 
 class Captions(Reading):
     """"What is in the picture?" and texts to repeat only, the first stage: what a picture holds has to be seen before it can be asked about."""
-    name, captions_only = "Captions", True
+    name, only = "Captions", ("picture",)
+
+class Finding(Reading):
+    """Where a named thing is, on the map and seen by the agent, and texts to repeat only: the stage before everything where there is something to find. Among other questions it is not learned."""
+    name, only = "Finding", ("where", "where one", "relative")
 
 def corpus(n, seed=0, env="Reading"):
     """Texts to train a tokenizer on: n questions and answers, with some of the games' prompts less the line that shows the marker. env: whose questions,
-    of the names in it that are Reading or Captions."""
-    names = [name.strip().replace("Captions", "Reading") for name in env.split(",") if name.strip().startswith(("Reading", "Captions"))]
+    of the names in it that are Reading or a part of it."""
+    names = [":".join(["Reading", *parts[1:]]) for name in env.split(",") if (parts := name.strip().split(":"))[0] in ("Reading", "Captions", "Finding")]
     rng, readings = np.random.default_rng(seed), [make(name) for name in dict.fromkeys(names or ["Reading"])]
     for i in range(n // 10 if any(reading.workers for reading in readings) else n):     # pages are slow to come by
         reading = readings[i % len(readings)]
