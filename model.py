@@ -106,12 +106,12 @@ class VLM(nn.Module):
         self.heads = nn.ModuleList(QHead(hidden, vocab, q_head, q_init, unembed.weight) for _ in range(n_critics)).to(device)
         self.targets, self.q_init = copy.deepcopy(self.heads).requires_grad_(False), q_init
         net.generation_config = GenerationConfig()  # a checkpoint's own top_k, penalties ... would bend the behaviour policy
-        self.eos = end_of_turn(processor)
+        self.eos = end_of_turn(processor, net.config)
         # Placeholders and other special tokens may be read but never said: sampled, they would break the next forward pass.
         banned = (set(special_tokens(self.tokenizer)) | {placeholder(net, processor)} | set(range(len(self.tokenizer), vocab))) - {self.eos}
         self.register_buffer("banned", torch.tensor([i in banned for i in range(vocab)], device=device), persistent=False)
         self.image_token = str(getattr(processor, "image_token", ""))
-        self.neutral = sorted({*special_tokens(self.tokenizer).values(), self.image_token} - {""}, key=len)[::-1]
+        self.neutral = sorted({*special_tokens(self.tokenizer).values(), self.tokenizer.decode([self.eos]), self.image_token} - {""}, key=len)[::-1]
         self._watch, self._hidden = None, None
         unembed.register_forward_pre_hook(self._cut)
         self._cache, self._cache_bytes, self._cache_limit = OrderedDict(), 0, cache_mb * 2 ** 20
@@ -171,7 +171,7 @@ class VLM(nn.Module):
         return self.tokenizer(text, add_special_tokens=False).input_ids + [self.eos]
 
     def decode(self, ids):
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode([i for i in ids if i != self.eos], skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def span(self, ids, start):
         """Which tokens of a reply reach behind character `start` of its text, the end-of-turn token included: list of 0 / 1."""
@@ -360,15 +360,18 @@ def placeholder(net, processor):
     return next((i for i in ids if isinstance(i, int)), None)
 
 
-def end_of_turn(processor):
-    """Id of the token that ends an assistant's turn: the first special token behind its text in the chat template, else eos."""
+def end_of_turn(processor, config):
+    """Id of the token that ends an assistant's turn: the first token behind its text in the chat template that is special, or that
+    the config of the language model names as its end (MiniGPT-4's `##` is a plain one); else the tokenizer's eos."""
     tok = processor.tokenizer
     if getattr(processor, "chat_template", None):
         chat = [{"role": r, "content": [{"type": "text", "text": "XQX"}]} for r in ("user", "assistant")]
         tail = processor.apply_chat_template(chat, tokenize=False).rpartition("XQX")[2]
-        special = [i for i in tok(tail, add_special_tokens=False).input_ids if i in special_tokens(tok)]
-        if special:
-            return special[0]
+        named, cut = config.get_text_config().eos_token_id, lambda text: tok(text, add_special_tokens=False).input_ids
+        ends = {*special_tokens(tok), *(named if isinstance(named, list) else [named])}
+        end = [i for i in cut("XQX" + tail)[len(cut("XQX")):] if i in ends]
+        if end:
+            return end[0]
     if tok.eos_token_id is None:
         raise SystemExit("The tokenizer has no end-of-turn token: set its eos_token.")
     return tok.eos_token_id
