@@ -115,6 +115,8 @@ def convert(blip2, llama, minigpt4, out):
     # BLIP-2's processor puts the picture in front of the text and forgets chat templates. LLaVA's writes as many placeholders as it counts, where the template
     # has one: patches (none: a picture is smaller than 10^6 pixels) and additional tokens (all of them).
     tok.add_tokens([AddedToken("<image>", normalized=False, special=True)], special_tokens=True)
+    tok.save_pretrained(out)
+    tok = AutoTokenizer.from_pretrained(out)  # what counts is how the saved one cuts text: LLaMA's forgets its `legacy` on the way
     template, end = prompt_form(tok, "<image>")
     processor = LlavaProcessor(images, tok, patch_size=10 ** 6, num_additional_image_tokens=eyes.num_query_tokens, vision_feature_select_strategy="full", chat_template=template)
 

@@ -1,5 +1,5 @@
 """The MiniGPT-4 converter: small folders and checkpoint files with the published names go in, a folder for the generic path comes out."""
-import os, runpy, sys
+import json, os, runpy, sys
 
 import pytest
 import torch
@@ -181,7 +181,8 @@ def test_training_and_saving(make, folder, tmp_path, lora_r):
 
 
 def test_half_precision_and_the_layout_of_the_hub(sources, tmp_path):
-    """A BLIP-2 as it was published: a T5 behind it, *.bin weights, preprocessor_config.json; a LLaMA in bfloat16 whose two tables are one. The dtype stays."""
+    """A BLIP-2 as it was published: a T5 behind it, *.bin weights, preprocessor_config.json; a LLaMA in bfloat16 whose two tables are one and
+    whose tokenizer is of the old kind. The dtype stays, the prompt's tokens too."""
     blip2, llama, pth = sources
     config = Blip2Config.from_pretrained(blip2)
     config = Blip2Config(vision_config=config.vision_config, qformer_config=config.qformer_config, num_query_tokens=4,
@@ -194,6 +195,8 @@ def test_half_precision_and_the_layout_of_the_hub(sources, tmp_path):
     tied = rattled(LlamaForCausalLM(LlamaConfig(**families.TEXT | dict(hidden_size=48), vocab_size=360, tie_word_embeddings=True))).bfloat16()
     tied.save_pretrained(tmp_path / "tied")
     AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "tied")
+    settings = tmp_path / "tied" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | dict(legacy=True, add_bos_token=True)))
     minigpt4.convert(str(tmp_path / "t5"), str(tmp_path / "tied"), pth, str(tmp_path / "out"))
     net = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype="auto")
     assert net.dtype == torch.bfloat16 and net.language_projection.weight.dtype == torch.bfloat16
@@ -201,7 +204,8 @@ def test_half_precision_and_the_layout_of_the_hub(sources, tmp_path):
     assert torch.equal(net.vision_model.encoder.layers[1].mlp.fc1.weight, parts.vision_model.encoder.layers[1].mlp.fc1.weight.bfloat16())
     assert torch.equal(net.query_tokens.bfloat16(), parts.query_tokens.bfloat16())
     vlm = model.VLM(*model.load_model(str(tmp_path / "out")))
-    assert len(vlm.generate([vlm.encode(ask("a"), [picture(0)])], 3)[0][0]) <= 3
+    prompt = vlm.encode(ask("a"), [picture(0)])
+    assert prompt["input_ids"].tolist() == [hand_ids(llama_tokenizer(), "a")] and len(vlm.generate([prompt], 3)[0][0]) <= 3
 
 
 def test_what_does_not_fit_is_refused(sources, tmp_path):
