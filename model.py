@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LogitsProcessor
@@ -208,10 +209,12 @@ class VLM(nn.Module):
         """-> hidden (B, R, H): what the model knows before each reply token."""
         self._watch = slice(P - 1, P + R - 1)
         try:
-            self.net(**inputs, use_cache=False)
+            out = self.net(**inputs, use_cache=False)
         finally:
             self._watch = None
         hidden, self._hidden = self._hidden, None
+        if hidden is None or out.logits.shape[1]:
+            raise SystemExit(f"model={self.name!r} computes its logits past get_output_embeddings(): neither critic nor policy can be read there.")
         return hidden
 
     def logits(self, hidden):
@@ -268,6 +271,24 @@ class VLM(nn.Module):
         ids = [row[:row.index(self.eos) + 1] if self.eos in row else row for row in new.tolist()]
         return ids, [lp[:len(row)] for lp, row in zip(logps, ids)]
 
+    @torch.no_grad()
+    def rehearse(self):
+        """A short rollout and its replay must agree. Code that came with a model may forget the KV cache or go around the unembedding, and nothing else would tell."""
+        was_training = self.training
+        self.eval()
+        try:
+            prompt = self.encode([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "1 2"}]}], [Image.new("RGB", (64, 64))])
+            self.banned[self.eos] = True   # four tokens, whatever it would like to say
+            (ids,), (kept,) = self.generate([prompt], 4, temperature=0)
+            inputs, P, reply_ids, _ = self.collate([prompt], [ids])
+            replay = self(inputs, P, len(reply_ids[0]))[0].log_softmax(-1).gather(2, reply_ids[..., None])[0, :, 0].tolist()
+            self.banned[self.eos] = False
+            self.train(was_training)
+        except Exception as e:
+            raise SystemExit(f"model={self.name!r} does not play a turn with its own code: {brief(e)}.")
+        if max(abs(a - b) for a, b in zip(replay, kept)) > 1e-2:
+            raise SystemExit(f"model={self.name!r} gives other probabilities token by token than at once: its own forward() does not use past_key_values, or pads and positions matter to it.")
+
     # ------------------------------------------------------------------------------------------------------------ files
 
     def save(self, folder):
@@ -313,7 +334,7 @@ class VLM(nn.Module):
                 raise SystemExit(f"{config} says lora_alpha={alpha}, these settings say {self.lora_config['lora_alpha']}: use the one it was trained with.")
             fill({f"base_model.model.{path}.{ab}.weight": getattr(m, ab) for path, m in self.lora.items() for ab in ("lora_A", "lora_B")}, tensors, file)
         else:
-            saved, _ = load_model(folder)
+            saved, _ = load_model(folder, trust_remote_code=bool(getattr(self.net.config, "auto_map", None)))  # its code runs already
             fill(dict(self.net.named_parameters()), dict(saved.named_parameters()), file)
         if len(self.heads):
             file = os.path.join(folder, "q_head.safetensors")
@@ -367,7 +388,7 @@ def end_of_turn(processor, config):
     if getattr(processor, "chat_template", None):
         chat = [{"role": r, "content": [{"type": "text", "text": "XQX"}]} for r in ("user", "assistant")]
         tail = processor.apply_chat_template(chat, tokenize=False).rpartition("XQX")[2]
-        named, cut = config.get_text_config().eos_token_id, lambda text: tok(text, add_special_tokens=False).input_ids
+        named, cut = getattr(config.get_text_config(), "eos_token_id", None), lambda text: tok(text, add_special_tokens=False).input_ids
         ends = {*special_tokens(tok), *(named if isinstance(named, list) else [named])}
         end = [i for i in cut("XQX" + tail)[len(cut("XQX")):] if i in ends]
         if end:
@@ -379,7 +400,7 @@ def end_of_turn(processor, config):
 
 def load_model(path, texts=(), dtype=torch.float32, device="cpu", trust_remote_code=False, image_size=80):
     """A hub id, a local folder, or 'scratch' (the tiny architecture with random weights) -> (net, processor).
-    SystemExit with one sentence if it does not exist, is no image-text model, or its processor knows no image token."""
+    SystemExit with one sentence if it does not exist, is no image-text model, its processor knows no image token, or code of its own lacks a piece."""
     if path == "scratch":
         net, processor = scratch(texts, image_size=image_size)
         return net.to(device), processor
@@ -389,19 +410,39 @@ def load_model(path, texts=(), dtype=torch.float32, device="cpu", trust_remote_c
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as e:
+        refuse_code(path, e)
         raise SystemExit(f"model={path!r} cannot be opened: no such folder with a config.json here, and the hub did not give it ({brief(e)}).")
-    if type(config) not in AutoModelForImageTextToText._model_mapping.keys() and not getattr(config, "auto_map", None):
+    known = type(config) in AutoModelForImageTextToText._model_mapping.keys()
+    own = {} if known and type(config).__module__.startswith("transformers.") else getattr(config, "auto_map", None) or {}
+    # a model that brings its code names it by one auto class or another (xGen-MM by one that is gone, Moondream as a language model): {ours: file.class}
+    own = {"AutoModelForImageTextToText": own[k] for k in ("AutoModel", "AutoModelForCausalLM", "AutoModelForVision2Seq", "AutoModelForImageTextToText") if k in own}
+    if not known and not own:
         raise SystemExit(f"model={path!r} is a {config.model_type!r} model, which takes no image and text: choose an image-text-to-text model such as LLaVA or Qwen2-VL.")
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-        net, report = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True)
+        if own:
+            config.auto_map |= own
+        net, report = AutoModelForImageTextToText.from_pretrained(path, **dict(config=config) if own else {}, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True)
     except Exception as e:  # a library has many words for a torn folder, and ImportError for a processor that needs torchvision
-        raise SystemExit(f"model={path!r} does not load: {brief(e)}.")
+        refuse_code(path, e)
+        raise SystemExit(f"model={path!r} does not load: {brief(e)}" + (" (in code of its own, perhaps written for another version of transformers)." if own else "."))
     if report["missing_keys"]:
         raise SystemExit(f"model={path!r} lacks {len(report['missing_keys'])} weights, {sorted(report['missing_keys'])[0]} for one: the folder is incomplete.")
     if not hasattr(processor, "tokenizer") or placeholder(net, processor) is None:
         raise SystemExit(f"model={path!r} has a processor without an image token, so no picture can be shown to it: its folder needs the model's own processor files.")
+    if own:
+        for lacks, piece in ((not hasattr(net.get_output_embeddings(), "weight"), "get_output_embeddings() that gives the layer behind its logits: a critic reads what goes in there"),
+                             (net.get_decoder() is net, "get_decoder() that gives its language model: the adapters go there"),
+                             (not hasattr(net, "_update_model_kwargs_for_generation"), "generate() of the library's GenerationMixin: it rolls out")):
+            if lacks:
+                raise SystemExit(f"model={path!r} lacks a piece in its own code: no {piece}.")
     return net.to(device), processor
+
+
+def refuse_code(path, error):
+    """SystemExit if it was the missing permission that stopped the library. It gets True or False and so never asks on stdin."""
+    if "trust_remote_code" in str(error):
+        raise SystemExit(f"model={path!r} brings Python files of its own, which would be run on this machine with all your rights: read them, then set trust_remote_code=True.")
 
 
 def load_base(cfg, texts=()):
@@ -419,7 +460,10 @@ def load_base(cfg, texts=()):
 def build(cfg, base=None, q_init=0.0):
     """The VLM that a config asks for: its base with adapters and critics, as they are before training."""
     critics = cfg.n_critics if cfg.actor_loss in ("afsft", "awr") else 0
-    return VLM(*(base or load_base(cfg)), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.q_head, critics, q_init, cfg.cache_mb, name=cfg.model)
+    vlm = VLM(*(base or load_base(cfg)), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.q_head, critics, q_init, cfg.cache_mb, name=cfg.model)
+    if cfg.trust_remote_code:
+        vlm.rehearse()
+    return vlm
 
 
 def latest_checkpoint(run, must=True):
