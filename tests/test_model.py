@@ -11,8 +11,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 import families, model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemma's processor and NumPy 2
-END = dict(llava="<|end|>", idefics3="<end_of_utterance>", qwen2_vl="<|im_end|>", blip2="</s>", paligemma="<eos>")
-LANGUAGE = dict(llava="model.language_model.", idefics3="model.text_model.", qwen2_vl="model.language_model.", blip2="language_model.", paligemma="model.language_model.")
+END = dict(scratch="<|end|>", llava="</s>", llava_next="</s>", llava_onevision="<|im_end|>", qwen2_vl="<|im_end|>", qwen2_5_vl="<|im_end|>", qwen3_vl="<|im_end|>",
+           idefics3="<end_of_utterance>", smolvlm="<end_of_utterance>", paligemma="<eos>", gemma3="<end_of_turn>", internvl="<|im_end|>", blip2="</s>", instructblip="</s>")
+LANGUAGE = dict.fromkeys(families.FAMILIES, "model.language_model.") | dict.fromkeys(("idefics3", "smolvlm"), "model.text_model.") | dict.fromkeys(("blip2", "instructblip"), "language_model.model.")
 PAGES = ["3 + 4 = ?", "Possible actions: + - stop. State the action of this card, as JSON.", "é"]
 every_family = pytest.mark.parametrize("family", families.FAMILIES)
 
@@ -26,7 +27,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def make(folder):
     """make(family, ...) -> a VLM opened from the family's folder; all that it adds is random unless fresh=True."""
-    def make(family="llava", fresh=False, **settings):
+    def make(family="scratch", fresh=False, **settings):
         torch.manual_seed(0)
         vlm = model.VLM(*model.load_model(folder(family)), **dict(lora_r=4, lora_alpha=8, name=folder(family)) | settings)
         if not fresh:
@@ -212,7 +213,7 @@ def test_end_of_turn(make, family):
     """It comes from the chat template (Qwen's eos is another token), and from the tokenizer's eos where there is no template."""
     vlm = make(family)
     assert vlm.tokenizer.convert_ids_to_tokens(vlm.eos) == END[family]
-    assert not vlm.banned[vlm.eos] and (vlm.eos == vlm.tokenizer.eos_token_id) == (family != "qwen2_vl")
+    assert not vlm.banned[vlm.eos] and (vlm.eos == vlm.tokenizer.eos_token_id) == ("qwen" not in family and family != "gemma3")
 
 
 @every_family
@@ -420,12 +421,12 @@ def test_no_model_or_another_kind(folder, tmp_path):
     refuses(tmp_path, lambda: model.load_model(str(tmp_path)))
     LlamaForCausalLM(LlamaConfig(vocab_size=300, **families.TEXT)).save_pretrained(tmp_path / "llama")
     refuses(tmp_path / "llama", lambda: model.load_model(str(tmp_path / "llama")))
-    net, processor = model.load_model(folder("llava"))
+    net, processor = model.load_model(folder("scratch"))
     net.save_pretrained(tmp_path / "blind")
     processor.tokenizer.save_pretrained(tmp_path / "blind")
     refuses(tmp_path / "blind", lambda: model.load_model(str(tmp_path / "blind")))
     for key, value in dict(text_config=dict(net.config.text_config.to_dict(), hidden_size=32)).items():
-        families.build("llava", tmp_path / key)
+        families.build("scratch", tmp_path / key)
         config = json.loads((tmp_path / key / "config.json").read_text())
         (tmp_path / key / "config.json").write_text(json.dumps(config | {key: value}))
         refuses(tmp_path / key, lambda: model.load_model(str(tmp_path / key)))
