@@ -99,6 +99,9 @@ class VLM(nn.Module):
         super().__init__()
         self.net, self.processor, self.tokenizer, self.name = net, processor, processor.tokenizer, name
         self.lora, self.lora_config = {}, dict(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
+        for m in net.modules():  # a base's own dropout (a Q-Former's, OPT's) would let another policy learn than the one that played
+            for key in [k for k, p in vars(m).items() if isinstance(p, float) and ("drop" in k or k == "p" and isinstance(m, nn.Dropout))]:
+                setattr(m, key, 0.0)
         if lora_r:
             net.requires_grad_(False)
             self.lora = add_lora(net, lora_r, lora_alpha, lora_dropout, lora_targets)
@@ -136,6 +139,8 @@ class VLM(nn.Module):
             self._cache.move_to_end(key)
             return self._cache[key]
         images = [image() if callable(image) else image for image in images]
+        if len(images) > 1 and getattr(self.processor, "num_query_tokens", None):  # it would read the first and leave the others to the batch's next rows
+            raise SystemExit(f"model={self.name!r} takes one picture a prompt, and a prompt here has {len(images)}: choose another model, such as LLaVA-OneVision or Qwen2-VL.")
         text = self.render(messages)
         bos = self.tokenizer.bos_token
         extra = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
@@ -186,13 +191,15 @@ class VLM(nn.Module):
         reply_ids, mask = torch.full((len(prompts), R), self.eos), torch.zeros(len(prompts), R)
         for b, reply in enumerate(replies or []):
             reply_ids[b, :len(reply)], mask[b, :len(reply)] = torch.tensor(reply, dtype=torch.long), 1
-        per_token = [key for key in prompts[0] if all(p[key].shape == p["input_ids"].shape for p in prompts)]
+        # Per token is what the family's `generate` lets grow with the reply; pictures and a Q-Former's own words (`qformer_input_ids`) do not.
+        grown = self.net._update_model_kwargs_for_generation({}, {key: value for key, value in prompts[0].items() if key != "input_ids"})
+        per_token = ["input_ids"] + [key for key, value in prompts[0].items() if key in grown and grown[key].shape != value.shape]
         inputs = {}
         for key in prompts[0]:
             if key in per_token:  # pad left
                 fill = self.eos if key == "input_ids" else 0
                 inputs[key] = torch.cat([F.pad(p[key], (P - p[key].shape[1], 0), value=fill) for p in prompts])
-            else:                 # pictures: equal trailing shapes, then one after the other
+            else:                 # pictures, a Q-Former's words: equal trailing shapes, padded right, then one after the other
                 shape = [max(s) for s in zip(*(p[key].shape[1:] for p in prompts))]
                 inputs[key] = torch.cat([F.pad(p[key], [n for have, want in list(zip(p[key].shape[1:], shape))[::-1] for n in (0, want - have)])
                                          for p in prompts])
@@ -418,6 +425,8 @@ def load_model(path, texts=(), dtype=torch.float32, device="cpu", trust_remote_c
     own = {"AutoModelForImageTextToText": own[k] for k in ("AutoModel", "AutoModelForCausalLM", "AutoModelForVision2Seq", "AutoModelForImageTextToText") if k in own}
     if not known and not own:
         raise SystemExit(f"model={path!r} is a {config.model_type!r} model, which takes no image and text: choose an image-text-to-text model such as LLaVA or Qwen2-VL.")
+    if any(getattr(c, "is_encoder_decoder", False) for c in (config, getattr(config, "text_config", None))):
+        raise SystemExit(f"model={path!r} writes with an encoder-decoder, and here prompt and reply are one sequence: choose its sister with a decoder only, such as blip2-opt for blip2-flan-t5.")
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
         if own:
