@@ -139,12 +139,15 @@ class VLM(nn.Module):
             self._cache.move_to_end(key)
             return self._cache[key]
         images = [image() if callable(image) else image for image in images]
-        if len(images) > 1 and getattr(self.processor, "num_query_tokens", None):  # it would read the first and leave the others to the batch's next rows
+        if len(images) != 1 and getattr(self.processor, "num_query_tokens", None):  # it would read the first and leave the others to the batch's next rows
             raise SystemExit(f"model={self.name!r} takes one picture a prompt, and a prompt here has {len(images)}: choose another model, such as LLaVA-OneVision or Qwen2-VL.")
         text = self.render(messages)
         bos = self.tokenizer.bos_token
         extra = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-        enc = dict(self.processor(text=[text], images=[images] if images else None, return_tensors="pt", **extra))
+        try:
+            enc = dict(self.processor(text=[text], images=[images] if images else None, return_tensors="pt", **extra))
+        except ValueError as e:  # PaliGemma's, for one, wants a picture in every prompt
+            raise SystemExit(f"model={self.name!r} cannot read a prompt with {len(images)} pictures: {brief(e)}.")
         enc.pop("labels", None)  # some processors add them to every prompt; the loss is ours
         if key is not None:
             self._cache[key] = enc
@@ -195,14 +198,14 @@ class VLM(nn.Module):
         grown = self.net._update_model_kwargs_for_generation({}, {key: value for key, value in prompts[0].items() if key != "input_ids"})
         per_token = ["input_ids"] + [key for key, value in prompts[0].items() if key in grown and grown[key].shape != value.shape]
         inputs = {}
-        for key in prompts[0]:
+        for key in dict.fromkeys(key for p in prompts for key in p):
+            parts = [p[key] for p in prompts if key in p]  # a row without a picture has none to give
             if key in per_token:  # pad left
                 fill = self.eos if key == "input_ids" else 0
-                inputs[key] = torch.cat([F.pad(p[key], (P - p[key].shape[1], 0), value=fill) for p in prompts])
+                inputs[key] = torch.cat([F.pad(part, (P - part.shape[1], 0), value=fill) for part in parts])
             else:                 # pictures, a Q-Former's words: equal trailing shapes, padded right, then one after the other
-                shape = [max(s) for s in zip(*(p[key].shape[1:] for p in prompts))]
-                inputs[key] = torch.cat([F.pad(p[key], [n for have, want in list(zip(p[key].shape[1:], shape))[::-1] for n in (0, want - have)])
-                                         for p in prompts])
+                shape = [max(s) for s in zip(*(part.shape[1:] for part in parts))]
+                inputs[key] = torch.cat([F.pad(part, [n for have, want in list(zip(part.shape[1:], shape))[::-1] for n in (0, want - have)]) for part in parts])
         if R:  # a reply's tokens carry what the family's `generate` gives a new token (a token type, for one)
             new = self.net._update_model_kwargs_for_generation({}, {key: inputs[key] for key in per_token if key != "input_ids"})
             new = {key: value[:, -1:].expand(-1, R) for key, value in new.items()} | dict(input_ids=reply_ids, attention_mask=mask.to(inputs["attention_mask"].dtype))

@@ -9,13 +9,12 @@ import warnings
 
 import pytest
 import torch
-from datasets import load_dataset
 from peft import PeftModel
 from PIL import Image
 
 import families, model
 from buffer import Buffer, image_name, make_row, reply_text
-from test_model import encoded, every_family, folder, make  # noqa: F401  (fixtures)
+from test_model import encoded, every_family, folder, make, opened  # noqa: F401  (fixtures)
 
 
 @every_family
@@ -42,6 +41,7 @@ def test_peft_opens_our_adapter(make, folder, tmp_path, family, targets):
 
 def test_datasets_opens_our_folder(tmp_path):
     """load_dataset(folder): a row for every row of the buffer, pictures as pictures, messages as they were."""
+    from datasets import load_dataset  # here, so that PEFT's test runs without it
     buf = Buffer(str(tmp_path / "episodes"), create=True)
     for episode in range(3):
         obs = [dict(image=Image.new("RGB", (40, 30), (episode, turn, 9)), text=f"turn {turn}") for turn in range(2)]
