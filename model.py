@@ -296,7 +296,7 @@ class VLM(nn.Module):
             self.train(was_training)
         except Exception as e:
             raise SystemExit(f"model={self.name!r} does not play a turn with its own code: {brief(e)}.")
-        if max(abs(a - b) for a, b in zip(replay, kept)) > 1e-2:
+        if max(abs(a - b) for a, b in zip(replay, kept)) > (1e-2 if self.net.dtype == torch.float32 else 0.3):
             raise SystemExit(f"model={self.name!r} gives other probabilities token by token than at once: its own forward() does not use past_key_values, or pads and positions matter to it.")
 
     # ------------------------------------------------------------------------------------------------------------ files
