@@ -224,7 +224,7 @@ def check_config(cfg):
     need(not (cfg.dry_run and cfg.resume), "dry_run and resume are both True: a dry run starts from nothing and leaves nothing; choose one.")
     need(cfg.ckpt_interval % cfg.log_interval == 0, f"ckpt_interval={cfg.ckpt_interval} is no multiple of log_interval={cfg.log_interval}: a resumed run could not repeat its metrics.")
     need(cfg.stop_at % cfg.log_interval == 0, f"stop_at={cfg.stop_at} is no multiple of log_interval={cfg.log_interval}: a resumed run could not repeat its metrics.")
-    need(not cfg.online_updates or not {name.strip().partition(":")[0] for name in cfg.env.split(",")} & {"Reading", "Captions", "Finding"}, f"env={cfg.env!r} is cloned from right answers and has no online phase: set online_updates=0.")
+    need(not cfg.online_updates or not {name.strip().partition(":")[0] for name in cfg.env.split(",")} & {"Reading", "Captions", "Finding", "Facing"}, f"env={cfg.env!r} is cloned from right answers and has no online phase: set online_updates=0.")
     players = ("expert", "random", "malformed", "biased")
     for name, share in cfg.data_mix.items():
         need(name in players, f"data_mix has a player {name!r}: known are {', '.join(players)}.")

@@ -473,6 +473,8 @@ class BabyAI(Gym):
                 ahead, right = (i - x) * dx + (j - y) * dy, (j - y) * dx - (i - x) * dy
                 seen_from = f"{'ahead' if ahead >= 0 else 'behind'} {abs(ahead)} {'right' if right >= 0 else 'left'} {abs(right)}"
                 asked += [("where", f"Where is the {thing}?", f"{i} {j}"), ("relative", f"Seen by the agent, where is the {thing}?", seen_from)] * 2
+                asked += [("side", f"Is the {thing} left or right of the agent?", "right" if right > 0 else "left" if right < 0 else "neither"),
+                          ("ahead", f"Is the {thing} ahead of the agent or behind?", "ahead" if ahead > 0 else "behind" if ahead < 0 else "neither")]
         return asked
     def expert(self):
         """minigrid's bot, from any state and after moves that were not its own. What others did, or its bugs, can bring it to its wits' end: then a new one
@@ -739,7 +741,7 @@ def make(name, **kw):
     if "," in name:
         return Tasks([make(part.strip(), **kw) for part in name.split(",") if part.strip()])
     known, (kind, _, world) = {**ENVS, "FrozenLake": FrozenLake}, name.partition(":")
-    if kind in ("Reading", "Captions", "Finding"):                                 # pre-training's questions about the games, or about a world: Reading:BabyAI-GoToLocal-v0
+    if kind in ("Reading", "Captions", "Finding", "Facing"):                                 # pre-training's questions about the games, or about a world: Reading:BabyAI-GoToLocal-v0
         return getattr(importlib.import_module("extras.reading"), kind)(world, **kw)
     if name.startswith(("BabyAI-", "miniwob/")):
         return (BabyAI if name.startswith("BabyAI-") else MiniWoB)(name, **kw)

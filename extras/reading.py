@@ -103,13 +103,18 @@ class Captions(Reading):
     name, only = "Captions", ("picture",)
 
 class Finding(Reading):
-    """Where a named thing is, on the map and seen by the agent, and texts to repeat only: the stage before everything where there is something to find. Among other questions it is not learned."""
-    name, only = "Finding", ("where", "where one", "relative")
+    """Where a named thing is, and texts to repeat only: the stage before everything where there is something to find. Among other questions it is not learned."""
+    name, only = "Finding", ("where", "where one")
+
+class Facing(Reading):
+    """Where a named thing is, seen by the agent, and texts to repeat only: the stage after Finding."""
+    name, only = "Facing", ("side", "ahead")
+
 
 def corpus(n, seed=0, env="Reading"):
     """Texts to train a tokenizer on: n questions and answers, with some of the games' prompts less the line that shows the marker. env: whose questions,
     of the names in it that are Reading or a part of it."""
-    names = [":".join(["Reading", *parts[1:]]) for name in env.split(",") if (parts := name.strip().split(":"))[0] in ("Reading", "Captions", "Finding")]
+    names = [":".join(["Reading", *parts[1:]]) for name in env.split(",") if (parts := name.strip().split(":"))[0] in ("Reading", "Captions", "Finding", "Facing")]
     rng, readings = np.random.default_rng(seed), [make(name) for name in dict.fromkeys(names or ["Reading"])]
     for i in range(n // 10 if any(reading.workers for reading in readings) else n):     # pages are slow to come by
         reading = readings[i % len(readings)]
