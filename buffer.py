@@ -137,7 +137,7 @@ class Buffer:
             with open(self.file + ".tmp", "w") as f:
                 f.writelines(json.dumps(row) + "\n" for row in self.rows[:n])
             os.replace(self.file + ".tmp", self.file)
-            self.__init__(self.folder, create=True)
+            self.__init__(self.folder, create=True, shape=self.shape)
 
     # ------------------------------------------------------------------------------------------------------- statistics
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import envs
 from buffer import Buffer, make_row
 from configurator import ConfigError, check_config, configure, parse_block
-from model import build, latest_checkpoint
+from model import build, gather, latest_checkpoint, ranks
 
 # --- config ---
 episodes: int = None # episodes of each table row; None: the run's eval_episodes
@@ -105,17 +105,17 @@ def scripted_agent(mix, rng):
     return act
 
 
-def play(make_env, act, seeds, num_envs=32, split="test", prefix="", bar=None):
+def play(make_env, act, seeds, num_envs=32, split="test", prefix="", bar=None, share=(0, 1)):
     """Play one episode for each seed, num_envs at a time (of several tasks, each in turn); yields dicts (env, rows, images, success, success_return,
     episode_return, turns, valid, tag) as episodes end. act(envs, rows, images) -> list of dict(reply, source, [reply_ids, logprobs], [lost: why there is none]).
-    An episode whose environment is lost (a dead browser), or a reply in it, is played once more, then dropped, counted and reported."""
-    todo, live, lost = list(enumerate(seeds))[::-1], [], Counter()
+    An episode whose environment is lost (a dead browser), or a reply in it, is played once more, then dropped, counted and reported. share=(rank, ranks): every ranks-th episode."""
+    todo, live, lost = list(enumerate(seeds))[share[0]::share[1]][::-1], [], Counter()
     spare = [make_env()]
-    spare += [make_env() for _ in range(min(num_envs, len(seeds), spare[0].workers or num_envs) - 1)]
+    spare += [make_env() for _ in range(min(num_envs, len(todo), spare[0].workers or num_envs) - 1)]
     def begin(job):
         env, n, seed = job
         return SimpleNamespace(env=env, obs=env.reset(seed=seed, options={"split": split, "task": n})[0], seed=seed, n=n, name=f"{prefix}{n}", rows=[], images={})
-    with tqdm(total=len(seeds), desc=bar, disable=None if bar else True, leave=False) as progress, ThreadPoolExecutor(spare[0].workers or 1) as pool:
+    with tqdm(total=len(todo), desc=bar, disable=None if bar else True, leave=False) as progress, ThreadPoolExecutor(spare[0].workers or 1) as pool:
         at_once = pool.map if spare[0].workers else map             # threads pay where a step waits for another process
         while todo or live:
             live += at_once(begin, [(spare.pop(), *todo.pop()) for _ in range(min(len(spare), len(todo)))])
@@ -180,14 +180,21 @@ def summary(episodes):
     return out
 
 
+def of_all_ranks(played):
+    """Episodes that every rank played, for `summary`: without their rows and pictures, which stay where they are."""
+    return [e for part in gather([e | dict(rows=[], images={}) for e in played]) for e in part]
+
+
 def evaluate(vlm, make_env, episodes, max_new_tokens, temperature=1.0, seed=0, q_weight=0.0, hide=False, num_envs=64, bar=None, buffer=None):
-    """Play the held-out starts -> summary. Its random stream is its own: evaluation never perturbs training."""
-    generator = torch.Generator(vlm.device).manual_seed(seed)
+    """Play the held-out starts, each rank its share -> summary. Its random stream is its own: evaluation never perturbs training."""
+    rank, world = ranks()
+    generator = torch.Generator(vlm.device).manual_seed(seed + 10 ** 6 * rank)
     act = model_agent(vlm, max_new_tokens, temperature, generator, q_weight, hide)
-    played = list(play(make_env, act, starts(make_env, episodes), num_envs, prefix=f"eval{seed}-", bar=bar))
+    played = list(play(make_env, act, starts(make_env, episodes), num_envs, prefix=f"eval{seed}-", bar=None if rank else bar, share=(rank, world)))
+    vlm.finish()
     if buffer is not None:
         record(played, buffer)
-    return summary(played)
+    return summary(of_all_ranks(played))
 
 
 def full_evaluation(vlm, make_env, episodes, max_new_tokens, temperature=1.0, seed=0, q_weight=0.0, buffer=None, only=("greedy", "sampled", "hidden"), prefix=""):

@@ -14,6 +14,7 @@ import contextlib, copy, json, os, re
 from collections import OrderedDict
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
@@ -25,6 +26,20 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 IMAGE_KEYS = ("image_token_id", "image_token_index", "image_token")  # the names that libraries gave the placeholder
+
+# --------------------------------------------------------------------------------------------------------------- ranks
+
+def ranks():
+    """(rank, number of ranks) under torchrun, (0, 1) without."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def gather(x):
+    """-> list of every rank's x. All ranks must call it."""
+    everyone = [x] * ranks()[1]
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, x)
+    return everyone
 
 # ---------------------------------------------------------------------------------------------------------------- LoRA
 
@@ -121,6 +136,7 @@ class VLM(nn.Module):
         self._cache, self._cache_bytes, self._cache_limit = OrderedDict(), 0, cache_mb * 2 ** 20
 
     device = property(lambda self: self.banned.device)
+    sharded = False
     vocab_size = property(lambda self: len(self.banned))
 
     def _cut(self, unembed, args):
@@ -129,6 +145,18 @@ class VLM(nn.Module):
             return args
         self._hidden = args[0] if self._watch is ... else args[0][:, self._watch]
         return args if self._watch is ... else (args[0][:, :0], *args[1:])
+
+    def shard(self, device):
+        """Each rank keeps a part of every layer's frozen weights (FSDP2): a layer is gathered where it is computed, and dropped again. The rest is whole on every rank:
+        adapters and critics, so that gradients, moments and files are a plain run's; the unembedding, which tied critics and `logits` use outside of the net's own forward."""
+        from torch.distributed.fsdp import fully_shard
+        mesh = dist.init_device_mesh(device, (ranks()[1],))
+        layers = max((m for m in self.net.get_decoder().modules() if isinstance(m, nn.ModuleList)), key=lambda m: sum(p.numel() for p in m.parameters()))
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if p.requires_grad})
+        fully_shard(self.net, mesh=mesh, ignored_params=set(self.net.parameters()))          # shards nothing: it fetches the next layer while one computes
+        self.sharded = True
+        return self.to(device)
 
     # -------------------------------------------------------------------------------------------------- text to tensors
 
@@ -264,14 +292,18 @@ class VLM(nn.Module):
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens=32, temperature=1.0, generator=None, q_weight=0.0):
         """Encoded prompts -> for each a list of token ids (end-of-turn included, if it came in time) and of their log-probabilities.
-        temperature 0 is greedy. Sampling is Gumbel-max, so that it has a random stream of its own."""
+        temperature 0 is greedy. Sampling is Gumbel-max, so that it has a random stream of its own. A sharded model generates on all ranks or on none, see `finish`."""
+        if self.sharded:
+            if not any(gather(prompts is not None)):
+                return None
+            prompts = self._prompts = prompts or self._prompts
         was_training = self.training
         self.eval()
         inputs, P, _, _ = self.collate(prompts)
         sampler = Sampler(self, temperature, generator, q_weight)
         self._watch = ... if q_weight else None
         try:
-            out = self.net.generate(**inputs, logits_processor=[sampler], generation_config=GenerationConfig(
+            out = self.net.generate(**inputs, logits_processor=[sampler], synced_gpus=self.sharded, generation_config=GenerationConfig(
                 do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=self.eos, pad_token_id=self.eos))
         finally:
             self._watch = self._hidden = None
@@ -298,6 +330,11 @@ class VLM(nn.Module):
             raise SystemExit(f"model={self.name!r} does not play a turn with its own code: {brief(e)}.")
         if max(abs(a - b) for a, b in zip(replay, kept)) > (1e-2 if self.net.dtype == torch.float32 else 0.3):
             raise SystemExit(f"model={self.name!r} gives other probabilities token by token than at once: its own forward() does not use past_key_values, or pads and positions matter to it.")
+
+    def finish(self):
+        """Called where a rank has played to its end: a layer of a sharded model is gathered from all ranks, so it goes on with them, its last prompt for nothing, until all are there."""
+        while self.sharded and self.generate(None, max_new_tokens=1, temperature=0.0):
+            pass
 
     # ------------------------------------------------------------------------------------------------------------ files
 
@@ -461,7 +498,8 @@ def load_base(cfg, texts=()):
     """(net, processor) that a config asks for."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     half = cfg.lora_r > 0 and (cfg.weights == "bfloat16" or cfg.weights == "auto" and device == "cuda")
-    net, processor = load_model(cfg.model, texts, torch.bfloat16 if half else torch.float32, device, cfg.trust_remote_code, cfg.size)
+    home = "cpu" if cfg.shard and ranks()[1] > 1 else device                              # what is to be sharded may fit no device
+    net, processor = load_model(cfg.model, texts, torch.bfloat16 if half else torch.float32, home, cfg.trust_remote_code, cfg.size)
     if cfg.grad_checkpointing:
         net.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     if device == "cpu" and cfg.dtype == "bfloat16":
@@ -475,7 +513,7 @@ def build(cfg, base=None, q_init=0.0):
     vlm = VLM(*(base or load_base(cfg)), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.q_head, critics, q_init, cfg.cache_mb, name=cfg.model)
     if cfg.trust_remote_code:
         vlm.rehearse()
-    return vlm
+    return vlm.shard("cpu" if cfg.device == "cpu" or not torch.cuda.is_available() else "cuda") if cfg.shard and ranks()[1] > 1 else vlm
 
 
 def latest_checkpoint(run, must=True):

@@ -4,12 +4,14 @@ Train a vision-language model to act, off-policy: offline on recorded play, then
     python train.py config/numberline.py                                       # the main job: a few minutes on two CPU cores
     python train.py config/numberline.py --actor_loss=sft --out_dir=out/sft    # an ablation
     python train.py config/numberline.py --resume=True                         # after a stop
+    torchrun --nproc_per_node=8 train.py config/numberline.py                  # the same run on eight GPUs: all keys count for the ranks together
     python train.py --help                                                     # every key
 """
-import json, math, os, platform, shutil, subprocess, sys, tempfile, time
+import datetime, json, math, os, platform, re, shutil, subprocess, sys, tempfile, time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
@@ -17,8 +19,8 @@ import envs
 from agent_rl import compute_loss, shaped, summarise
 from buffer import Buffer, batch
 from configurator import check_config, configure
-from evaluate import environment, evaluate, full_evaluation, model_agent, offline_results, play, record, recorded, scripted_agent, summary, table
-from model import build, latest_checkpoint, load_base
+from evaluate import environment, evaluate, full_evaluation, model_agent, of_all_ranks, offline_results, play, record, recorded, scripted_agent, summary, table
+from model import build, gather, latest_checkpoint, load_base
 
 # --- config ---
 # run
@@ -39,6 +41,8 @@ device = 'auto'         # auto: cuda if there is one, else cpu
 dtype = 'auto'          # float32 | bfloat16 (autocast); auto: bfloat16 on cuda, float32 on the cpu
 weights = 'auto'        # of a frozen base: float32 | bfloat16; auto: bfloat16 on cuda, float32 on the cpu. Adapters and critics are float32 always
 grad_checkpointing = False # keep only the layers' inputs and compute the rest once more on the way back: less memory, about a third more time
+shard = False           # torchrun: spread the frozen weights of the language model's layers over the ranks (FSDP2), for models that one device cannot hold
+timeout = 30.0          # torchrun: minutes that a rank waits for the others before the job fails; evaluations and rollouts of theirs may differ by that much
 lora_r = 16             # rank; 0 trains all weights
 lora_alpha = 32         # the adapters' output is scaled by lora_alpha / lora_r
 lora_dropout = 0.0
@@ -108,6 +112,37 @@ reference = {}          # success rates to show beside ours in the last table, {
 OURS = ("config.json", "metrics.jsonl", "eval.json", "eval_offline.json", "meta.json", "ckpt", "ckpt.old", "ckpt.tmp", "data", "replay", "model", "report.html", "curves.svg")  # what `overwrite` may delete
 
 
+RANK, LOCAL_RANK, WORLD = [int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] if dist.is_torchelastic_launched() else (0, 0, 1)  # torchrun's words
+
+
+def join_ranks(cfg):
+    """The process group and each rank's device. The keys count for all ranks together, so that a config means the same on one GPU and on eight; without torchrun: nothing."""
+    if WORLD == 1:
+        if cfg.shard:
+            raise SystemExit("shard=True spreads a model over several ranks: start it as torchrun --nproc_per_node=2 train.py ..., or leave shard out.")
+        return
+    if cfg.batch_size % WORLD:
+        raise SystemExit(f"batch_size={cfg.batch_size} windows cannot be dealt evenly to {WORLD} ranks: set a multiple of {WORLD}.")
+    for key in ("eval_episodes", "eval_quick") + ("num_envs", "rollout_episodes") * (cfg.online_updates > 0):
+        if getattr(cfg, key) < WORLD:
+            raise SystemExit(f"{key}={getattr(cfg, key)} is too few for {WORLD} ranks, which share them: set at least {WORLD}.")
+    if cfg.device != 'cpu' and torch.cuda.is_available():
+        if LOCAL_RANK >= torch.cuda.device_count():
+            raise SystemExit(f"torchrun started more ranks on this machine than it has GPUs: --nproc_per_node={torch.cuda.device_count()}.")
+        torch.cuda.set_device(LOCAL_RANK)
+    if not dist.is_initialized():
+        dist.init_process_group(timeout=datetime.timedelta(minutes=cfg.timeout))               # NCCL for tensors on GPUs, gloo for others
+
+
+def all_sum(tensors):
+    """Sum each tensor over the ranks, in place, all in one message. No DDP around the net: the loss divides by counts over the whole update, so gradients are to be summed
+    and not averaged, and once an update, not in each of its backward passes; the forward passes are not one call; and adapters are a few MB, nothing worth hiding behind the backward pass."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+        t.copy_(total.view_as(t))
+
+
 def lr_at(step, cfg):
     """Factor on the learning rates: linear warm-up, then a cosine down to min_lr over both phases; a function of the global step alone."""
     if step < cfg.warmup_updates:
@@ -118,13 +153,14 @@ def lr_at(step, cfg):
 
 def open_run(cfg):
     """Make out_dir, or refuse: a run that stands there is neither mixed with nor lost."""
-    there = [name for name in OURS if os.path.exists(os.path.join(cfg.out_dir, name))]
+    shards = sorted(name for name in os.listdir(cfg.out_dir) if re.fullmatch(r"replay-\d+", name)) if os.path.isdir(cfg.out_dir) else []
+    there = [name for name in (*OURS, *shards) if os.path.exists(os.path.join(cfg.out_dir, name))]
     if cfg.resume:
         if not latest_checkpoint(cfg.out_dir, must=False):
             raise SystemExit(f"out_dir={cfg.out_dir!r} has no checkpoint to resume from: start without --resume.")
         with open(os.path.join(cfg.out_dir, "config.json")) as f:
             old = json.load(f)
-        free = ("out_dir", "resume", "overwrite", "stop_at", "log_interval", "eval_interval", "wandb_project", "device", "reference", "cache_mb", "ckpt_interval", "eval_episodes", "eval_quick")
+        free = ("out_dir", "resume", "overwrite", "stop_at", "log_interval", "eval_interval", "wandb_project", "device", "reference", "cache_mb", "ckpt_interval", "eval_episodes", "eval_quick", "shard", "timeout")
         changed = [k for k, v in json.loads(json.dumps(vars(cfg))).items() if k not in free and old.get(k) != v]
         if changed:
             k = changed[0]
@@ -143,14 +179,29 @@ def open_run(cfg):
     os.makedirs(cfg.out_dir, exist_ok=True)
 
 
-def save_checkpoint(cfg, step, vlm, optimizer, replay):
+def open_replay(cfg, shape, saved=()):
+    """This rank's shard of what the agent played: out_dir/replay, replay-1, ... saved: the rows of each rank's at the checkpoint, from which it goes on. Where the number of ranks
+    has changed, rank k % WORLD takes in what rank k had, and a new rank copies another's; a pass over a shard on disk, where nothing but this rank's own grows."""
+    folder = lambda k: os.path.join(cfg.out_dir, f"replay-{k}" if k else "replay")
+    replay = Buffer(folder(RANK), create=True, shape=shape)
+    replay.rewind(saved[RANK] if RANK < len(saved) else 0)
+    for k in range(RANK + WORLD, len(saved), WORLD) if RANK < len(saved) else [RANK % len(saved)] if saved else []:
+        other = Buffer(folder(k), create=True)
+        for name, turns in other.episodes.items():
+            if turns[-1] < saved[k] and name not in replay.episodes:
+                rows = [other.rows[i] for i in turns]
+                replay.append(rows, {image: other.image(image) for row in rows for image in row["images_file_names"]})
+    return replay
+
+
+def save_checkpoint(cfg, step, vlm, optimizer, replay_rows):
     """Written aside and renamed: a crash leaves the old one or the new one."""
     ckpt = os.path.join(cfg.out_dir, "ckpt")
     shutil.rmtree(ckpt + ".tmp", ignore_errors=True)
     vlm.save(ckpt + ".tmp")
     torch.save(optimizer.state_dict(), os.path.join(ckpt + ".tmp", "optimizer.pt"))
     with open(os.path.join(ckpt + ".tmp", "state.json"), "w") as f:
-        json.dump(dict(step=step, replay_rows=len(replay)), f)
+        json.dump(dict(step=step, replay_rows=replay_rows), f)
     if os.path.exists(ckpt):
         shutil.rmtree(ckpt + ".old", ignore_errors=True)
         os.rename(ckpt, ckpt + ".old")
@@ -166,8 +217,10 @@ def git_commit():
 
 
 def main(argv):
-    cfg = configure(__file__, argv)
+    cfg = configure(__file__, argv, quiet=RANK > 0)
     check_config(cfg)
+    join_ranks(cfg)
+    say = print if RANK == 0 else lambda *text: None                       # of what all ranks know
     if cfg.dry_run:
         nowhere = tempfile.TemporaryDirectory()                            # gone with this function
         cfg.out_dir, cfg.data_episodes = nowhere.name, min(cfg.data_episodes, 64)
@@ -187,15 +240,21 @@ def main(argv):
     base = load_base(cfg, texts)                                           # what can fail by a user's mistake comes before anything is written
     shape = lambda reward: shaped(reward, cfg)
     offline = Buffer(cfg.data, shape=shape) if cfg.data else None
-    open_run(cfg)
+    if RANK == 0 or cfg.dry_run:
+        open_run(cfg)
+    if WORLD > 1:
+        dist.barrier()
 
     # -- data: what was recorded (offline), what the agent plays itself (replay)
     if not cfg.data and not os.path.exists(path("data/complete")):
-        shutil.rmtree(path("data"), ignore_errors=True)
-        seeds = rng(DATA, 0).integers(2 ** 31, size=cfg.data_episodes).tolist()
-        record(play(make_env, scripted_agent(cfg.data_mix, rng(DATA, 1)), seeds, split="train", prefix="data-", bar="recording data"), Buffer(path("data"), create=True))
-        open(path("data/complete"), "w").close()
-    offline, replay = offline or Buffer(path("data"), shape=shape), Buffer(path("replay"), create=True, shape=shape)
+        if RANK == 0 or cfg.dry_run:
+            shutil.rmtree(path("data"), ignore_errors=True)
+            seeds = rng(DATA, 0).integers(2 ** 31, size=cfg.data_episodes).tolist()
+            record(play(make_env, scripted_agent(cfg.data_mix, rng(DATA, 1)), seeds, split="train", prefix="data-", bar="recording data"), Buffer(path("data"), create=True))
+            open(path("data/complete"), "w").close()
+        while not os.path.exists(path("data/complete")):                   # the other ranks; no barrier, which would time out where recording takes hours
+            time.sleep(0.2)
+    offline = offline or Buffer(path("data"), shape=shape)
     stats = offline.stats()
     lowest, quantile = offline.lowest_return(cfg.gamma), offline.return_quantile(cfg.fbc_quantile)
 
@@ -206,35 +265,41 @@ def main(argv):
     bf16 = cfg.dtype == 'bfloat16' or (cfg.dtype == 'auto' and vlm.device.type == 'cuda')
     autocast = lambda: torch.autocast(vlm.device.type, torch.bfloat16, enabled=bf16)
 
-    start = 0
+    start, saved = 0, ()
     if cfg.resume:
         ckpt = latest_checkpoint(cfg.out_dir)
         vlm.load(ckpt)
         optimizer.load_state_dict(torch.load(os.path.join(ckpt, "optimizer.pt"), map_location=vlm.device, weights_only=True))
         with open(os.path.join(ckpt, "state.json")) as f:
             state = json.load(f)
-        start = state["step"]
-        replay.rewind(state["replay_rows"])
-        with open(path("metrics.jsonl")) as f:                             # what was logged behind the checkpoint will come again
-            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= start]
-        with open(path("metrics.jsonl"), "w") as f:
-            f.writelines(kept)
+        start, saved = state["step"], np.atleast_1d(state["replay_rows"]).tolist()
+        if RANK == 0:
+            with open(path("metrics.jsonl")) as f:                         # what was logged behind the checkpoint will come again
+                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= start]
+            with open(path("metrics.jsonl"), "w") as f:
+                f.writelines(kept)
+    replay = open_replay(cfg, shape, saved)
+    def agree():                                                           # sums of all weights but the sharded ones, which are not `Parameter`s
+        sums = [float(p.detach().sum(dtype=torch.float64)) for p in vlm.parameters() if type(p) is torch.nn.Parameter] if WORLD > 1 else []
+        if any(other != (len(offline), sums) for other in gather((len(offline), sums))):
+            raise SystemExit("The ranks do not hold the same data and weights: give all machines the same model, data and versions; the last checkpoint stands.")
+    agree()
 
     # -- the derived facts
     total = cfg.offline_updates + cfg.online_updates
     count = lambda params: sum(p.numel() for p in params)
     kinds = {p.rpartition(".")[2] for p in vlm.lora}
-    meta = dict(argv=argv, commit=git_commit(), python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, numpy=np.__version__, threads=torch.get_num_threads())
-    print(f"model    {cfg.model}: {count(vlm.net.parameters()):,} parameters, {count(actor):,} trained" + (f" by LoRA r={cfg.lora_r} on {len(vlm.lora)} layers ({', '.join(sorted(kinds))})" if vlm.lora else " (all weights)")
+    meta = dict(argv=argv, commit=git_commit(), ranks=WORLD, python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, numpy=np.__version__, threads=torch.get_num_threads())
+    say(f"model    {cfg.model}: {count(vlm.net.parameters()):,} parameters, {count(actor):,} trained" + (f" by LoRA r={cfg.lora_r} on {len(vlm.lora)} layers ({', '.join(sorted(kinds))})" if vlm.lora else " (all weights)")
           + f"; {len(vlm.heads)} x Q head {count(critic):,}, {'bfloat16 autocast' if bf16 else 'float32'} on {vlm.device}")
-    print(f"data     {offline.folder}: {stats['episodes']} episodes, {stats['turns']} turns; goal reached {100 * stats['success']:.1f} %, summed reward > 0 {100 * stats['success_return']:.1f} %, "
+    say(f"data     {offline.folder}: {stats['episodes']} episodes, {stats['turns']} turns; goal reached {100 * stats['success']:.1f} %, summed reward > 0 {100 * stats['success_return']:.1f} %, "
           f"return {stats['episode_return']:.2f}, valid {100 * stats['valid']:.1f} %; lowest discounted return {lowest:.2f}")
-    print(f"schedule {cfg.offline_updates} offline + {cfg.online_updates} online updates of {cfg.batch_size} windows x {cfg.window} turns; seed {cfg.seed}, commit {meta['commit'][:8]}"
-          + (f"; resumed at {start}" if start else ""))
-    for name, content in (("config.json", vars(cfg)), ("meta.json", meta)):
+    say(f"schedule {cfg.offline_updates} offline + {cfg.online_updates} online updates of {cfg.batch_size} windows x {cfg.window} turns; seed {cfg.seed}, commit {meta['commit'][:8]}"
+          + (f"; {WORLD} ranks" if WORLD > 1 else "") + (f"; resumed at {start}" if start else ""))
+    for name, content in (("config.json", vars(cfg)), ("meta.json", meta)) if RANK == 0 else ():
         with open(path(name), "w") as f:
             json.dump(content, f, indent=1)
-    if cfg.wandb_project:
+    if cfg.wandb_project and RANK == 0:
         try:
             import wandb
         except ImportError:
@@ -251,27 +316,32 @@ def main(argv):
         return {f"{part}/{k}": s[k] for k in ("success", "success_return", "episode_return", "valid", "turns")} | {f"{part}/{env}/success": of["success"] for env, of in s.get("by_env", {}).items()}
     def timed(name, since): clock[name] += time.time() - since
 
-    for step in tqdm(range(start, total), initial=start, total=total, disable=None, desc="updates"):
+    for step in tqdm(range(start, total), initial=start, total=total, disable=None if RANK == 0 else True, desc="updates"):
         online = step >= cfg.offline_updates
         extra = {}
         if online and (step - cfg.offline_updates) % cfg.updates_per_rollout == 0:
             t = time.time()
             seeds = rng(ROLLOUT, step).integers(2 ** 31, size=cfg.rollout_episodes).tolist()
-            act = model_agent(vlm, cfg.max_new_tokens, cfg.rollout_temperature, torch.Generator(vlm.device).manual_seed(seeds[0]))
-            played = list(play(make_env, act, seeds, cfg.num_envs, split="train", prefix=f"{step}-"))
+            act = model_agent(vlm, cfg.max_new_tokens, cfg.rollout_temperature, torch.Generator(vlm.device).manual_seed(seeds[RANK]))
+            played = list(play(make_env, act, seeds, cfg.num_envs // WORLD, split="train", prefix=f"{step}-", share=(RANK, WORLD)))
+            vlm.finish()
             record(played, replay)
-            s = summary(played)
+            s = summary(of_all_ranks(played))
             extra = logged("rollout", s)
             timed("rollout", t)
 
         t = time.time()
         draw = rng(SAMPLE, step)
-        torch.manual_seed(int(draw.integers(2 ** 31)))                     # LoRA dropout, if any
-        n_online = cfg.batch_size - round(cfg.batch_size * cfg.offline_ratio) if online else 0
-        windows = [(b, w) for b, n in ((offline, cfg.batch_size - n_online), (replay, n_online)) if n for w in b.sample(draw, n, cfg.window, cfg.won_share)]
+        torch.manual_seed(int(draw.integers(2 ** 31)) + RANK)              # LoRA dropout, if any
+        n_offline = round(cfg.batch_size * cfg.offline_ratio) if online else cfg.batch_size
+        windows = [(offline, w) for w in offline.sample(draw, n_offline, cfg.window, cfg.won_share)[RANK::WORLD]] if n_offline else []   # all ranks draw the same, each takes its share
+        if n := cfg.batch_size // WORLD - len(windows):
+            windows += [(replay, w) for w in replay.sample(rng(SAMPLE, step, RANK) if RANK else draw, n, cfg.window, cfg.won_share)]
         micro = [batch([(b, [w]) for b, w in windows[i:i + cfg.micro_batch]], vlm, envs.MARKER, cfg.gamma) for i in range(0, len(windows), cfg.micro_batch)]
         tokens = sum(m["mask"].sum() for m in micro)                       # of the whole update: gradients do not depend on the split
         critic_tokens = sum((m["mask"] * ((m["terminated"] > 0) | (m["next"] >= 0))[:, None]).sum() for m in micro)
+        if WORLD > 1:
+            all_sum([tokens, critic_tokens])
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * lr_at(step, cfg)
         vlm.train()
@@ -281,13 +351,17 @@ def main(argv):
                 loss, info = compute_loss(vlm, m, cfg, step < cfg.filter_warmup, quantile, tokens, critic_tokens)
             loss.backward()
             step_infos.append(info)
+        if WORLD > 1:
+            for p in actor + critic:                                       # one that no window of this rank used, text without pictures for one
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            all_sum([p.grad for p in actor + critic] + [x for info in step_infos for x in info.values()])
         norm = torch.nn.utils.clip_grad_norm_(actor + critic, cfg.grad_clip)
         if not torch.isfinite(norm):
             raise SystemExit(f"The gradient is not finite at update {step + 1}: lower lr or critic_lr; the last checkpoint stands.")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         vlm.update_target(cfg.target_tau)
-        infos += step_infos
+        infos = infos + step_infos if RANK == 0 else []                    # who alone logs them
         timed("update", t)
 
         done = step + 1
@@ -299,10 +373,12 @@ def main(argv):
             timed("eval", t)
         if done == cfg.offline_updates and done < total:                   # what the recorded data alone gave
             t = time.time()
-            with open(path("eval_offline.json"), "w") as f:
-                json.dump(full_evaluation(vlm, make_env, cfg.eval_episodes, cfg.max_new_tokens, seed=cfg.seed, only=("greedy", "sampled"), prefix="offline, "), f, indent=1)
+            results = full_evaluation(vlm, make_env, cfg.eval_episodes, cfg.max_new_tokens, seed=cfg.seed, only=("greedy", "sampled"), prefix="offline, ")
+            if RANK == 0:
+                with open(path("eval_offline.json"), "w") as f:
+                    json.dump(results, f, indent=1)
             timed("eval", t)
-        if done % cfg.log_interval == 0 or extra or last:
+        if RANK == 0 and (done % cfg.log_interval == 0 or extra or last):
             row = dict(step=done, phase="online" if online else "offline", **summarise(infos), grad_norm=float(norm), lr=optimizer.param_groups[0]["lr"], **extra,
                        **{f"time/{k}": round(v, 2) for k, v in clock.items()})
             with open(path("metrics.jsonl"), "a") as f:
@@ -316,15 +392,20 @@ def main(argv):
                            + show("rollout/success", "| played", 100, "5.1f") + show("rollout/success_return", "clean", 100, "5.1f") + show("eval/success", "| eval", 100, "5.1f")
                            + show("eval/success_return", "clean", 100, "5.1f") + show("eval/valid", "valid", 100, "5.1f") + "  | s " + " ".join(f"{k} {v:.0f}" for k, v in clock.items()))
         if done % cfg.ckpt_interval == 0 or last:
-            save_checkpoint(cfg, done, vlm, optimizer, replay)
+            agree()
+            rows = gather(len(replay))
+            if RANK == 0:
+                save_checkpoint(cfg, done, vlm, optimizer, rows)
         if done == cfg.stop_at and done < total:
-            print(f"Stopped at update {done} of {total} as stop_at says; go on with --resume=True.")
+            say(f"Stopped at update {done} of {total} as stop_at says; go on with --resume=True.")
             return
 
     # -- how well it went
     t = time.time()
     results = offline_results(cfg.out_dir) | full_evaluation(vlm, make_env, cfg.eval_episodes, cfg.max_new_tokens, seed=cfg.seed)
     timed("eval", t)
+    if RANK > 0:
+        return
     with open(path("eval.json"), "w") as f:
         json.dump(dict(checkpoint=path("ckpt"), argv=argv, seed=cfg.seed, results=results), f, indent=1)
     print(f"\n{cfg.env}, {cfg.actor_loss}, seed {cfg.seed}: {time.time() - vlm_began:.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in clock.items())}); {'held-out starts' if make_env().split else 'starts that training also draws'}, Wilson 95 % intervals")
@@ -340,4 +421,14 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
-        raise SystemExit("\nInterrupted: the last checkpoint stands, go on with --resume=True.")
+        raise SystemExit("\nInterrupted: the last checkpoint stands, go on with --resume=True." if RANK == 0 else 1)
+    except SystemExit:
+        time.sleep(3 * bool(LOCAL_RANK))                                   # a mistake that all ranks find is said once: torchrun ends the others when the first has ended
+        raise
+    except Exception as e:
+        if WORLD > 1:
+            e.add_note(f"Rank {RANK} of {WORLD} ends with this. If a connection was closed or timed out, another rank has died, or did not come within `timeout` minutes: its own words, if it had any, "
+                       "stand elsewhere in the log. The last checkpoint stands, go on with --resume=True.")
+        raise
+    if WORLD > 1:
+        dist.destroy_process_group()
