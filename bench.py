@@ -62,7 +62,8 @@ def peak_bytes(f, device):
 
 def memory(vlm, optimizer, data, make_env, cfg, autocast):
     """train.py --dry_run=True: the longest batch forward, backward, one optimizer step and a rollout of the longest prompts; prints the peak by part -> {part: bytes}."""
-    size = lambda tensors: sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in tensors}.values())
+    here = lambda t: t.to_local() if hasattr(t, "to_local") else t                                  # a sharded weight's part on this rank
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in map(here, tensors)}.values())
     length = lambda i: sum(len(part["text"] or "") for m in data.rows[i]["messages"] for part in m["content"])
     by_length = sorted(range(len(data)), key=length, reverse=True)
     longest = [(by_length * cfg.batch_size)[i] for i in range(cfg.batch_size)]

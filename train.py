@@ -7,7 +7,7 @@ Train a vision-language model to act, off-policy: offline on recorded play, then
     torchrun --nproc_per_node=8 train.py config/numberline.py                  # the same run on eight GPUs: all keys count for the ranks together
     python train.py --help                                                     # every key
 """
-import datetime, json, math, os, platform, re, shutil, subprocess, sys, tempfile, time
+import contextlib, datetime, json, math, os, platform, re, shutil, subprocess, sys, tempfile, time
 
 import numpy as np
 import torch
@@ -308,7 +308,9 @@ def main(argv):
 
     if cfg.dry_run:
         from bench import memory
-        return memory(vlm, optimizer, offline, make_env, cfg, autocast)
+        cfg.batch_size, cfg.num_envs = cfg.batch_size // WORLD, max(1, cfg.num_envs // WORLD)
+        with contextlib.redirect_stdout(sys.stdout if RANK == 0 else None):
+            return memory(vlm, optimizer, offline, make_env, cfg, autocast)
 
     # -- the loop
     clock, infos, vlm_began = dict(rollout=0.0, update=0.0, eval=0.0), [], time.time()
