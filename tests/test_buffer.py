@@ -312,6 +312,15 @@ def test_rewind(tmp_path):
     assert len(Buffer(str(tmp_path))) == 2
 
 
+def test_rewind_keeps_what_the_critic_sees_of_a_reward(tmp_path):
+    """The story: a resumed run with reward_scale rewound its replay, and from then on learned from unscaled rewards."""
+    filled(tmp_path)
+    buf = Buffer(str(tmp_path), shape=lambda reward: 3 * reward)
+    before = buf.to_go(0, 0.5)
+    buf.rewind(8)
+    assert buf.to_go(0, 0.5) == before != Buffer(str(tmp_path)).to_go(0, 0.5)
+
+
 def test_stats(tmp_path):
     """Success by both rules, returns, valid share, to-go and quantile, on four episodes done by hand."""
     won, images = episode("won", 3, success=True)                          # -1 + .25 + 2 = 1.25: both rules
