@@ -419,18 +419,23 @@ def main(argv):
         print(f"{name:<28}" + "".join(f"{'' if x is None else f'{100 * x:.1f} %':>{w}}" for x, w in zip(shares, (24, 26))))
 
 
-if __name__ == "__main__":
+def launch(argv):
+    """main, and a last word where it ends early."""
     try:
-        main(sys.argv[1:])
+        main(argv)
     except KeyboardInterrupt:
         raise SystemExit("\nInterrupted: the last checkpoint stands, go on with --resume=True." if RANK == 0 else 1)
     except SystemExit:
-        time.sleep(3 * bool(LOCAL_RANK))                                   # a mistake that all ranks find is said once: torchrun ends the others when the first has ended
+        time.sleep(15 * (LOCAL_RANK > 0))                                  # what all ranks find wrong is said once: torchrun ends the others when the first has ended
         raise
-    except Exception as e:
+    except Exception:
         if WORLD > 1:
-            e.add_note(f"Rank {RANK} of {WORLD} ends with this. If a connection was closed or timed out, another rank has died, or did not come within `timeout` minutes: its own words, if it had any, "
-                       "stand elsewhere in the log. The last checkpoint stands, go on with --resume=True.")
+            print(f"Rank {RANK} of {WORLD} ends with the error below. If a connection was closed or timed out, another rank has died or did not come within `timeout` minutes: look for its words. "
+                  "The last checkpoint stands, go on with --resume=True.", file=sys.stderr)
         raise
+
+
+if __name__ == "__main__":
+    launch(sys.argv[1:])
     if WORLD > 1:
         dist.destroy_process_group()

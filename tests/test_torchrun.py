@@ -29,7 +29,7 @@ def train_and_keep_gradients(args, turns):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(envs.NumberLine, "max_turns", turns)
         m.setattr(torch.nn.utils, "clip_grad_norm_", keep)
-        train.main(args)
+        train.launch(args)
     if train.RANK == 0:
         torch.save(grads, next(a for a in args if a.startswith("--out_dir="))[10:] + ".grads")
 
@@ -143,7 +143,7 @@ def test_a_rank_that_falls_silent_ends_the_job(runs):
     """It lives, and does not come: the others wait for `timeout` minutes, then the job fails with a sentence; the checkpoint stands."""
     folder, codes, before = runs
     said = log(folder, "hang")
-    assert codes["hung"] != 0 and len(metrics(os.path.join(folder, "hung"))) == 2 and "Rank 0 of 2 ends with this" in said and "--resume=True" in said
+    assert codes["hung"] != 0 and len(metrics(os.path.join(folder, "hung"))) == 2 and "Rank 0 of 2 ends with the error below" in said and "imed out" in said and "--resume=True" in said
     assert model.latest_checkpoint(os.path.join(folder, "hung"))
 
 
