@@ -9,6 +9,7 @@ sys.path.insert(0, ROOT)
 import pytest
 import torch
 import envs, evaluate, model, train
+from extras.reading import corpus
 from buffer import Buffer
 from safetensors.torch import load_file
 
@@ -87,7 +88,7 @@ def runs(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("ranks"))
     at = lambda name: os.path.join(folder, name)
     torch.manual_seed(0)
-    net, processor = model.scratch(list(envs.corpus(200)), vocab_size=320, hidden=32, layers=2, vision_hidden=32, vision_layers=1)
+    net, processor = model.scratch(list(corpus(200)), vocab_size=320, hidden=32, layers=2, vision_hidden=32, vision_layers=1)
     net.save_pretrained(at("tiny")), processor.save_pretrained(at("tiny"))
     first = dict(killed=start(folder, "kill", [argv(at("killed"), at("tiny"))], fault="kill 24"),
                  hung=start(folder, "hang", [argv(at("hung"), at("tiny"), ckpt_interval=2, timeout=0.5)], fault="hang 3"),

@@ -455,7 +455,7 @@ def test_imports_run_one_way():
 
 def test_the_core_stays_small():
     """All of it can be read in an afternoon."""
-    assert sum(len(open(os.path.join(ROOT, f"{name}.py")).readlines()) for name in CORE) <= 2700
+    assert sum(len(open(os.path.join(ROOT, f"{name}.py")).readlines()) for name in CORE) <= 2800
 
 
 @pytest.mark.parametrize("file", sorted(glob.glob(os.path.join(ROOT, "config", "*.py"))), ids=os.path.basename)
