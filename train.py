@@ -116,7 +116,7 @@ RANK, LOCAL_RANK, WORLD = [int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "W
 
 
 def join_ranks(cfg):
-    """The process group and each rank's device. The keys count for all ranks together, so that a config means the same on one GPU and on eight; without torchrun: nothing."""
+    """The process group and each rank's device. Keys count for all ranks together (but micro_batch and cache_mb, a device's own), so that a config means the same on one GPU and on eight. Without torchrun: nothing."""
     if WORLD == 1:
         if cfg.shard:
             raise SystemExit("shard=True spreads a model over several ranks: start it as torchrun --nproc_per_node=2 train.py ..., or leave shard out.")
@@ -180,8 +180,8 @@ def open_run(cfg):
 
 
 def open_replay(cfg, shape, saved=()):
-    """This rank's shard of what the agent played: out_dir/replay, replay-1, ... saved: the rows of each rank's at the checkpoint, from which it goes on. Where the number of ranks
-    has changed, rank k % WORLD takes in what rank k had, and a new rank copies another's; a pass over a shard on disk, where nothing but this rank's own grows."""
+    """This rank's shard of what the agent played: out_dir/replay, replay-1, ... saved: how many rows of each the checkpoint knows. Where the number of ranks has
+    changed, rank k % WORLD takes in what rank k had, and a new rank copies another's. It writes to its own folder only, behind the checkpoint's rows: a crash before the next one loses nothing."""
     folder = lambda k: os.path.join(cfg.out_dir, f"replay-{k}" if k else "replay")
     replay = Buffer(folder(RANK), create=True, shape=shape)
     replay.rewind(saved[RANK] if RANK < len(saved) else 0)
