@@ -5,10 +5,11 @@ BabyAI, go to the named one of eight objects in a room: the real environment, fr
     python train.py config/babyai_gotolocal.py                                                                     # or another level:
     python train.py config/babyai_gotolocal.py --env=BabyAI-GoToRedBallGrey-v0 --out_dir=out/babyai_gotoredball
 
-Not run yet: settings to start from, modelled on NumberLine's and EZPoints'.
+Settings to start from. The base that reads such rooms is not finished (config/pretrain_grids.py), so name yours by --model; on an unfinished one
+GoToRedBallGrey ended at 18 % of held-out rooms (data 32 %) after 500 offline updates.
 """
 out_dir = 'out/babyai_gotolocal'
-model = 'tiny-vlm-grids'      # has read such rooms (config/pretrain_grids.py); the cards' tiny-vlm has not
+model = 'out/pretrain_grids/model'    # has read such rooms; the cards' tiny-vlm has not
 env = 'BabyAI-GoToLocal-v0'   # the whole map; 'BabyAI-GoToLocal-v0:view' shows what the agent sees
 size = 128             # 8 x 8 cells of 16 pixels: a cell is a patch
 max_turns = 24         # a level's own limit of 64 turns is long enough for chance
