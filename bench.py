@@ -60,20 +60,19 @@ def peak_bytes(f, device):
     return int(max(np.cumsum([0] + [n for _, n in changes])))
 
 
-def memory(vlm, optimizer, data, make_env, cfg, autocast):
+def memory(vlm, optimizer, data, cfg, autocast):
     """train.py --dry_run=True: the longest batch forward, backward, one optimizer step and a rollout of the longest prompts; prints the peak by part -> {part: bytes}."""
     here = lambda t: t.to_local() if hasattr(t, "to_local") else t                                  # a sharded weight's part on this rank
     size = lambda tensors: sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in map(here, tensors)}.values())
     length = lambda i: sum(len(part["text"] or "") for m in data.rows[i]["messages"] for part in m["content"])
     by_length = sorted(range(len(data)), key=length, reverse=True)
-    longest = [(by_length * cfg.batch_size)[i] for i in range(cfg.batch_size)]
+    longest = (by_length * cfg.batch_size)[:cfg.batch_size]
     windows = [data.episodes[name][k:][:cfg.window] for name, k in (data.place[i] for i in longest)]
-    settings = type(cfg)(**{**vars(cfg), "filter_warmup": 0})
     def update():
         for i in range(0, len(windows), cfg.micro_batch):
             b = batch([(data, windows[i:i + cfg.micro_batch])], vlm, envs.MARKER, cfg.gamma)
             with autocast():
-                loss = compute_loss(vlm, b, settings)[0]
+                loss = compute_loss(vlm, b, cfg)[0]
             loss.backward()
     adapters = [p for p in vlm.net.parameters() if p.requires_grad]
     vlm.train()
@@ -110,7 +109,7 @@ def vocabulary(cfg, words=151_936, hidden=1024):
             net.resize_token_embeddings(words, mean_resizing=False)
             settings = type(cfg)(**{**vars(cfg), "actor_loss": loss, "model": "random"})
             vlm = build(settings, (net, processor), -1.0)
-            parts = memory(vlm, torch.optim.AdamW([p for p in vlm.parameters() if p.requires_grad]), data, make_env, settings, contextlib.nullcontext)
+            parts = memory(vlm, torch.optim.AdamW([p for p in vlm.parameters() if p.requires_grad]), data, settings, contextlib.nullcontext)
             peaks[loss] = sum(parts[k] for k in parts if k != "rollout")
     print(f"\nmemory of an update, AFSFT / SFT  {peaks['afsft'] / peaks['sft']:.2f}")
     return peaks["afsft"] / peaks["sft"]

@@ -735,13 +735,15 @@ class Tasks:
         return self.env.reset(seed, options)
     def __getattr__(self, key): return getattr(self.env, key)       # all else is the present one's
 
+READINGS = ("Reading", "Captions", "Finding", "Facing")             # the pre-training tasks, in extras/reading.py
+
 def make(name, **kw):
     """An environment by its name, or several: make("NumberLine,EZPoints"). kw: size, penalty, invalid, max_turns. ValueError for a name that
     is unknown; SystemExit where an optional package is missing; one sentence each."""
     if "," in name:
         return Tasks([make(part.strip(), **kw) for part in name.split(",") if part.strip()])
     known, (kind, _, world) = {**ENVS, "FrozenLake": FrozenLake}, name.partition(":")
-    if kind in ("Reading", "Captions", "Finding", "Facing"):                                 # pre-training's questions about the games, or about a world: Reading:BabyAI-GoToLocal-v0
+    if kind in READINGS:                                 # pre-training's questions about the games, or about a world: Reading:BabyAI-GoToLocal-v0
         return getattr(importlib.import_module("extras.reading"), kind)(world, **kw)
     if name.startswith(("BabyAI-", "miniwob/")):
         return (BabyAI if name.startswith("BabyAI-") else MiniWoB)(name, **kw)

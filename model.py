@@ -18,10 +18,10 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LogitsProcessor
+
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -313,24 +313,6 @@ class VLM(nn.Module):
         ids = [row[:row.index(self.eos) + 1] if self.eos in row else row for row in new.tolist()]
         return ids, [lp[:len(row)] for lp, row in zip(logps, ids)]
 
-    @torch.no_grad()
-    def rehearse(self):
-        """A short rollout and its replay must agree. Code that came with a model may forget the KV cache or go around the unembedding, and nothing else would tell."""
-        was_training = self.training
-        self.eval()
-        try:
-            prompt = self.encode([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "1 2"}]}], [Image.new("RGB", (64, 64))])
-            self.banned[self.eos] = True   # four tokens, whatever it would like to say
-            (ids,), (kept,) = self.generate([prompt], 4, temperature=0)
-            inputs, P, reply_ids, _ = self.collate([prompt], [ids])
-            replay = self(inputs, P, len(reply_ids[0]))[0].log_softmax(-1).gather(2, reply_ids[..., None])[0, :, 0].tolist()
-            self.banned[self.eos] = False
-            self.train(was_training)
-        except Exception as e:
-            raise SystemExit(f"model={self.name!r} does not play a turn with its own code: {brief(e)}.")
-        if max(abs(a - b) for a, b in zip(replay, kept)) > (1e-2 if self.net.dtype == torch.float32 else 0.3):
-            raise SystemExit(f"model={self.name!r} gives other probabilities token by token than at once: its own forward() does not use past_key_values, or pads and positions matter to it.")
-
     def finish(self):
         """Called where a rank has played to its end: a layer of a sharded model is gathered from all ranks, so it goes on with them, its last prompt for nothing, until all are there."""
         while self.sharded and self.generate(None, max_new_tokens=1, temperature=0.0):
@@ -457,7 +439,8 @@ def load_model(path, texts=(), dtype=torch.float32, device="cpu", trust_remote_c
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as e:
-        refuse_code(path, e)
+        from extras.own_code import permission
+        permission(path, e)
         raise SystemExit(f"model={path!r} cannot be opened: no such folder with a config.json here, and the hub did not give it ({brief(e)}).")
     known = type(config) in AutoModelForImageTextToText._model_mapping.keys()
     own = {} if known and type(config).__module__.startswith("transformers.") else getattr(config, "auto_map", None) or {}
@@ -473,25 +456,17 @@ def load_model(path, texts=(), dtype=torch.float32, device="cpu", trust_remote_c
             config.auto_map |= own
         net, report = AutoModelForImageTextToText.from_pretrained(path, **dict(config=config) if own else {}, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True)
     except Exception as e:  # a library has many words for a torn folder, and ImportError for a processor that needs torchvision
-        refuse_code(path, e)
+        from extras.own_code import permission
+        permission(path, e)
         raise SystemExit(f"model={path!r} does not load: {brief(e)}" + (" (in code of its own, perhaps written for another version of transformers)." if own else "."))
     if report["missing_keys"]:
         raise SystemExit(f"model={path!r} lacks {len(report['missing_keys'])} weights, {sorted(report['missing_keys'])[0]} for one: the folder is incomplete.")
     if not hasattr(processor, "tokenizer") or placeholder(net, processor) is None:
         raise SystemExit(f"model={path!r} has a processor without an image token, so no picture can be shown to it: its folder needs the model's own processor files.")
     if own:
-        for lacks, piece in ((not hasattr(net.get_output_embeddings(), "weight"), "get_output_embeddings() that gives the layer behind its logits: a critic reads what goes in there"),
-                             (net.get_decoder() is net, "get_decoder() that gives its language model: the adapters go there"),
-                             (not hasattr(net, "_update_model_kwargs_for_generation"), "generate() of the library's GenerationMixin: it rolls out")):
-            if lacks:
-                raise SystemExit(f"model={path!r} lacks a piece in its own code: no {piece}.")
+        from extras.own_code import pieces
+        pieces(net, path)
     return net.to(device), processor
-
-
-def refuse_code(path, error):
-    """SystemExit if it was the missing permission that stopped the library. It gets True or False and so never asks on stdin."""
-    if "trust_remote_code" in str(error):
-        raise SystemExit(f"model={path!r} brings Python files of its own, which would be run on this machine with all your rights: read them, then set trust_remote_code=True.")
 
 
 def load_base(cfg, texts=()):
@@ -512,7 +487,8 @@ def build(cfg, base=None, q_init=0.0):
     critics = cfg.n_critics if cfg.actor_loss in ("afsft", "awr") else 0
     vlm = VLM(*(base or load_base(cfg)), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.q_head, critics, q_init, cfg.cache_mb, name=cfg.model)
     if cfg.trust_remote_code:
-        vlm.rehearse()
+        from extras.own_code import rehearse
+        rehearse(vlm)
     return vlm.shard("cpu" if cfg.device == "cpu" or not torch.cuda.is_available() else "cuda") if cfg.shard and ranks()[1] > 1 else vlm
 
 

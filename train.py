@@ -310,7 +310,7 @@ def main(argv):
         from bench import memory
         cfg.batch_size, cfg.num_envs = cfg.batch_size // WORLD, max(1, cfg.num_envs // WORLD)
         with contextlib.redirect_stdout(sys.stdout if RANK == 0 else None):
-            return memory(vlm, optimizer, offline, make_env, cfg, autocast)
+            return memory(vlm, optimizer, offline, cfg, autocast)
 
     # -- the loop
     clock, infos, vlm_began = dict(rollout=0.0, update=0.0, eval=0.0), [], time.time()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from envs import ENVS, MARKER, RANKS, SEEN, Env, Text, best, deal, hand, held_out, make
+from envs import ENVS, MARKER, RANKS, READINGS, SEEN, Env, Text, best, deal, hand, held_out, make
 
 ASKED = f"{SEEN} What is the target number? current Which larger, difference? are cards? first second third fourth card? values sum product of dealer " \
         "show? your cards? Is there a soft ace? How many do you have? last item? value Repeat: yes no empty blank A J Q K End reply with an action, for example:"
@@ -114,7 +114,7 @@ class Facing(Reading):
 def corpus(n, seed=0, env="Reading"):
     """Texts to train a tokenizer on: n questions and answers, with some of the games' prompts less the line that shows the marker. env: whose questions,
     of the names in it that are Reading or a part of it."""
-    names = [":".join(["Reading", *parts[1:]]) for name in env.split(",") if (parts := name.strip().split(":"))[0] in ("Reading", "Captions", "Finding", "Facing")]
+    names = [":".join(["Reading", *parts[1:]]) for name in env.split(",") if (parts := name.strip().split(":"))[0] in READINGS]
     rng, readings = np.random.default_rng(seed), [make(name) for name in dict.fromkeys(names or ["Reading"])]
     for i in range(n // 10 if any(reading.workers for reading in readings) else n):     # pages are slow to come by
         reading = readings[i % len(readings)]
