@@ -428,7 +428,7 @@ class FrozenLake(Gym):
 
 class BabyAI(Gym):
     """Any BabyAI level (package minigrid): "BabyAI-GoToLocal-v0" shows the whole map, "BabyAI-GoToLocal-v0:view" what the agent sees,
-    7 x 7 cells in front of it. Reward 1 - 0.9 * step / limit at the goal; an episode ends at the level's own limit, or at max_turns if that is less."""
+    7 x 7 cells in front of it, each as large as in the map of a room of 8 x 8. Reward 1 - 0.9 * step / limit at the goal; an episode ends at the level's own limit, or at max_turns if that is less."""
     kinds, example = (Words("turn left", "turn right", "go forward", "pick up", "drop", "toggle"),), "go forward"
     def __init__(self, name, **kw):
         self.name, (self.id, _, way) = name, name.partition(":")
@@ -440,7 +440,7 @@ class BabyAI(Gym):
             raise ValueError(f"env={name!r} is unknown; nearest: {', '.join(near)}; a level's name, with :view behind it for what the agent sees.")
         super().__init__(**kw)
         self.level, self.limit = self.gym.unwrapped, kw.get("max_turns") or 10 ** 9
-        self.level.tile_size = max(4, self.size // (7 if way else max(self.level.width, self.level.height)))
+        self.level.tile_size = max(4, self.size // (8 if way else max(self.level.width, self.level.height)))
     def start(self):
         with contextlib.redirect_stdout(io.StringIO()):             # minigrid prints the levels that it rejects
             super().start()
@@ -450,6 +450,8 @@ class BabyAI(Gym):
             self.expert()                                           # the bot plans by what it has seen: it has to see every state
         self.last, self.hint = self.words().index(action[0]), None
         return super().act(action)
+    def picture(self):
+        return Image.fromarray(self.gym.render()).crop((0, 0, self.size, self.size)) if self.settings["agent_pov"] else super().picture()
     def fingerprint(self): return f"{self.goal} {self.level.hash(32)}"      # of the grid, the agent's place and direction
     def questions(self, draw):
         """[(kind, question, answer), ...] about the picture, for Reading. Places are columns and rows of what is shown, from the upper left."""
@@ -459,11 +461,14 @@ class BabyAI(Gym):
         dx, dy = ((1, 0), (0, 1), (-1, 0), (0, -1))[facing]
         what = lambda i, j: "unseen" if not seen[i, j] else f"{cell.color} {cell.type}" if (cell := grid.get(i, j)) and cell.type != "wall" else "wall" if cell else "nothing"
         things = [(what(i, j), i, j) for j in range(grid.height) for i in range(grid.width) if (i, j) != (x, y) and what(i, j) not in ("unseen", "wall", "nothing")]
+        hidden = {f"{cell.color} {cell.type}" for cell in self.level.grid.grid if cell and cell.type != "wall"} - {thing for thing, _, _ in things}
         looks, counts = ("east", "south", "west", "north")[facing], Counter(thing.split()[1] for thing, _, _ in things)
         kind, (i, j) = ("ball", "box", "key", "door")[draw(4)], (draw(grid.width), draw(grid.height))
         asked = [("picture", SEEN, ", ".join([*(f"{thing} {i} {j}" for thing, i, j in things), f"agent {x} {y} {looks}"])), ("front", "What is in front of the agent?", what(x + dx, y + dy)),
                  ("agent", "Where is the agent?", f"{x} {y}"), ("facing", "Which way does the agent look?", looks), ("count", f"How many things of the kind {kind} are there?", counts[kind])]
         asked += [("at", f"What is at {i} {j}?", what(i, j))] * ((i, j) != (x, y))
+        for thing in sorted(hidden):                                # behind the agent, where it sees its own view only
+            asked += [("where", f"Where is the {thing}?", "nowhere"), ("side", f"Is the {thing} left or right of the agent?", "nowhere")]
         for thing, i, j in things:
             asked += [("thing", f"What is at {i} {j}?", thing)]
             for word in thing.split():                              # by one word of two, where that is enough: easier to find, and found first

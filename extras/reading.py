@@ -104,7 +104,7 @@ class Captions(Reading):
 
 class Finding(Reading):
     """Where a named thing is, and texts to repeat only: the stage before everything where there is something to find. Among other questions it is not learned."""
-    name, only = "Finding", ("where", "where one")
+    name, only = "Finding", ("where", "where one", "nth", "number")
 
 class Facing(Reading):
     """Where a named thing is, seen by the agent, and texts to repeat only: the stage after Finding."""
