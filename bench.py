@@ -17,7 +17,8 @@ from buffer import Buffer, batch, reply_text
 from configurator import check_config, configure
 from evaluate import environment, model_agent, play, record, scripted_agent
 from extras.reading import corpus
-from model import build, scratch
+from extras.scratch import llava
+from model import build
 
 
 def seconds(*functions, rounds=7):
@@ -105,7 +106,7 @@ def vocabulary(cfg, words=151_936, hidden=1024):
         for loss in ("sft", "afsft"):
             print(f"\n{loss}, {words:,} words, hidden size {hidden:,}")
             torch.manual_seed(0)
-            net, processor = scratch(corpus(1000), hidden=hidden, layers=2)
+            net, processor = llava(corpus(1000), hidden=hidden, layers=2)
             net.resize_token_embeddings(words, mean_resizing=False)
             settings = type(cfg)(**{**vars(cfg), "actor_loss": loss, "model": "random"})
             vlm = build(settings, (net, processor), -1.0)
