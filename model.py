@@ -288,8 +288,7 @@ class VLM(nn.Module):
             return {k: tree_map(lambda t: t.to("cpu", copy=True), out[k]) for k in FEATURES if k in out}
         found = [self._features.get(key, lambda: look(own)) for key, own in self._seen]
         join = lambda parts: torch.cat(parts).to(self.device) if torch.is_tensor(parts[0]) else [t.to(self.device) for part in parts for t in part]
-        parts = {k: [f[k] for f in found] for k in found[0]}
-        return self._form(**{k: join(v) if k == FEATURES[0] else [join(layer) for layer in zip(*v)] for k, v in parts.items()})
+        return self._form(**{k: join(v) if k == FEATURES[0] else [join(layer) for layer in zip(*v)] for k in found[0] for v in [[f[k] for f in found]]})
 
     def states(self, inputs, P, R):
         """-> hidden (B, R, H): what the model knows before each reply token."""

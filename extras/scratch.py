@@ -6,7 +6,7 @@ Tiny vision-language models with random weights, to be pre-trained here (config/
     python train.py config/pretrain_tiny.py --model=out/smolvlm_captions/model --out_dir=out/smolvlm_tiny
     python train.py config/numberline.py --model=out/smolvlm_tiny/model
 """
-import os, sys
+import inspect, os, sys
 
 import torch
 
@@ -74,13 +74,16 @@ def smolvlm(texts, vocab_size=768, hidden=128, layers=4, vision_hidden=96, visio
 FAMILIES = dict(llava=llava, smolvlm=smolvlm)
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in FAMILIES:
-        raise SystemExit(f"Say which and where to: python extras/scratch.py {'|'.join(FAMILIES)} FOLDER")
+    make, sizes = FAMILIES.get((sys.argv + [""])[1]), dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[3:])
+    if len(sys.argv) < 3 or not make or not set(sizes) <= set(inspect.signature(make).parameters) - {"texts"} or not all(n.isdigit() for n in sizes.values()):
+        raise SystemExit(f"Say which, where to, and sizes if they should be others: python extras/scratch.py {'|'.join(FAMILIES)} FOLDER [--hidden=128 --layers=4 --vision_hidden=96 --vision_layers=3]")
     if os.path.exists(sys.argv[2]):
         raise SystemExit(f"{sys.argv[2]!r} exists already: name a new folder.")
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    import transformers
     from extras.reading import corpus
+    transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
-    net, processor = FAMILIES[sys.argv[1]](corpus(20_000))
+    net, processor = make(corpus(20_000), **{k: int(n) for k, n in sizes.items()})
     net.save_pretrained(sys.argv[2]), processor.save_pretrained(sys.argv[2])
     print(f"{sys.argv[2]}: {sum(p.numel() for p in net.parameters()):,} parameters, {len(processor.tokenizer)} words")

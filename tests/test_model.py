@@ -11,6 +11,7 @@ from transformers import AutoModel, GenerationConfig, LlamaConfig, LlamaForCausa
 import conformance, families, model, train
 from agent_rl import compute_loss
 from configurator import configure
+from extras import scratch
 from test_agent_rl import settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemma's processor and NumPy 2
@@ -387,6 +388,22 @@ def test_cached_features_keep_to_their_memory(make):
     assert len(small._features) == 1 and small._features.bytes == 4 * 32 * 4 <= small._features.limit
     small.generate(prompts[-1:], 2), small.generate(prompts[:1], 2)
     assert len(calls) == 7
+
+
+def test_the_tiny_smolvlm(tmp_path):
+    """A complete folder; a picture of 80 x 80 is 25 tokens, and neither resized nor cut; about as many weights as the tiny LLaVA."""
+    torch.manual_seed(0)
+    for part in scratch.smolvlm(families.TEXTS):
+        part.save_pretrained(tmp_path)
+    vlm = model.VLM(*model.load_model(str(tmp_path)), lora_r=0)
+    image = picture(0).resize((80, 80))
+    enc = vlm.encode(ask("a page"), [image])
+    assert torch.allclose(enc["pixel_values"][0, 0], torch.tensor(list(image.tobytes())).view(80, 80, 3).permute(2, 0, 1) / 127.5 - 1, atol=1e-5) and enc["pixel_attention_mask"].all()
+    assert int((enc["input_ids"] == model.placeholder(vlm.net, vlm.processor)).sum()) == 25 and sum(p.numel() for p in vlm.net.parameters()) < 1.4e6
+    assert vlm.tokenizer.convert_ids_to_tokens(vlm.eos) == "<end_of_utterance>" and len(vlm.tokenizer) == vlm.vocab_size
+    prompts, replies, kept = rolled(vlm, [enc])
+    inputs, P, ids, _ = vlm.collate(prompts, replies)
+    assert (vlm(inputs, P, ids.shape[1])[0][0, :len(replies[0])].log_softmax(-1).gather(1, torch.tensor(replies[0])[:, None])[:, 0] - torch.tensor(kept[0])).abs().max() < 1e-4
 
 
 def test_checkpointing_is_asked_for_by_the_librarys_present_name(folder, monkeypatch):
