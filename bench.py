@@ -4,6 +4,7 @@ Speed and memory, as ratios within one run: absolute times belong to a machine.
     python bench.py                      # the shipped tiny VLM on NumberLine
     python bench.py --model=/path/to/a/vlm --env=Blackjack
     python bench.py vocabulary           # a real model's vocabulary: memory of AFSFT against SFT
+    python bench.py sizes --micro_batch=1   # published models: memory of an update by part, computed without their weights
     python bench.py envs --env=NumberLine,BabyAI-GoToLocal-v0,miniwob/click-test-2-v1     # no model: turns a second under random play
 """
 import contextlib, os, resource, statistics, sys, tempfile, time
@@ -17,7 +18,9 @@ from buffer import Buffer, batch, reply_text
 from configurator import check_config, configure
 from evaluate import environment, model_agent, play, record, scripted_agent
 from extras.reading import corpus
-from model import build, scratch
+from extras.scratch import llava
+from extras.sizes import table
+from model import build
 
 
 def seconds(*functions, rounds=7):
@@ -105,7 +108,7 @@ def vocabulary(cfg, words=151_936, hidden=1024):
         for loss in ("sft", "afsft"):
             print(f"\n{loss}, {words:,} words, hidden size {hidden:,}")
             torch.manual_seed(0)
-            net, processor = scratch(corpus(1000), hidden=hidden, layers=2)
+            net, processor = llava(corpus(1000), hidden=hidden, layers=2)
             net.resize_token_embeddings(words, mean_resizing=False)
             settings = type(cfg)(**{**vars(cfg), "actor_loss": loss, "model": "random"})
             vlm = build(settings, (net, processor), -1.0)
@@ -116,7 +119,7 @@ def vocabulary(cfg, words=151_936, hidden=1024):
 
 
 def main(argv):
-    alone = {"envs": turns_a_second, "vocabulary": vocabulary}.get(argv[0] if argv else "")
+    alone = {"envs": turns_a_second, "vocabulary": vocabulary, "sizes": table}.get(argv[0] if argv else "")
     cfg = check_config(configure(os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), argv[bool(alone):]))
     if alone:
         return alone(cfg)
@@ -131,7 +134,7 @@ def main(argv):
         T = b["inputs"]["input_ids"].shape[1]
         print(f"{cfg.model} on {vlm.device}, {torch.get_num_threads()} threads, {cfg.env}: an update is {B} turns of {T} positions, {int(b['mask'].sum())} reply tokens")
 
-        def update(loss):
+        def update(loss, vlm=vlm, b=b):
             settings = type(cfg)(**{**vars(cfg), "actor_loss": loss})
             compute_loss(vlm, b, settings)[0].backward()
             vlm.zero_grad(set_to_none=True)
@@ -146,6 +149,12 @@ def main(argv):
         with torch.no_grad():
             cut, whole = seconds(lambda: vlm(b["inputs"], b["P"], R), lambda: vlm.net(**b["inputs"], use_cache=False).logits.float())
         print(f"forward     logits everywhere / at reply positions only  {whole / cut:5.2f}")
+
+        if cfg.lora_r:
+            seen = build(type(cfg)(**{**vars(cfg), "vision_cache_mb": 4096}), None, -1.0)
+            again = batch(parts, seen, envs.MARKER, cfg.gamma)
+            anew, kept = seconds(lambda: update("afsft"), lambda: update("afsft", seen, again))
+            print(f"vision      looked at anew / features from memory, update {anew / kept:5.2f}")
 
         rows, images = [data.rows[i] for i in range(cfg.num_envs)], [data.image(data.rows[i]["images_file_names"][0]) for i in range(cfg.num_envs)]
         act = model_agent(vlm, cfg.max_new_tokens, 1.0, torch.Generator(vlm.device).manual_seed(0))

@@ -197,7 +197,7 @@ def configure(script, argv, files=True, quiet=False):
 CHOICES = dict(device=("auto", "cpu", "cuda"), dtype=("auto", "float32", "bfloat16"), weights=("auto", "float32", "bfloat16"), q_head=("full", "tied"), invalid=("penalty", "random"),
                actor_loss=("sft", "afsft", "awr", "fbc"), mdp=("token", "turn"), trace=("tree", "plain"))
 AT_LEAST_1 = "log_interval ckpt_interval n_critics data_episodes batch_size window micro_batch num_envs rollout_episodes updates_per_rollout max_new_tokens eval_episodes eval_quick cache_mb".split()
-AT_LEAST_0 = "seed eval_interval stop_at lora_r offline_updates online_updates warmup_updates filter_warmup bc_coef af_coef critic_coef cql_coef pess_coef weight_decay rollout_temperature".split()
+AT_LEAST_0 = "seed eval_interval stop_at lora_r vision_cache_mb offline_updates online_updates warmup_updates filter_warmup bc_coef af_coef critic_coef cql_coef pess_coef weight_decay rollout_temperature".split()
 POSITIVE = "lora_alpha awr_temperature reward_scale lr critic_lr grad_clip timeout".split()
 SHARES = "lora_dropout v_support fbc_quantile gamma gamma_token lam target_tau min_lr offline_ratio".split()
 
@@ -221,6 +221,7 @@ def check_config(cfg):
     need(not (cfg.resume and cfg.overwrite), "resume and overwrite are both True: one goes on with the run, the other deletes it; choose one.")
     need(cfg.model != "scratch" or cfg.lora_r == 0, f"model='scratch' has random weights, adapters on them (lora_r={cfg.lora_r}) learn nothing: set lora_r=0.")
     need(cfg.weights != "bfloat16" or cfg.lora_r > 0, "weights='bfloat16' are too coarse to be trained themselves (lora_r=0): set lora_r above 0, or weights='float32'.")
+    need(not cfg.vision_cache_mb or cfg.lora_r > 0, f"vision_cache_mb={cfg.vision_cache_mb} keeps what a frozen vision part sees, and lora_r=0 trains that part too: set lora_r above 0, or vision_cache_mb=0.")
     need(not cfg.shard or cfg.lora_r > 0, "shard=True shards weights that are frozen, and lora_r=0 trains them all: set lora_r above 0, or shard=False.")
     need(not (cfg.dry_run and cfg.resume), "dry_run and resume are both True: a dry run starts from nothing and leaves nothing; choose one.")
     need(cfg.ckpt_interval % cfg.log_interval == 0, f"ckpt_interval={cfg.ckpt_interval} is no multiple of log_interval={cfg.log_interval}: a resumed run could not repeat its metrics.")

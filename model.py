@@ -10,7 +10,7 @@ Nothing here knows a model family. Three ideas carry all of it:
 
 Letters: B rows, P prompt length, R reply length, V vocabulary, H hidden size, C critics, r LoRA rank.
 """
-import contextlib, copy, json, os, re
+import contextlib, copy, functools, hashlib, inspect, json, os, re, types
 from collections import OrderedDict
 
 import torch
@@ -20,12 +20,14 @@ import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LogitsProcessor
 
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 IMAGE_KEYS = ("image_token_id", "image_token_index", "image_token")  # the names that libraries gave the placeholder
+FEATURES = ("pooler_output", "deepstack_features")  # what language models read of `get_image_features`; the second, a list for each layer: Qwen3-VL
 
 # --------------------------------------------------------------------------------------------------------------- ranks
 
@@ -101,6 +103,29 @@ class QHead(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------ the model
 
+class Kept(OrderedDict):
+    """Dicts of tensors by key, at most so many MiB of them: the one that was asked for the longest ago goes first."""
+    def __init__(self, mb):
+        super().__init__()
+        self.bytes, self.limit = 0, mb * 2 ** 20
+
+    def get(self, key, make):
+        """What is kept by this key, or what make() gives, kept from now on (not if the key is None)."""
+        value = self[key] if key in self else make()
+        if key in self:
+            self.move_to_end(key)
+        elif key is not None:
+            self[key], self.bytes = value, self.bytes + nbytes(value)
+            while self.bytes > self.limit:
+                self.bytes -= nbytes(self.popitem(last=False)[1])
+        return value
+
+
+class Inputs(dict):
+    """Tensors of a prompt or of a batch of them. pictures: the prompts in it that show some, with their keys, if features are cached."""
+    pictures = None
+
+
 class VLM(nn.Module):
     """A vision-language model with adapters and critics.
 
@@ -110,7 +135,7 @@ class VLM(nn.Module):
     """
 
     def __init__(self, net, processor, lora_r=16, lora_alpha=32, lora_dropout=0.0, lora_targets=".*", q_head="full",
-                 n_critics=1, q_init=0.0, cache_mb=512, name=""):
+                 n_critics=1, q_init=0.0, cache_mb=512, vision_cache_mb=0, name=""):
         super().__init__()
         self.net, self.processor, self.tokenizer, self.name = net, processor, processor.tokenizer, name
         self.lora, self.lora_config = {}, dict(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
@@ -133,7 +158,14 @@ class VLM(nn.Module):
         self.neutral = sorted({*special_tokens(self.tokenizer).values(), self.tokenizer.decode([self.eos]), self.image_token} - {""}, key=len)[::-1]
         self._watch, self._hidden = None, None
         unembed.register_forward_pre_hook(self._cut)
-        self._cache, self._cache_bytes, self._cache_limit = OrderedDict(), 0, cache_mb * 2 ** 20
+        self._cache, self._features, self._seen = Kept(cache_mb), Kept(vision_cache_mb), None
+        if vision_cache_mb:
+            eyes = [m for m in net.modules() if hasattr(m, "get_image_features")][-1:]      # the innermost: a whole model hands the call on to its part
+            if not eyes:
+                raise SystemExit(f"model={name!r} has no get_image_features(), whose results vision_cache_mb would keep: set vision_cache_mb=0.")
+            self._look = types.MethodType(type(eyes[0]).get_image_features, eyes[0])
+            self._looks_at = list(inspect.signature(self._look).parameters)
+            eyes[0].get_image_features = functools.wraps(self._look)(lambda *args, **kwargs: self._see(*args, **kwargs))    # `generate` reads its signature
 
     device = property(lambda self: self.banned.device)
     sharded = False
@@ -163,9 +195,9 @@ class VLM(nn.Module):
     def encode(self, messages, images, key=None):
         """One prompt -> dict of tensors with batch dimension 1 (input_ids (1, T), attention_mask, pixel_values, ...).
         images: PIL images or functions that return one; they are called only if `key` is not in the cache of encoded prompts."""
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
+        return self._cache.get(key, lambda: self._encode(messages, images))
+
+    def _encode(self, messages, images):
         images = [image() if callable(image) else image for image in images]
         if len(images) != 1 and getattr(self.processor, "num_query_tokens", None):  # it would read the first and leave the others to the batch's next rows
             raise SystemExit(f"model={self.name!r} takes one picture a prompt, and a prompt here has {len(images)}: choose another model, such as LLaVA-OneVision or Qwen2-VL.")
@@ -173,15 +205,13 @@ class VLM(nn.Module):
         bos = self.tokenizer.bos_token
         extra = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
         try:
-            enc = dict(self.processor(text=[text], images=[images] if images else None, return_tensors="pt", **extra))
+            enc = Inputs(self.processor(text=[text], images=[images] if images else None, return_tensors="pt", **extra))
         except ValueError as e:  # PaliGemma's, for one, wants a picture in every prompt
             raise SystemExit(f"model={self.name!r} cannot read a prompt with {len(images)} pictures: {brief(e)}.")
         enc.pop("labels", None)  # some processors add them to every prompt; the loss is ours
-        if key is not None:
-            self._cache[key] = enc
-            self._cache_bytes += nbytes(enc)
-            while self._cache_bytes > self._cache_limit:
-                self._cache_bytes -= nbytes(self._cache.popitem(last=False)[1])
+        if self._features.limit:    # by content, and whatever else the vision part reads: sizes, masks, the question (InstructBLIP's)
+            seen = {k: enc[k] for k in self._looks_at if k in enc}
+            enc.pictures = [(hashlib.sha1(repr([(k, t.shape) for k, t in seen.items()]).encode() + b"".join(t.numpy().tobytes() for t in seen.values())).digest(), seen)] * bool(images)
         return enc
 
     def render(self, messages):
@@ -225,7 +255,7 @@ class VLM(nn.Module):
         # Per token is what the family's `generate` lets grow with the reply; pictures and a Q-Former's own words (`qformer_input_ids`) do not.
         grown = self.net._update_model_kwargs_for_generation({}, {key: value for key, value in prompts[0].items() if key != "input_ids"})
         per_token = ["input_ids"] + [key for key, value in prompts[0].items() if key in grown and grown[key].shape != value.shape]
-        inputs = {}
+        inputs = Inputs()
         for key in dict.fromkeys(key for p in prompts for key in p):
             parts = [p[key] for p in prompts if key in p]  # a row without a picture has none to give
             if key in per_token:  # pad left
@@ -239,17 +269,34 @@ class VLM(nn.Module):
             new = {key: value[:, -1:].expand(-1, R) for key, value in new.items()} | dict(input_ids=reply_ids, attention_mask=mask.to(inputs["attention_mask"].dtype))
             inputs |= {key: torch.cat([inputs[key], value], 1) for key, value in new.items()}
         to = lambda t: t.to(self.device, non_blocking=True)
-        return {k: to(v) for k, v in inputs.items()}, P, to(reply_ids), to(mask)
+        inputs.update({k: to(v) for k, v in inputs.items()})
+        inputs.pictures = [p for prompt in prompts for p in prompt.pictures] if self._features.limit else None
+        return inputs, P, to(reply_ids), to(mask)
 
     # --------------------------------------------------------------------------------------------------------- networks
 
+    def _see(self, *args, **kwargs):
+        """Stands in for the library's get_image_features: what the frozen vision part makes of each prompt's pictures, from memory where it was computed before. Each prompt alone and without
+        autocast, so that it does not matter who came first, nor for what. What it returns has the library's form, with nothing in it but what language models read."""
+        if not self._seen:
+            return self._look(*args, **kwargs)
+        given = dict(zip(self._looks_at, args)) | kwargs
+        def look(own):
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                out = self._look(**{k: own[k].to(self.device) if k in own else v for k, v in given.items()})
+            self._form = type(out)
+            return {k: tree_map(lambda t: t.to("cpu", copy=True), out[k]) for k in FEATURES if k in out}
+        found = [self._features.get(key, lambda: look(own)) for key, own in self._seen]
+        join = lambda parts: torch.cat(parts).to(self.device) if torch.is_tensor(parts[0]) else [t.to(self.device) for part in parts for t in part]
+        return self._form(**{k: join(v) if k == FEATURES[0] else [join(layer) for layer in zip(*v)] for k in found[0] for v in [[f[k] for f in found]]})
+
     def states(self, inputs, P, R):
         """-> hidden (B, R, H): what the model knows before each reply token."""
-        self._watch = slice(P - 1, P + R - 1)
+        self._watch, self._seen = slice(P - 1, P + R - 1), inputs.pictures
         try:
             out = self.net(**inputs, use_cache=False)
         finally:
-            self._watch = None
+            self._watch = self._seen = None
         hidden, self._hidden = self._hidden, None
         if hidden is None or out.logits.shape[1]:
             raise SystemExit(f"model={self.name!r} computes its logits past get_output_embeddings(): neither critic nor policy can be read there.")
@@ -301,12 +348,12 @@ class VLM(nn.Module):
         self.eval()
         inputs, P, _, _ = self.collate(prompts)
         sampler = Sampler(self, temperature, generator, q_weight)
-        self._watch = ... if q_weight else None
+        self._watch, self._seen = ... if q_weight else None, inputs.pictures
         try:
             out = self.net.generate(**inputs, logits_processor=[sampler], synced_gpus=self.sharded, generation_config=GenerationConfig(
                 do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=self.eos, pad_token_id=self.eos))
         finally:
-            self._watch = self._hidden = None
+            self._watch = self._seen = self._hidden = None
         self.train(was_training)
         new = out[:, -len(sampler.logps):]  # some families return the prompt too, some do not
         logps = torch.cat(sampler.logps, 1).tolist()
@@ -390,7 +437,7 @@ class Sampler(LogitsProcessor):
 
 
 def nbytes(tensors):
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(t.numel() * t.element_size() for t in tree_leaves(dict(tensors)))
 
 
 def brief(error):
@@ -428,10 +475,11 @@ def end_of_turn(processor, config):
 
 
 def load_model(path, texts=(), dtype=torch.float32, device="cpu", trust_remote_code=False, image_size=80):
-    """A hub id, a local folder, or 'scratch' (the tiny architecture with random weights) -> (net, processor).
+    """A hub id, a local folder, or 'scratch' (the tiny LLaVA with random weights) -> (net, processor).
     SystemExit with one sentence if it does not exist, is no image-text model, its processor knows no image token, or code of its own lacks a piece."""
     if path == "scratch":
-        net, processor = scratch(texts, image_size=image_size)
+        from extras.scratch import llava
+        net, processor = llava(texts, image_size=image_size)
         return net.to(device), processor
     if not os.path.isdir(path):  # the shipped model is found from any working directory
         beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
@@ -476,7 +524,8 @@ def load_base(cfg, texts=()):
     home = "cpu" if cfg.shard and ranks()[1] > 1 else device                              # what is to be sharded may fit no device
     net, processor = load_model(cfg.model, texts, torch.bfloat16 if half else torch.float32, home, cfg.trust_remote_code, cfg.size)
     if cfg.grad_checkpointing:
-        net.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+        on = getattr(net, "activation_checkpointing_enable", None) or net.gradient_checkpointing_enable      # what older transformers (5.17) call it
+        on(dict(use_reentrant=False))
     if device == "cpu" and cfg.dtype == "bfloat16":
         net.set_attn_implementation("eager")  # the CPU's fused attention is seven times slower backwards in bfloat16 (torch 2.13)
     return net, processor
@@ -485,7 +534,7 @@ def load_base(cfg, texts=()):
 def build(cfg, base=None, q_init=0.0):
     """The VLM that a config asks for: its base with adapters and critics, as they are before training."""
     critics = cfg.n_critics if cfg.actor_loss in ("afsft", "awr") else 0
-    vlm = VLM(*(base or load_base(cfg)), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.q_head, critics, q_init, cfg.cache_mb, name=cfg.model)
+    vlm = VLM(*(base or load_base(cfg)), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.q_head, critics, q_init, cfg.cache_mb, cfg.vision_cache_mb, cfg.model)
     if cfg.trust_remote_code:
         from extras.own_code import rehearse
         rehearse(vlm)
@@ -498,34 +547,3 @@ def latest_checkpoint(run, must=True):
     if must and not found:
         raise SystemExit(f"{run!r} holds no checkpoint: let its training reach one first.")
     return found[0] if found else None
-
-
-def scratch(texts, vocab_size=768, hidden=128, layers=4, vision_hidden=96, vision_layers=3, image_size=80, patch=16):
-    """The tiny VLM with random weights: a LLaVA (CLIP vision tower, two-layer projector, Llama), tokenizer trained on `texts`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    bpe = Tokenizer(models.BPE())  # byte level: every text can be read and written
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-                                                       special_tokens=["<|pad|>", "<|end|>", "<image>"]))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>", extra_special_tokens={"image_token": "<image>"}, padding_side="left")
-    template = ("{% for m in messages %}{% if m['role'] == 'user' %}{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{{ '\n>' }}"
-                "{% else %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{{ '<|end|>' }}{% endif %}{% endfor %}")
-    processor = LlavaProcessor(CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}), tokenizer,
-                               patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=template)
-    vision = CLIPVisionConfig(hidden_size=vision_hidden, intermediate_size=3 * vision_hidden, num_hidden_layers=vision_layers, num_attention_heads=vision_hidden // 32,
-                              image_size=image_size, patch_size=patch, projection_dim=vision_hidden)
-    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
-                       num_key_value_heads=hidden // 32, max_position_embeddings=4096, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=2, vision_feature_layer=-1, vision_feature_select_strategy="default", tie_word_embeddings=True)
-    net = LlavaForConditionalGeneration(config)
-    with torch.no_grad():  # at the library's std of 0.02, meant for large models, this one needs thousands of updates before it tells places and digits apart
-        for name, p in net.named_parameters():
-            if name.endswith("position_embedding.weight"):
-                p.normal_(0, 0.7)
-            elif name.endswith("embed_tokens.weight"):
-                p.normal_(0, 0.1)
-            elif p.dim() == 2 and "embeddings" not in name:
-                p.normal_(0, p.shape[1] ** -0.5)
-    return net, processor

@@ -50,6 +50,7 @@ lora_targets = '.*'     # regex over the full paths of the language model's line
 q_head = 'tied'         # tied: 2 H^2 parameters through the frozen unembedding: words that the model reads alike are valued alike | full: H x V
 n_critics = 1           # of several the targets take the minimum: one more pessimism, against what is rare too
 cache_mb = 512          # memory for encoded prompts
+vision_cache_mb = 0     # memory for what the frozen vision part makes of each different picture: it is then looked at once, in updates and rollouts together; 0: every time
 # environment
 env = 'NumberLine'      # NumberLine | EZPoints | Points24 | Blackjack | FrozenLake | BabyAI-GoToLocal-v0 | miniwob/click-test-v1 | ..., or pre-training's
                         # Captions | Reading; several, played in turn: 'NumberLine,EZPoints', in a file also ['NumberLine', 'EZPoints']
@@ -329,6 +330,8 @@ def main(argv):
             vlm.finish()
             record(played, replay)
             s = summary(of_all_ranks(played))
+            if not len(replay):                                            # its browsers died, the other ranks' did not
+                print(f"Rank {RANK} has no episode of its own yet: it learns from recorded ones.")
             extra = logged("rollout", s)
             timed("rollout", t)
 
@@ -338,7 +341,8 @@ def main(argv):
         n_offline = round(cfg.batch_size * cfg.offline_ratio) if online else cfg.batch_size
         windows = [(offline, w) for w in offline.sample(draw, n_offline, cfg.window, cfg.won_share)[RANK::WORLD]] if n_offline else []   # all ranks draw the same, each takes its share
         if n := cfg.batch_size // WORLD - len(windows):
-            windows += [(replay, w) for w in replay.sample(rng(SAMPLE, step, RANK) if RANK else draw, n, cfg.window, cfg.won_share)]
+            own = replay if len(replay) else offline
+            windows += [(own, w) for w in own.sample(rng(SAMPLE, step, RANK) if RANK else draw, n, cfg.window, cfg.won_share)]
         micro = [batch([(b, [w]) for b, w in windows[i:i + cfg.micro_batch]], vlm, envs.MARKER, cfg.gamma) for i in range(0, len(windows), cfg.micro_batch)]
         tokens = sum(m["mask"].sum() for m in micro)                       # of the whole update: gradients do not depend on the split
         critic_tokens = sum((m["mask"] * ((m["terminated"] > 0) | (m["next"] >= 0))[:, None]).sum() for m in micro)

@@ -11,14 +11,15 @@ sys.path[:0] = [os.path.dirname(HERE), HERE]
 import pytest
 
 PROPERTIES = {"test_logits_are_the_librarys": "logits", "test_greedy_is_the_librarys": "greedy", "test_rollout_agrees_with_training": "rollout",
-              "test_left_padding_changes_nothing": "padding", "test_prompt_is_the_librarys": "prompt", "test_two_pictures_in_one_prompt": "pictures",
+              "test_left_padding_changes_nothing": "padding", "test_prompt_is_the_librarys": "prompt", "test_two_pictures_in_one_prompt": "pictures", "test_cached_features_give_the_same_logits": "cached",
               "test_lora_is_on_the_language_model_only": "LoRA", "test_one_step_moves_adapters_and_heads": "update", "test_save_and_load": "reload",
               "test_peft_opens_our_adapter": "PEFT"}
 LEGEND = """logits    at reply positions = the library's own full forward (< 1e-5)     greedy    generate = the library's greedy generate
 rollout   log-probabilities while playing = those of the training path      padding   a row alone = the row beside longer ones
 prompt    = the library's chat template, or the documented plain prompt     pictures  two in one prompt, beside prompts with one
 LoRA      on the language model's linear layers only                        update    changes adapters and heads, nothing else
-reload    what was saved comes back bit for bit                             PEFT      opens our folder without a word: the same logits"""
+reload    what was saved comes back bit for bit                             PEFT      opens our folder without a word: the same logits
+cached    vision features from memory: the same logits and replies (< 1e-4), nothing is looked at twice"""
 
 
 class Table:

@@ -25,7 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-import model
+from extras.scratch import llava as tiny_llava
 
 for own in LlavaOnevisionProcessor, InternVLProcessor:  # all that they do with text and pictures is theirs
     own.get_attributes = classmethod(lambda cls: ["image_processor", "tokenizer"])
@@ -62,7 +62,7 @@ def scratch(**sizes):
     """The tiny LLaVA of the package, smaller still: (net, processor)."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return model.scratch(TEXTS, **dict(vocab_size=300, hidden=64, layers=2, vision_hidden=32, vision_layers=1, image_size=32, patch=16) | sizes)
+        return tiny_llava(TEXTS, **dict(vocab_size=300, hidden=64, layers=2, vision_hidden=32, vision_layers=1, image_size=32, patch=16) | sizes)
 
 
 def llava():

@@ -12,6 +12,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import buffer as module
 import model
+from extras import scratch
 from buffer import KEYS, VERSION, Buffer, batch, image_name, make_row, reply_text
 
 MARKER = "[action]"
@@ -158,7 +159,7 @@ def test_windows_of_won_episodes(tmp_path):
 @pytest.fixture(scope="module")
 def vlm():
     texts = ["a turn 0 so 1 [action] go", "b turn 1"] * 50
-    return model.VLM(*model.scratch(texts, vocab_size=300, hidden=32, layers=1, vision_hidden=32, vision_layers=1), lora_r=0)
+    return model.VLM(*scratch.llava(texts, vocab_size=300, hidden=32, layers=1, vision_hidden=32, vision_layers=1), lora_r=0)
 
 
 def test_batch(tmp_path, vlm):

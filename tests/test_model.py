@@ -1,5 +1,5 @@
 """What the network promises, for the tiny LLaVA and for small random models of other families alike."""
-import copy, functools, json, os, shutil
+import copy, functools, json, os, shutil, warnings
 
 import pytest
 import torch
@@ -8,8 +8,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-import conformance, families, model
+import conformance, families, model, train
 from agent_rl import compute_loss
+from configurator import configure
+from extras import scratch
 from test_agent_rl import settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemma's processor and NumPy 2
@@ -337,11 +339,85 @@ def test_cache_of_encoded_prompts(make):
     for k in range(3 * fits):
         get(k)
         get("a")
-        assert vlm._cache_bytes == sum(map(model.nbytes, vlm._cache.values())) <= 0.05 * 2 ** 20
+        assert vlm._cache.bytes == sum(map(model.nbytes, vlm._cache.values())) <= 0.05 * 2 ** 20
     assert get("a") is first and len(vlm._cache) == fits and len(drawn) == 1 + 3 * fits
     assert get(None) is not get(None)
     small = make(cache_mb=0)
-    assert small.encode(ask("a page"), [picture(0)], key="a") is not None and not small._cache and small._cache_bytes == 0
+    assert small.encode(ask("a page"), [picture(0)], key="a") is not None and not small._cache and small._cache.bytes == 0
+
+# -------------------------------------------------------------------------------------------------- cached vision features
+
+def looks(vlm):
+    """Counts how many pictures' worth of calls the part of the net that looks gets: a list that grows."""
+    calls, eyes = [], [m for name, m in vlm.net.named_modules() if name.rpartition(".")[2] in ("vision_tower", "vision_model", "visual") and ".vision" not in name.rpartition(".")[0]]
+    eyes[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@every_family
+def test_cached_features_give_the_same_logits(make, family):
+    """Updates and rollouts, with the features of the frozen vision part from memory: what they are without; each prompt's pictures are looked at once, by whatever text they come with."""
+    plain, vlm = make(family), make(family, vision_cache_mb=8)
+    two = () if family in families.ONE_PICTURE else (([picture(0), picture(3)], ask("a page", 2)),)
+    pages = [([picture(i)], ask(text)) for i, text in enumerate(PAGES)] + [*two]
+    prompts = [vlm.encode(messages, images) for images, messages in pages]
+    _, replies, _ = rolled(plain, prompts)
+    calls = looks(vlm)
+    with torch.no_grad():
+        for _ in range(2):
+            inputs, P, ids, _ = vlm.collate(prompts, replies)
+            cached, usual = vlm(inputs, P, ids.shape[1])[0], plain(model.Inputs(inputs), P, ids.shape[1])[0]
+            assert (cached - usual)[..., ~vlm.banned].abs().max() < 1e-4 and len(calls) == len(prompts)
+    again = [vlm.encode(ask("another text"), [picture(0)]), *prompts[1:]]
+    played = [m.generate(again, 5, temperature=0) for m in (plain, vlm)]
+    assert played[0][0] == played[1][0] and all(abs(a - b) < 1e-4 for x, y in zip(played[0][1], played[1][1]) for a, b in zip(x, y))
+    assert len(calls) == len(prompts) + (family in families.ONE_PICTURE)     # BLIP-2's own generate looks for itself; InstructBLIP's eyes have read the text, and it is another one
+    assert len(vlm._features) == len(prompts) + (family == "instructblip") and vlm._features.bytes == sum(map(model.nbytes, vlm._features.values()))
+
+
+def test_cached_features_keep_to_their_memory(make):
+    """The limit in bytes holds, the oldest goes first, and logits do not notice; a learner's gradient is what it is without."""
+    plain, small = make("gemma3"), make("gemma3", vision_cache_mb=1.5 * 4 * 32 * 4 / 2 ** 20)    # room for one: 4 tokens, 32 wide, 4 bytes
+    prompts = [small.encode(ask("a page"), [picture(i)]) for i in range(6)]
+    calls, grads = looks(small), []
+    for vlm in (plain, small):
+        inputs, P, ids, _ = vlm.collate(prompts, [[9, 8]] * 6)
+        vlm(inputs, P, 2)[0][..., ~vlm.banned].sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for m in vlm.lora.values() for p in (m.lora_A, m.lora_B)]))
+    assert (grads[0] - grads[1]).norm() < 1e-5 * grads[0].norm() and len(calls) == 6
+    assert len(small._features) == 1 and small._features.bytes == 4 * 32 * 4 <= small._features.limit
+    small.generate(prompts[-1:], 2), small.generate(prompts[:1], 2)
+    assert len(calls) == 7
+
+
+def test_the_tiny_smolvlm(tmp_path):
+    """A complete folder; a picture of 80 x 80 is 25 tokens, and neither resized nor cut; about as many weights as the tiny LLaVA."""
+    torch.manual_seed(0)
+    for part in scratch.smolvlm(families.TEXTS):
+        part.save_pretrained(tmp_path)
+    vlm = model.VLM(*model.load_model(str(tmp_path)), lora_r=0)
+    image = picture(0).resize((80, 80))
+    enc = vlm.encode(ask("a page"), [image])
+    assert torch.allclose(enc["pixel_values"][0, 0], torch.tensor(list(image.tobytes())).view(80, 80, 3).permute(2, 0, 1) / 127.5 - 1, atol=1e-5) and enc["pixel_attention_mask"].all()
+    assert int((enc["input_ids"] == model.placeholder(vlm.net, vlm.processor)).sum()) == 25 and sum(p.numel() for p in vlm.net.parameters()) < 1.4e6
+    assert vlm.tokenizer.convert_ids_to_tokens(vlm.eos) == "<end_of_utterance>" and len(vlm.tokenizer) == vlm.vocab_size
+    prompts, replies, kept = rolled(vlm, [enc])
+    inputs, P, ids, _ = vlm.collate(prompts, replies)
+    assert (vlm(inputs, P, ids.shape[1])[0][0, :len(replies[0])].log_softmax(-1).gather(1, torch.tensor(replies[0])[:, None])[:, 0] - torch.tensor(kept[0])).abs().max() < 1e-4
+
+
+def test_checkpointing_is_asked_for_by_the_librarys_present_name(folder, monkeypatch):
+    """Its former name warns that it will go; where there is no other (transformers 5.17) it is used."""
+    from transformers import PreTrainedModel
+    cfg, asked = configure(train.__file__, [f"--model={folder('scratch')}", "--grad_checkpointing=True", "--device=cpu"], quiet=True), []
+    on = lambda net: any(getattr(m, "gradient_checkpointing", False) for m in net.modules())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert on(model.load_base(cfg)[0])
+    monkeypatch.delattr(PreTrainedModel, "activation_checkpointing_enable", raising=False)
+    monkeypatch.setattr(PreTrainedModel, "gradient_checkpointing_enable", lambda self, gradient_checkpointing_kwargs=None, every_n_layers=1: asked.append(gradient_checkpointing_kwargs))
+    model.load_base(cfg)
+    assert asked == [dict(use_reentrant=False)]
 
 # ----------------------------------------------------------------------------------------------------------------- LoRA
 

@@ -23,7 +23,7 @@ def test_every_command_in_the_readme_is_accepted():
     assert len(commands) > 5
     for script, words in commands:
         argv = [w for w in words.split() if w != "..."]
-        argv = argv[1:] if script == "bench" and argv[:1] in (["envs"], ["vocabulary"]) else argv
+        argv = argv[1:] if script == "bench" and argv[:1] in (["envs"], ["vocabulary"], ["sizes"]) else argv
         if script == "evaluate":
             argv = argv[1:] if argv and not argv[0].startswith("-") else argv
         if "--help" in argv:

@@ -9,6 +9,7 @@ sys.path.insert(0, ROOT)
 import pytest
 import torch
 import envs, evaluate, model, train
+from extras import scratch
 from extras.reading import corpus
 from buffer import Buffer
 from safetensors.torch import load_file
@@ -35,6 +36,18 @@ def train_and_keep_gradients(args, turns):
         torch.save(grads, next(a for a in args if a.startswith("--out_dir="))[10:] + ".grads")
 
 
+def losing_the_first_rollout(play):
+    """`play`, whose first call loses every episode: what a dead browser does."""
+    calls = []
+    def losing(*args, **kwargs):
+        calls.append(1)
+        with pytest.MonkeyPatch.context() as m:
+            if len(calls) == 1:
+                m.setattr(envs.Env, "reset", lambda self, reset=envs.Env.reset, **how: (reset(self, **how), setattr(self, "lost", "broken on purpose"))[0])
+            return iter(list(play(*args, **kwargs)))
+    return losing
+
+
 if __name__ == "__main__":                                                # a rank; rank 1's episodes end after one turn, and it may be told to die or to fall silent
     calls, loss, (what, when) = [], train.compute_loss, os.environ.get("FAULT", "none 0").split()
     def faulty(*args):
@@ -45,7 +58,10 @@ if __name__ == "__main__":                                                # a ra
     train.compute_loss = faulty
     with open(sys.argv[1]) as f:
         for job in json.load(f):
-            train_and_keep_gradients(job, 1 if train.RANK == 1 else 3)
+            with pytest.MonkeyPatch.context() as m:
+                if train.RANK == 1 and any(word.endswith("/lost") for word in job):
+                    m.setattr(train, "play", losing_the_first_rollout(train.play))
+                train_and_keep_gradients(job, 1 if train.RANK == 1 else 3)
     sys.exit()
 
 
@@ -84,11 +100,11 @@ def log(folder, name):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """All runs. one: a rank; two: two; killed: rank 1 dies in update 24, two ranks go on; moved: killed's checkpoint, one rank to update 24, then two to the end; shard: two, with the layers
-    sharded; deep: with activations computed twice, too; hung: rank 1 falls silent in update 3; wrong: a user's mistake."""
+    sharded; deep: with activations computed twice, too; lost: rank 1 loses its first rollout; hung: rank 1 falls silent in update 3; wrong: a user's mistake."""
     folder = str(tmp_path_factory.mktemp("ranks"))
     at = lambda name: os.path.join(folder, name)
     torch.manual_seed(0)
-    net, processor = model.scratch(list(corpus(200)), vocab_size=320, hidden=32, layers=2, vision_hidden=32, vision_layers=1)
+    net, processor = scratch.llava(list(corpus(200)), vocab_size=320, hidden=32, layers=2, vision_hidden=32, vision_layers=1)
     net.save_pretrained(at("tiny")), processor.save_pretrained(at("tiny"))
     first = dict(killed=start(folder, "kill", [argv(at("killed"), at("tiny"))], fault="kill 24"),
                  hung=start(folder, "hang", [argv(at("hung"), at("tiny"), ckpt_interval=2, timeout=0.5)], fault="hang 3"),
@@ -100,7 +116,8 @@ def runs(tmp_path_factory):
     train_and_keep_gradients(argv(at("moved"), at("tiny"), resume=True, stop_at=24), 3)
     shutil.copytree(at("moved"), at("alone"))
     codes["two"] = start(folder, "two", [argv(at("two"), at("tiny")), argv(at("killed"), at("tiny"), resume=True), argv(at("moved"), at("tiny"), resume=True),
-                                         argv(at("shard"), at("tiny"), shard=True), argv(at("deep"), at("tiny"), shard=True, grad_checkpointing=True, stop_at=3)]).wait(900)
+                                         argv(at("shard"), at("tiny"), shard=True), argv(at("deep"), at("tiny"), shard=True, grad_checkpointing=True, stop_at=3),
+                                         argv(at("lost"), at("tiny"), data_episodes=6, offline_updates=2, online_updates=4, ckpt_interval=6, offline_ratio=0.0)]).wait(900)
     assert codes["two"] == 0, log(folder, "two")
     codes["hung"] = first["hung"].wait(900)                               # its time-out ran meanwhile
     return folder, codes, before
@@ -173,10 +190,20 @@ def test_sharded_layers_learn_the_same(runs):
     assert len(json.load(open(os.path.join(shard, "eval.json")))["results"]) == 5
 
 
+def test_a_rank_that_lost_its_first_episodes_learns_from_recorded_ones(runs):
+    """Its own buffer is empty: once an IndexError. Until an episode of its own is there it draws from the recorded data, and says so; the other rank and the collectives notice nothing."""
+    lost, said = os.path.join(runs[0], "lost"), log(runs[0], "two")
+    shards = [Buffer(os.path.join(lost, name)) for name in ("replay", "replay-1")]
+    assert [sorted({name.partition("-")[0] for name in buf.episodes}) for buf in shards] == [["2", "4"], ["4"]]
+    rows = metrics(lost)
+    assert len(rows) == 6 and all(row["tokens"] > 0 for row in rows) and said.count("dropped, broken on purpose") == 3
+    assert said.count("Rank 1 has no episode of its own yet: it learns from recorded ones.") == 1
+
+
 def test_only_rank_0_prints(runs):
     """Each line once, a mistake of the user's too."""
     said = log(runs[0], "two")
-    assert [len(re.findall(pattern, said, re.M)) for pattern in ("^model  ", "^schedule .*2 ranks", "^  offline_updates = ", "^picture hidden")] == [5, 5, 5, 4] and "Traceback" not in said
+    assert [len(re.findall(pattern, said, re.M)) for pattern in ("^model  ", "^schedule .*2 ranks", "^  offline_updates = ", "^picture hidden")] == [6, 6, 6, 5] and "Traceback" not in said
     assert log(runs[0], "wrong").count("batch_size=5 windows cannot be dealt evenly to 2 ranks: set a multiple of 2.") == 1 and runs[1]["wrong"] != 0
     assert not os.path.exists(os.path.join(runs[0], "wrong"))
 

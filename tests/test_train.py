@@ -12,7 +12,7 @@ sys.path.insert(0, ROOT)
 import envs, evaluate, model, train
 from buffer import Buffer, reply_text
 from configurator import check_config, configure, parse_block
-from extras import reading
+from extras import reading, scratch
 from extras.reading import corpus
 from evaluate import held_out, play, record, scripted_agent, summary, wilson
 
@@ -27,7 +27,7 @@ def tiny(tmp_path_factory):
     """Folder of a very small VLM with random weights."""
     folder = str(tmp_path_factory.mktemp("tiny"))
     torch.manual_seed(0)
-    net, processor = model.scratch(list(corpus(200)), **SMALL)
+    net, processor = scratch.llava(list(corpus(200)), **SMALL)
     net.save_pretrained(folder), processor.save_pretrained(folder)
     return folder
 
@@ -201,12 +201,35 @@ def test_micro_batches_do_not_matter(straight, tiny, tmp_path):
         assert {k: v for k, v in a.items() if k != "phase"} == pytest.approx({k: v for k, v in b.items() if k != "phase"}, rel=1e-3, abs=1e-4)
 
 
+def test_a_run_with_cached_features(straight, tiny, tmp_path):
+    """The same run but for rounding; and stopped and gone on with, when nothing is in memory any more, it is the same bit for bit."""
+    seen, again = run(tmp_path / "seen", tiny, vision_cache_mb=1), run(tmp_path / "again", tiny, vision_cache_mb=1, stop_at=5)
+    run(again, tiny, vision_cache_mb=1, resume=True)
+    assert metrics(seen) == metrics(again) and weights(seen) == weights(again)
+    for a, b in zip(metrics(seen), metrics(straight)):
+        assert {k: v for k, v in a.items() if k != "phase"} == pytest.approx({k: v for k, v in b.items() if k != "phase"}, rel=1e-2, abs=1e-3)
+
+
+def test_a_rank_without_an_episode_of_its_own(tiny, tmp_path, monkeypatch, capsys):
+    """The first rollout lost all of this rank's episodes, not those of the others: once an IndexError. It learns from recorded ones until it has some, and says so."""
+    others = []
+    def losing(*args, **how):
+        others[:] = list(play(*args, **how))
+        return iter([] if how.get("prefix") == "4-" else others)
+    monkeypatch.setattr(train, "play", losing)
+    monkeypatch.setattr(train, "of_all_ranks", lambda played: others)
+    out = run(tmp_path / "run", tiny, offline_ratio=0.0)
+    assert len(metrics(out)) == 8 and all(row["tokens"] > 0 for row in metrics(out))
+    assert {name.partition("-")[0] for name in Buffer(os.path.join(out, "replay")).episodes} == {"6"}
+    assert capsys.readouterr().out.count("Rank 0 has no episode of its own yet: it learns from recorded ones.") == 1
+
+
 def test_a_run_from_scratch(tmp_path, monkeypatch, capsys):
     """The story: `model='scratch'` trains its own tokenizer, and evaluate.py built another one, without texts, so that no such run could
     be evaluated. The model comes from the checkpoint."""
     monkeypatch.setattr(reading, "corpus", lambda n, **kw: corpus(100, **kw))
-    real = model.scratch
-    monkeypatch.setattr(model, "scratch", lambda texts, **kw: real(texts, **SMALL | kw))
+    real = scratch.llava
+    monkeypatch.setattr(scratch, "llava", lambda texts, **kw: real(texts, **SMALL | kw))
     out = run(tmp_path / "run", "scratch", lora_r=0, env="Reading", actor_loss="sft", offline_updates=2, online_updates=0)
     evaluate.main([out, "--episodes=3"])
     assert "sampled" in capsys.readouterr().out
@@ -222,6 +245,7 @@ def test_a_run_is_never_lost_by_accident(straight, tiny, tmp_path):
                         (lambda: run(out, tiny, resume=True, lr=0.5), ("lr=0.5", "0.004")),
                         (lambda: run(out, tiny, resume=True, offline_updates=5), ("offline_updates=5", "4")),
                         (lambda: run(out, tiny, resume=True, overwrite=True), ("overwrite",)),
+                        (lambda: run(out, tiny, overwrite=True, lora_r=0, vision_cache_mb=9), ("vision_cache_mb=9", "lora_r=0")),
                         (lambda: run(out, tiny, overwrite=True, env="NumberLin"), ("env='NumberLin'", "NumberLine")),
                         (lambda: run(out, tiny, overwrite=True, actor_loss="ppo"), ("actor_loss='ppo'", "afsft")),
                         (lambda: run(out, tiny, overwrite=True, data=os.path.join(out, "data")), ("overwrite", "data=")),
