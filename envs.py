@@ -456,34 +456,6 @@ class BabyAI(Gym):
     def picture(self):
         return Image.fromarray(self.gym.render()).crop((0, 0, self.size, self.size)) if self.settings["agent_pov"] else super().picture()
     def fingerprint(self): return f"{self.goal} {self.level.hash(32)}"      # of the grid, the agent's place and direction
-    def questions(self, draw):
-        """[(kind, question, answer), ...] about the picture, for Reading. Places are columns and rows of what is shown, from the upper left."""
-        view = self.settings["agent_pov"]
-        grid, seen = self.level.gen_obs_grid() if view else (self.level.grid, np.ones((self.level.width, self.level.height), bool))
-        (x, y), facing = ((3, 6), 3) if view else (tuple(map(int, self.level.agent_pos)), self.level.agent_dir)
-        dx, dy = ((1, 0), (0, 1), (-1, 0), (0, -1))[facing]
-        what = lambda i, j: "unseen" if not seen[i, j] else f"{cell.color} {cell.type}" if (cell := grid.get(i, j)) and cell.type != "wall" else "wall" if cell else "nothing"
-        things = [(what(i, j), i, j) for j in range(grid.height) for i in range(grid.width) if (i, j) != (x, y) and what(i, j) not in ("unseen", "wall", "nothing")]
-        hidden = {f"{cell.color} {cell.type}" for cell in self.level.grid.grid if cell and cell.type != "wall"} - {thing for thing, _, _ in things}
-        looks, counts = ("east", "south", "west", "north")[facing], Counter(thing.split()[1] for thing, _, _ in things)
-        kind, (i, j) = ("ball", "box", "key", "door")[draw(4)], (draw(grid.width), draw(grid.height))
-        asked = [("picture", SEEN, ", ".join([*(f"{thing} {i} {j}" for thing, i, j in things), f"agent {x} {y} {looks}"])), ("front", "What is in front of the agent?", what(x + dx, y + dy)),
-                 ("agent", "Where is the agent?", f"{x} {y}"), ("facing", "Which way does the agent look?", looks), ("count", f"How many things of the kind {kind} are there?", counts[kind])]
-        asked += [("at", f"What is at {i} {j}?", what(i, j))] * ((i, j) != (x, y))
-        for thing in sorted(hidden):                                # behind the agent, where it sees its own view only
-            asked += [("where", f"Where is the {thing}?", "nowhere"), ("side", f"Is the {thing} left or right of the agent?", "nowhere")]
-        for thing, i, j in things:
-            asked += [("thing", f"What is at {i} {j}?", thing)]
-            for word in thing.split():                              # by one word of two, where that is enough: easier to find, and found first
-                if sum(word in t.split() for t, _, _ in things) == 1:
-                    asked += [("where one", f"Where is the {word} one?", f"{i} {j}")] * 2
-            if [t for t, _, _ in things].count(thing) == 1:
-                ahead, right = (i - x) * dx + (j - y) * dy, (j - y) * dx - (i - x) * dy
-                seen_from = f"{'ahead' if ahead >= 0 else 'behind'} {abs(ahead)} {'right' if right >= 0 else 'left'} {abs(right)}"
-                asked += [("where", f"Where is the {thing}?", f"{i} {j}"), ("relative", f"Seen by the agent, where is the {thing}?", seen_from)] * 2
-                asked += [("side", f"Is the {thing} left or right of the agent?", "right" if right > 0 else "left" if right < 0 else "neither"),
-                          ("ahead", f"Is the {thing} ahead of the agent or behind?", "ahead" if ahead > 0 else "behind" if ahead < 0 else "neither")]
-        return asked
     def expert(self):
         """minigrid's bot, from any state and after moves that were not its own. What others did, or its bugs, can bring it to its wits' end: then a new one
         takes over, five times an episode, or the episode is lost. A plan can go in circles for ever: it needs at most 8 searches a turn, 100 are too many."""
@@ -645,22 +617,6 @@ class MiniWoB(Env):
         return self.shot.resize((self.size, self.size), Image.LANCZOS)
     def text(self): return "" if self.way == "coordinate" else "\n".join(map(element_line, self.elements))
     def fingerprint(self): return f"{self.task} {self.goal} {zlib.crc32(repr([(e['role'], e['text'], e['value'], e['box']) for e in self.elements]).encode())}"
-    def questions(self, draw):
-        """[(kind, question, answer), ...] about the page, for Reading: from its lines, or from the picture alone."""
-        roles, fields = Counter(e["role"] for e in self.elements), ("textbox", "checkbox", "radio")
-        shown = [e for e in self.elements if (0 < len(e["text"]) <= 16 or e["role"] in fields) and 0 <= e["box"][0] < 160 and 0 <= e["box"][1] < 160]
-        place, lines = lambda e: "{} {}".format(*self.places(e)[0]), self.text() or "\n".join(map(element_line, self.elements))
-        asked = [("picture", SEEN, ", ".join(f"{place(e)} {e['role']} {e['text']}".strip() for e in shown[:10]) or "nothing"),
-                 *[("count", f"How many of the kind {role} are there?", roles[role]) for role in ("button", "textbox", "radio") if draw(2)]]
-        for role in ("button", "link", *fields):
-            asked += [("nth", f"Where is {role} {i + 1}?", place(e)) for i, e in enumerate(e for e in shown if e["role"] == role)]
-        for e in shown:
-            asked += [("where", f"Where is {e['text']!r}?", place(e)), ("at", f"What is at {place(e)}?", e["text"])] * bool(e["text"])
-            asked += [("field", f"What is in the {e['role']} at {place(e)}?", element_line(e).partition(e["role"])[2].strip())] * (e["role"] in fields)
-        for e in self.elements:
-            if e["ref"] > 0 and e["text"]:
-                asked += [("says", f"{lines}\nWhat does {e['ref']} say?", e["text"]), ("number", f"{lines}\nWhich number has {e['text']!r}?", e["ref"])]
-        return asked
     def sample(self, rng):                                          # of the numbers and words that are there
         kind = self.kinds[rng.integers(len(self.kinds))]
         refs, words = [e["ref"] for e in self.elements if e["ref"] > 0] or [0], re.findall(r"\w+", self.goal)

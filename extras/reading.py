@@ -3,11 +3,12 @@ What a vision-language model can do before it has met any action syntax: the pre
 One question a turn about a random state of a random game or of a world, a sum, or a text to repeat; the reply is the answer, no marker.
 """
 import string
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 
-from envs import ENVS, MARKER, RANKS, READINGS, SEEN, Env, Text, best, deal, hand, held_out, make
+from envs import ENVS, MARKER, RANKS, READINGS, SEEN, BabyAI, Env, MiniWoB, Text, best, deal, element_line, hand, held_out, make
 
 ASKED = f"{SEEN} What is the target number? current Which larger, difference? are cards? first second third fourth card? values sum product of dealer " \
         "show? your cards? Is there a soft ace? How many do you have? last item? value Repeat: yes no empty blank A J Q K End reply with an action, for example:"
@@ -20,6 +21,8 @@ class Reading(Env):
     def __init__(self, world="", **kw):             # Reading:BabyAI-GoToLocal-v0 asks about that world, not about the games
         super().__init__(**kw)
         self.world, self.atoms = make(world, size=self.size) if world else None, ATOMS
+        if self.world and not isinstance(self.world, (BabyAI, MiniWoB)):
+            raise ValueError(f"env={f'{self.name}:{world}'!r}: there are questions about BabyAI's levels and MiniWoB++'s pages, and, without a world behind the name, about the card games.")
         if self.world:
             self.name, self.workers = f"{self.name}:{world}", self.world.workers
             self.atoms = [sorted({word for kind in self.world.kinds for word in kind.doc().replace(",", "").split()}), *ATOMS[1:]]
@@ -51,7 +54,7 @@ class Reading(Env):
             world.over = held_out(world.fingerprint(), world.one_in)
             for _ in range(0 if world.over else world.rng.integers(4)):
                 world.over = world.over or any(world.act(world.parse_env(world.sample(world.rng)))[1:])     # it ended: back to a start
-        state, asked = world, world.questions(lambda *args: world.rng.integers(*args).tolist())
+        state, asked = world, (pages if isinstance(world, MiniWoB) else rooms)(world, lambda *args: world.rng.integers(*args).tolist())
         if world.workers:
             state = SimpleNamespace(goal=world.goal, **{name: (lambda value: lambda: value)(getattr(world, name)()) for name in ("text", "prompt", "picture", "fingerprint")})
             self.pages[world.name, number] = state, asked
@@ -109,6 +112,53 @@ class Finding(Reading):
 class Facing(Reading):
     """Where a named thing is, seen by the agent, and texts to repeat only: the stage after Finding."""
     name, only = "Facing", ("side", "ahead")
+
+def rooms(world, draw):
+    """[(kind, question, answer), ...] about a BabyAI level's picture. Places are columns and rows of what is shown, from the upper left."""
+    view = world.settings["agent_pov"]
+    grid, seen = world.level.gen_obs_grid() if view else (world.level.grid, np.ones((world.level.width, world.level.height), bool))
+    (x, y), facing = ((3, 6), 3) if view else (tuple(map(int, world.level.agent_pos)), world.level.agent_dir)
+    dx, dy = ((1, 0), (0, 1), (-1, 0), (0, -1))[facing]
+    what = lambda i, j: "unseen" if not seen[i, j] else f"{cell.color} {cell.type}" if (cell := grid.get(i, j)) and cell.type != "wall" else "wall" if cell else "nothing"
+    things = [(what(i, j), i, j) for j in range(grid.height) for i in range(grid.width) if (i, j) != (x, y) and what(i, j) not in ("unseen", "wall", "nothing")]
+    hidden = {f"{cell.color} {cell.type}" for cell in world.level.grid.grid if cell and cell.type != "wall"} - {thing for thing, _, _ in things}
+    looks, counts = ("east", "south", "west", "north")[facing], Counter(thing.split()[1] for thing, _, _ in things)
+    kind, (i, j) = ("ball", "box", "key", "door")[draw(4)], (draw(grid.width), draw(grid.height))
+    asked = [("picture", SEEN, ", ".join([*(f"{thing} {i} {j}" for thing, i, j in things), f"agent {x} {y} {looks}"])), ("front", "What is in front of the agent?", what(x + dx, y + dy)),
+             ("agent", "Where is the agent?", f"{x} {y}"), ("facing", "Which way does the agent look?", looks), ("count", f"How many things of the kind {kind} are there?", counts[kind])]
+    asked += [("at", f"What is at {i} {j}?", what(i, j))] * ((i, j) != (x, y))
+    for thing in sorted(hidden):                                # behind the agent, where it sees its own view only
+        asked += [("where", f"Where is the {thing}?", "nowhere"), ("side", f"Is the {thing} left or right of the agent?", "nowhere")]
+    for thing, i, j in things:
+        asked += [("thing", f"What is at {i} {j}?", thing)]
+        for word in thing.split():                              # by one word of two, where that is enough: easier to find, and found first
+            if sum(word in t.split() for t, _, _ in things) == 1:
+                asked += [("where one", f"Where is the {word} one?", f"{i} {j}")] * 2
+        if [t for t, _, _ in things].count(thing) == 1:
+            ahead, right = (i - x) * dx + (j - y) * dy, (j - y) * dx - (i - x) * dy
+            seen_from = f"{'ahead' if ahead >= 0 else 'behind'} {abs(ahead)} {'right' if right >= 0 else 'left'} {abs(right)}"
+            asked += [("where", f"Where is the {thing}?", f"{i} {j}"), ("relative", f"Seen by the agent, where is the {thing}?", seen_from)] * 2
+            asked += [("side", f"Is the {thing} left or right of the agent?", "right" if right > 0 else "left" if right < 0 else "neither"),
+                      ("ahead", f"Is the {thing} ahead of the agent or behind?", "ahead" if ahead > 0 else "behind" if ahead < 0 else "neither")]
+    return asked
+
+
+def pages(world, draw):
+    """[(kind, question, answer), ...] about a MiniWoB++ page: from its lines, or from the picture alone."""
+    roles, fields = Counter(e["role"] for e in world.elements), ("textbox", "checkbox", "radio")
+    shown = [e for e in world.elements if (0 < len(e["text"]) <= 16 or e["role"] in fields) and 0 <= e["box"][0] < 160 and 0 <= e["box"][1] < 160]
+    place, lines = lambda e: "{} {}".format(*world.places(e)[0]), world.text() or "\n".join(map(element_line, world.elements))
+    asked = [("picture", SEEN, ", ".join(f"{place(e)} {e['role']} {e['text']}".strip() for e in shown[:10]) or "nothing"),
+             *[("count", f"How many of the kind {role} are there?", roles[role]) for role in ("button", "textbox", "radio") if draw(2)]]
+    for role in ("button", "link", *fields):
+        asked += [("nth", f"Where is {role} {i + 1}?", place(e)) for i, e in enumerate(e for e in shown if e["role"] == role)]
+    for e in shown:
+        asked += [("where", f"Where is {e['text']!r}?", place(e)), ("at", f"What is at {place(e)}?", e["text"])] * bool(e["text"])
+        asked += [("field", f"What is in the {e['role']} at {place(e)}?", element_line(e).partition(e["role"])[2].strip())] * (e["role"] in fields)
+    for e in world.elements:
+        if e["ref"] > 0 and e["text"]:
+            asked += [("says", f"{lines}\nWhat does {e['ref']} say?", e["text"]), ("number", f"{lines}\nWhich number has {e['text']!r}?", e["ref"])]
+    return asked
 
 
 def corpus(n, seed=0, env="Reading"):
