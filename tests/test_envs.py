@@ -897,3 +897,8 @@ def test_the_expert_avoids_what_covers_its_target(page):
     env.elements = [dict(ref=4, role="button", text="ONE", value=None, box=[0, 60, 40, 20]), dict(ref=5, role="button", text="TWO", value=None, box=[10, 65, 60, 40])]
     x, y = map(int, env.click(env.elements[0]).split()[1:])
     assert 0 <= x <= 40 and 60 <= y <= 80 and not (x >= 10 and y >= 65)
+
+
+def test_a_world_without_questions_is_one_sentence():
+    with pytest.raises(ValueError, match="'Reading:NumberLine': there are questions about BabyAI's levels"):
+        make("Reading:NumberLine")
