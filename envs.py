@@ -428,7 +428,7 @@ class FrozenLake(Gym):
 
 class BabyAI(Gym):
     """Any BabyAI level (package minigrid): "BabyAI-GoToLocal-v0" shows the whole map, "BabyAI-GoToLocal-v0:view" what the agent sees,
-    7 x 7 cells in front of it, each as large as in the map of a room of 8 x 8, and says its last three actions. Reward 1 - 0.9 * step / limit at the goal; an episode ends at the level's own limit, or at max_turns if that is less."""
+    7 x 7 cells in front of it, each as large as in the map of a room of 8 x 8, and says what it did last. Reward 1 - 0.9 * step / limit at the goal; an episode ends at the level's own limit, or at max_turns if that is less."""
     kinds, example = (Words("turn left", "turn right", "go forward", "pick up", "drop", "toggle"),), "go forward"
     def __init__(self, name, **kw):
         self.name, (self.id, _, way) = name, name.partition(":")
@@ -448,9 +448,10 @@ class BabyAI(Gym):
     def act(self, action):
         if self.bot:
             self.expert()                                           # the bot plans by what it has seen: it has to see every state
-        self.last, self.hint = self.words().index(action[0]), None
-        self.done.append(action[0])
-        return super().act(action)
+        self.last, self.hint, before = self.words().index(action[0]), None, self.level.hash(32)
+        out = super().act(action)
+        self.done.append(action[0] + " in vain" * (self.level.hash(32) == before))
+        return out
     def text(self):             # who sees but a part has to remember where it has looked: three turns to one side show all four
         return "Last actions: " + ", ".join(self.done[-3:]) if self.settings["agent_pov"] and self.done else ""
     def picture(self):

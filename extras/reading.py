@@ -110,8 +110,8 @@ class Finding(Reading):
     name, only = "Finding", ("where", "where one", "nth", "number")
 
 class Facing(Reading):
-    """Where a named thing is, seen by the agent, and texts to repeat only: the stage after Finding."""
-    name, only = "Facing", ("side", "ahead")
+    """Where a named thing is, seen by the agent, whether the way is free, what it did last, and texts to repeat only: the stage after Finding."""
+    name, only = "Facing", ("side", "ahead", "free", "in vain", "turned")
 
 def rooms(world, draw):
     """[(kind, question, answer), ...] about a BabyAI level's picture. Places are columns and rows of what is shown, from the upper left."""
@@ -126,7 +126,11 @@ def rooms(world, draw):
     kind, (i, j) = ("ball", "box", "key", "door")[draw(4)], (draw(grid.width), draw(grid.height))
     asked = [("picture", SEEN, ", ".join([*(f"{thing} {i} {j}" for thing, i, j in things), f"agent {x} {y} {looks}"])), ("front", "What is in front of the agent?", what(x + dx, y + dy)),
              ("agent", "Where is the agent?", f"{x} {y}"), ("facing", "Which way does the agent look?", looks), ("count", f"How many things of the kind {kind} are there?", counts[kind])]
-    asked += [("at", f"What is at {i} {j}?", what(i, j))] * ((i, j) != (x, y))
+    asked += [("at", f"What is at {i} {j}?", what(i, j))] * ((i, j) != (x, y)) + [("free", "Is the way ahead free?", "yes" if what(x + dx, y + dy) == "nothing" else "no")] * 6
+    if world.text():
+        turns = [done.split()[1] for done in world.done[-3:] if done.startswith("turn")]
+        asked += [("in vain", f"{world.text()}\nDid the last one change anything?", "no" if world.done[-1].endswith("in vain") else "yes"),
+                  ("turned", f"{world.text()}\nWhich way was the last turn?", turns[-1] if turns else "none")] * 5
     for thing in sorted(hidden):                                # behind the agent, where it sees its own view only
         asked += [("where", f"Where is the {thing}?", "nowhere"), ("side", f"Is the {thing} left or right of the agent?", "nowhere")]
     for thing, i, j in things:

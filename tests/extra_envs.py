@@ -71,6 +71,11 @@ def test_babyai_says_its_mission_and_holds_starts_out():
     before, (x, y) = env.fingerprint(), env.level.agent_pos
     env.step(f"{MARKER} turn left")
     assert env.fingerprint() != before and make("BabyAI-GoToLocal-v0:view", size=56).reset(seed=0)[0]["image"].size == (56, 56)
+    view = make("BabyAI-GoToLocal-v0:view", size=56)
+    assert "Last" not in view.reset(seed=0)[0]["text"] and "Last" not in env.prompt()
+    for action in ("go forward", "turn left", "drop", "nonsense", "turn right"):
+        obs = view.step(f"{MARKER} {action}")[0]
+    assert "\nLast actions: turn left, drop in vain, turn right\n" in obs["text"]        # a malformed reply did nothing, and is nothing to remember
     env = make("BabyAI-GoToLocal-v0", max_turns=9)
     env.reset(seed=0)
     assert env.max_turns == 9
