@@ -4,10 +4,11 @@ FrozenLake, gymnasium's own with its own pictures, on random 4 x 4 maps: the REA
     pip install -r requirements-envs.txt
     python train.py config/frozenlake.py
 
-Not run yet: settings to start from. The shipped tiny-vlm has never seen these tiles; at size 80 a tile is 20 pixels.
 """
 out_dir = 'out/frozenlake'
+model = 'tiny-vlm-grids' # has seen rooms of cells, not these tiles
 env = 'FrozenLake'
+size = 128             # a tile has 32 pixels: 2 x 2 patches
 data_mix = {'expert': 0.4, 'random': 0.4, 'malformed': 0.2}
 data_episodes = 3000
 cache_mb = 2000

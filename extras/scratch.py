@@ -2,8 +2,8 @@
 Tiny vision-language models with random weights, to be pre-trained here (config/pretrain_tiny.py): 1.3 M parameters, 25 image tokens for a picture of 80 x 80.
 
     python extras/scratch.py smolvlm out/smolvlm        # llava (what model='scratch' is) | smolvlm: a complete folder, like one from the hub
-    python train.py config/pretrain_tiny.py --env=Captions --model=out/smolvlm --out_dir=out/smolvlm_captions --offline_updates=600 --data_episodes=40000
-    python train.py config/pretrain_tiny.py --model=out/smolvlm_captions/model --out_dir=out/smolvlm_tiny
+    python train.py config/pretrain_tiny.py --env=Captions --model=out/smolvlm --out_dir=out/smolvlm_captions --offline_updates=600 --data_episodes=30000
+    python train.py config/pretrain_tiny.py --model=out/smolvlm_captions/model --out_dir=out/smolvlm_tiny --offline_updates=2000 --data_episodes=40000
     python train.py config/numberline.py --model=out/smolvlm_tiny/model
 """
 import inspect, os, sys
