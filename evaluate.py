@@ -105,6 +105,13 @@ def scripted_agent(mix, rng):
     return act
 
 
+def exploring(act, share, rng):
+    """A player for `play`: `act`, but for a share of the turns, which are played at random: whoever learns off-policy may look beside its way."""
+    def mixed(envs_, rows, images):
+        return [dict(reply=envs.player("random", env, rng), source="random") if rng.random() < share else r for env, r in zip(envs_, act(envs_, rows, images))]
+    return mixed
+
+
 def play(make_env, act, seeds, num_envs=32, split="test", prefix="", bar=None, share=(0, 1)):
     """Play one episode for each seed, num_envs at a time (of several tasks, each in turn); yields dicts (env, rows, images, success, success_return,
     episode_return, turns, valid, tag) as episodes end. act(envs, rows, images) -> list of dict(reply, source, [reply_ids, logprobs], [lost: why there is none]).

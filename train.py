@@ -19,7 +19,7 @@ import envs
 from agent_rl import compute_loss, shaped, summarise
 from buffer import Buffer, batch
 from configurator import check_config, configure
-from evaluate import environment, evaluate, full_evaluation, model_agent, of_all_ranks, offline_results, play, record, recorded, scripted_agent, summary, table
+from evaluate import environment, evaluate, exploring, full_evaluation, model_agent, of_all_ranks, offline_results, play, record, recorded, scripted_agent, summary, table
 from model import build, gather, latest_checkpoint, load_base
 
 # --- config ---
@@ -103,6 +103,7 @@ rollout_episodes = 64   # whole episodes in a rollout
 updates_per_rollout = 20
 offline_ratio = 0.25    # share of an online batch that comes from the recorded data
 rollout_temperature = 1.0
+explore = 0.0           # share of a rollout's turns that are played at random: what the policy never says, the filter cannot let pass
 max_new_tokens = 20     # of a reply
 # evaluation
 eval_episodes = 300     # of each row of the final table
@@ -326,6 +327,7 @@ def main(argv):
             t = time.time()
             seeds = rng(ROLLOUT, step).integers(2 ** 31, size=cfg.rollout_episodes).tolist()
             act = model_agent(vlm, cfg.max_new_tokens, cfg.rollout_temperature, torch.Generator(vlm.device).manual_seed(seeds[RANK]))
+            act = exploring(act, cfg.explore, np.random.default_rng(seeds[RANK])) if cfg.explore else act
             played = list(play(make_env, act, seeds, cfg.num_envs // WORLD, split="train", prefix=f"{step}-", share=(RANK, WORLD)))
             vlm.finish()
             record(played, replay)

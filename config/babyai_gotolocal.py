@@ -21,6 +21,7 @@ gamma = 0.9
 won_share = 0.5
 q_init = -1.5          # the data's lowest return, many slips in a row, would bury what is rare
 pess_coef = 0.3
+explore = 0.1          # else who stands before an obstacle, sure of "go forward", never sees what a turn would bring
 filter_warmup = 150
 beta = 0.0             # a turn that leads nowhere costs a tenth of what is to come: less than the default's 0.05
 lr = 2e-3

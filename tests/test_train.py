@@ -14,7 +14,7 @@ from buffer import Buffer, reply_text
 from configurator import check_config, configure, parse_block
 from extras import reading, scratch
 from extras.reading import corpus
-from evaluate import held_out, play, record, scripted_agent, summary, wilson
+from evaluate import exploring, held_out, play, record, scripted_agent, summary, wilson
 
 CORE = "configurator envs model buffer agent_rl evaluate train".split()     # who may import whom: only what stands before it
 SMALL = dict(vocab_size=320, hidden=32, layers=1, vision_hidden=32, vision_layers=1)
@@ -178,7 +178,7 @@ def test_all_weights_resume(tiny, tmp_path):
 # ------------------------------------------------------------------------------------------------------- every variant
 
 @pytest.mark.parametrize("changes", [dict(actor_loss="sft"), dict(actor_loss="awr"), dict(actor_loss="fbc"), dict(mdp="turn"), dict(q_head="tied"), dict(n_critics=1), dict(v_support=0.1, critic_detach=True),
-                                     dict(invalid="random", dtype="bfloat16"), dict(actor_loss="awr", q_head="tied", mdp="turn", lora_r=0), dict(offline_updates=0, online_updates=3), dict(env="Reading", offline_updates=3, online_updates=0),
+                                     dict(invalid="random", dtype="bfloat16"), dict(actor_loss="awr", q_head="tied", mdp="turn", lora_r=0), dict(offline_updates=0, online_updates=3, explore=0.5), dict(env="Reading", offline_updates=3, online_updates=0),
                                      dict(env="EZPoints"), dict(offline_ratio=0.0), dict(offline_ratio=1.0)], ids=lambda c: " ".join(f"{k}={v}" for k, v in c.items()))
 def test_variants_run(tiny, tmp_path, changes):
     """Each key that switches the method or the task: three updates, finite numbers, a checkpoint that loads."""
@@ -492,3 +492,14 @@ def test_configs_parse(file):
     except SystemExit as e:                                               # an environment whose package is optional says so
         assert re.search("requirements-envs.txt|apt-get install", str(e)) and cfg.env.startswith(("BabyAI-", "miniwob/", "FrozenLake", "Reading"))
     assert re.search(rf"python train.py .*{os.path.basename(file)}", open(file).read()), "its docstring says how to run it"
+
+
+def test_who_explores_plays_a_share_of_the_turns_at_random():
+    """A player sure of one action never sees what another would bring; off-policy learning may look."""
+    always = lambda envs_, rows, images: [dict(reply="[action] +", reply_ids=[1], logprobs=[0.0], source="model") for _ in envs_]
+    for share, low, high in ((0.0, 0, 0), (0.3, 0.2, 0.4), (1.0, 1, 1)):
+        act = exploring(always, share, np.random.default_rng(0))
+        rows = [row for e in play(lambda: envs.make("NumberLine"), act, list(range(60)), 8) for row in e["rows"] if row["source"] != "end"]
+        assert low <= np.mean([row["source"] == "random" for row in rows]) <= high
+        assert all((row["reply_ids"] == [1]) == (row["source"] == "model") and row["valid"] for row in rows)
+        assert share == 0 or {row["action"] for row in rows} == {"+", "-"}
