@@ -490,7 +490,7 @@ def test_configs_parse(file):
     try:
         evaluate.environment(cfg)()
     except SystemExit as e:                                               # an environment whose package is optional says so
-        assert re.search("requirements-envs.txt|apt-get install", str(e)) and cfg.env.startswith(("BabyAI-", "miniwob/", "FrozenLake", "Reading"))
+        assert re.search("requirements-envs.txt|apt-get install", str(e)) and cfg.env.startswith(("BabyAI-", "miniwob/", "FrozenLake", *envs.READINGS))
     assert re.search(rf"python train.py .*{os.path.basename(file)}", open(file).read()), "its docstring says how to run it"
 
 
