@@ -4,6 +4,7 @@ FrozenLake, gymnasium's own with its own pictures, on random 4 x 4 maps: the REA
     pip install -r requirements-envs.txt
     python train.py config/frozenlake.py
 
+Not run yet: settings to start from.
 """
 out_dir = 'out/frozenlake'
 model = 'tiny-vlm-grids' # has seen rooms of cells, not these tiles
