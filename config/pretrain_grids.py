@@ -15,7 +15,7 @@ and the whole map at 128 pixels, where a cell is a patch; all weights, no action
     python train.py config/pretrain_grids.py && cp -r out/pretrain_grids/model tiny-vlm-grids
 
 What there is, is learned from captions; where a named thing is, only when asked alone (0 % after 3,000 updates of all questions, 78 % after 700 of that one); then questions as they come up on the way: is it left or right, is the way free, what came last.
-Some 110 minutes on one core, bfloat16. Whether each stage is needed was not tried.
+Some 110 minutes on one core, bfloat16. Whether each stage is needed was not tried. The first six ran before there were questions about the free way and the last actions: run today, their Reading and Facing ask those, too.
 """
 out_dir = 'out/pretrain_grids'
 seed = 6
