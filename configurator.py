@@ -197,7 +197,7 @@ def configure(script, argv, files=True, quiet=False):
 CHOICES = dict(device=("auto", "cpu", "cuda"), dtype=("auto", "float32", "bfloat16"), weights=("auto", "float32", "bfloat16"), q_head=("full", "tied"), invalid=("penalty", "random"),
                actor_loss=("sft", "afsft", "awr", "fbc"), mdp=("token", "turn"), trace=("tree", "plain"))
 AT_LEAST_1 = "log_interval ckpt_interval n_critics data_episodes batch_size window micro_batch num_envs rollout_episodes updates_per_rollout max_new_tokens eval_episodes eval_quick cache_mb".split()
-AT_LEAST_0 = "seed eval_interval stop_at lora_r vision_cache_mb offline_updates online_updates warmup_updates filter_warmup bc_coef af_coef critic_coef cql_coef pess_coef weight_decay rollout_temperature".split()
+AT_LEAST_0 = "seed eval_interval stop_at lora_r vision_cache_mb offline_updates online_updates warmup_updates filter_warmup bc_coef af_coef critic_coef cql_coef pess_coef weight_decay q_weight rollout_temperature".split()
 POSITIVE = "lora_alpha awr_temperature reward_scale lr critic_lr grad_clip timeout".split()
 SHARES = "explore lora_dropout v_support fbc_quantile gamma gamma_token lam target_tau min_lr offline_ratio".split()
 
@@ -218,6 +218,7 @@ def check_config(cfg):
     need(cfg.penalty <= 0, f"penalty={cfg.penalty} is above 0: it is the reward of a reply that does not parse, so it must be 0 or below.")
     need(cfg.offline_updates + cfg.online_updates > 0, "offline_updates and online_updates are both 0: there is nothing to do.")
     need(cfg.bc_coef + cfg.af_coef > 0, "bc_coef and af_coef are both 0: the policy would not learn, set one of them above 0.")
+    need(not cfg.q_weight or cfg.actor_loss in ("afsft", "awr"), f"q_weight={cfg.q_weight} needs a critic, and actor_loss={cfg.actor_loss!r} trains none: set q_weight=0.")
     need(not (cfg.resume and cfg.overwrite), "resume and overwrite are both True: one goes on with the run, the other deletes it; choose one.")
     need(cfg.model != "scratch" or cfg.lora_r == 0, f"model='scratch' has random weights, adapters on them (lora_r={cfg.lora_r}) learn nothing: set lora_r=0.")
     need(cfg.weights != "bfloat16" or cfg.lora_r > 0, "weights='bfloat16' are too coarse to be trained themselves (lora_r=0): set lora_r above 0, or weights='float32'.")

@@ -31,7 +31,7 @@ env = ''             # what `agent` plays where no run says so: the environment,
 size: int = None
 save = ''            # folder to record into: an agent's episodes, then on training starts, or the model's sampled ones; '' records nothing
 temperature = 1.0    # of the sampled row, of the server's model
-q_weight = 0.0       # adds q_weight * A to the logits: the critic corrects the policy at play; 0 is the plain policy
+q_weight: float = None # sample from pi * exp(q_weight * A), the critic corrects the policy at play; 0: the policy alone; None: as the run was trained
 seed = 0             # of the sampling; the held-out starts do not depend on it
 report = False       # write report.html: the table, the curves, and episodes with what the critic thinks of every token
 report_episodes = 100 # at most that many on the page
@@ -338,6 +338,7 @@ def main(argv):
         results = play_agent(cfg, make_env, n, buffer, aside.name)
     else:
         vlm, folder = trained(run, run_cfg)
+        cfg.q_weight = run_cfg.q_weight if cfg.q_weight is None else cfg.q_weight
         if cfg.q_weight and not len(vlm.heads):
             raise ConfigError(f"--q_weight={cfg.q_weight} needs a critic, and actor_loss={run_cfg.actor_loss!r} trains none: leave it at 0.")
         results = offline_results(run) | full_evaluation(vlm, make_env, n, run_cfg.max_new_tokens, cfg.temperature, cfg.seed, cfg.q_weight, buffer)

@@ -103,6 +103,7 @@ rollout_episodes = 64   # whole episodes in a rollout
 updates_per_rollout = 20
 offline_ratio = 0.25    # share of an online batch that comes from the recorded data
 rollout_temperature = 1.0
+q_weight = 0.0          # rollouts and evaluations sample from pi * exp(q_weight * A): the critic knows better before the filter has taught the policy; 0: the policy alone
 explore = 0.0           # share of a rollout's turns that are played at random: what the policy never says, the filter cannot let pass
 max_new_tokens = 20     # of a reply
 # evaluation
@@ -326,7 +327,7 @@ def main(argv):
         if online and (step - cfg.offline_updates) % cfg.updates_per_rollout == 0:
             t = time.time()
             seeds = rng(ROLLOUT, step).integers(2 ** 31, size=cfg.rollout_episodes).tolist()
-            act = model_agent(vlm, cfg.max_new_tokens, cfg.rollout_temperature, torch.Generator(vlm.device).manual_seed(seeds[RANK]))
+            act = model_agent(vlm, cfg.max_new_tokens, cfg.rollout_temperature, torch.Generator(vlm.device).manual_seed(seeds[RANK]), cfg.q_weight)
             act = exploring(act, cfg.explore, np.random.default_rng(seeds[RANK])) if cfg.explore else act
             played = list(play(make_env, act, seeds, cfg.num_envs // WORLD, split="train", prefix=f"{step}-", share=(RANK, WORLD)))
             vlm.finish()
@@ -376,12 +377,12 @@ def main(argv):
         last = done == total or done == cfg.stop_at
         if cfg.eval_interval and done % cfg.eval_interval == 0 and not done == total:
             t = time.time()
-            s = evaluate(vlm, make_env, cfg.eval_quick, cfg.max_new_tokens, seed=cfg.seed)
+            s = evaluate(vlm, make_env, cfg.eval_quick, cfg.max_new_tokens, seed=cfg.seed, q_weight=cfg.q_weight)
             extra |= logged("eval", s)
             timed("eval", t)
         if done == cfg.offline_updates and done < total:                   # what the recorded data alone gave
             t = time.time()
-            results = full_evaluation(vlm, make_env, cfg.eval_episodes, cfg.max_new_tokens, seed=cfg.seed, only=("greedy", "sampled"), prefix="offline, ")
+            results = full_evaluation(vlm, make_env, cfg.eval_episodes, cfg.max_new_tokens, seed=cfg.seed, q_weight=cfg.q_weight, only=("greedy", "sampled"), prefix="offline, ")
             if RANK == 0:
                 with open(path("eval_offline.json"), "w") as f:
                     json.dump(results, f, indent=1)
@@ -410,12 +411,12 @@ def main(argv):
 
     # -- how well it went
     t = time.time()
-    results = offline_results(cfg.out_dir) | full_evaluation(vlm, make_env, cfg.eval_episodes, cfg.max_new_tokens, seed=cfg.seed)
+    results = offline_results(cfg.out_dir) | full_evaluation(vlm, make_env, cfg.eval_episodes, cfg.max_new_tokens, seed=cfg.seed, q_weight=cfg.q_weight)
     timed("eval", t)
     if RANK > 0:
         return
     with open(path("eval.json"), "w") as f:
-        json.dump(dict(checkpoint=path("ckpt"), argv=argv, seed=cfg.seed, results=results), f, indent=1)
+        json.dump(dict(checkpoint=path("ckpt"), argv=argv, seed=cfg.seed, q_weight=cfg.q_weight, results=results), f, indent=1)
     print(f"\n{cfg.env}, {cfg.actor_loss}, seed {cfg.seed}: {time.time() - vlm_began:.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in clock.items())}); {'held-out starts' if make_env().split else 'starts that training also draws'}, Wilson 95 % intervals")
     print(table({"the recorded data": recorded(stats), **results}))
     if not vlm.lora:

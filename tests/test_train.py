@@ -278,6 +278,7 @@ def test_bad_input(tiny, straight, tmp_path):
     one_sentence(lambda: evaluate.main([straight, "--episode=3"]), "episodes")
     sft = run(tmp_path / "sft", tiny, actor_loss="sft", offline_updates=1, online_updates=0)
     one_sentence(lambda: evaluate.main([sft, "--q_weight=1"]), "q_weight", "critic")
+    one_sentence(lambda: run(tmp_path / "c", tiny, actor_loss="sft", q_weight=1.0), "q_weight", "critic")
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
@@ -492,6 +493,22 @@ def test_configs_parse(file):
     except SystemExit as e:                                               # an environment whose package is optional says so
         assert re.search("requirements-envs.txt|apt-get install", str(e)) and cfg.env.startswith(("BabyAI-", "miniwob/", "FrozenLake", *envs.READINGS))
     assert re.search(rf"python train.py .*{os.path.basename(file)}", open(file).read()), "its docstring says how to run it"
+
+
+def test_the_critic_corrects_the_policy_wherever_the_run_plays(tiny, tmp_path, monkeypatch):
+    """q_weight counts in rollouts and evaluations, and in evaluate.py, which can take it away again."""
+    seen, plain = [], evaluate.model_agent
+    def watched(vlm, max_new_tokens, temperature, generator, q_weight=0.0, hide=False):
+        seen.append(q_weight)
+        return plain(vlm, max_new_tokens, temperature, generator, q_weight, hide)
+    for module in (train, evaluate):
+        monkeypatch.setattr(module, "model_agent", watched)
+    out = run(tmp_path / "run", tiny, q_weight=3.0)
+    assert len(seen) > 4 and set(seen) == {3.0} and json.load(open(os.path.join(out, "eval.json")))["q_weight"] == 3.0
+    for said, is_ in (([], 3.0), (["--q_weight=0"], 0.0)):
+        seen.clear()
+        evaluate.main([out, *said])
+        assert set(seen) == {is_} == {json.load(open(os.path.join(out, "eval.json")))["q_weight"]}
 
 
 def test_who_explores_plays_a_share_of_the_turns_at_random():
