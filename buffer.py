@@ -172,11 +172,12 @@ class Buffer:
 
     # ---------------------------------------------------------------------------------------------------------- batches
 
-    def sample(self, rng, n, window, won=None):
+    def sample(self, rng, n, window, won=None, last=0):
         """n windows, each a list of up to `window` consecutive row numbers of one episode. A window may overhang an episode's first or last turn
         and is cut there: so every played turn is drawn equally often, whatever its place. A last observation comes with the turn before it.
-        won: the share of windows from episodes that reached the goal, the others come from those that did not; None, or only one kind there: as they come."""
-        turns = list(self.episodes.values())
+        won: the share of windows from episodes that reached the goal, the others come from those that did not; None, or only one kind there: as they come.
+        last: draw from the last so many episodes only; 0: from all."""
+        turns = list(self.episodes.values())[-last:]
         played = np.array([len(t) - (reply_text(self.rows[t[-1]]) is None) for t in turns])
         reached = np.array([self.rows[t[-1]]["success"] for t in turns])
         kinds = [(np.ones_like(reached), n)] if won is None or reached.all() or not reached.any() else [(reached, round(won * n)), (~reached, n - round(won * n))]
@@ -190,10 +191,13 @@ class Buffer:
                 windows.append(cut + turns[e][played[e]:] if end >= played[e] else cut)
         return windows
 
+    def text(self, i):
+        row = self.rows[i]
+        return "".join(part["text"] or "" for m in row["messages"][:len(row["messages"]) - (reply_text(row) is not None)] for part in m["content"])
+
     def prompt(self, i, vlm):
         row = self.rows[i]
-        text = "".join(part["text"] or "" for m in row["messages"][:len(row["messages"]) - (reply_text(row) is not None)] for part in m["content"])
-        return vlm.encode(row["messages"], [functools.partial(self.image, name) for name in row["images_file_names"]], key=(text, *row["images_file_names"]))
+        return vlm.encode(row["messages"], [functools.partial(self.image, name) for name in row["images_file_names"]], key=(self.text(i), *row["images_file_names"]))
 
 
 def batch(parts, vlm, marker, gamma):

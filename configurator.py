@@ -197,9 +197,9 @@ def configure(script, argv, files=True, quiet=False):
 CHOICES = dict(device=("auto", "cpu", "cuda"), dtype=("auto", "float32", "bfloat16"), weights=("auto", "float32", "bfloat16"), q_head=("full", "tied"), invalid=("penalty", "random"),
                actor_loss=("sft", "afsft", "awr", "fbc"), mdp=("token", "turn"), trace=("tree", "plain"))
 AT_LEAST_1 = "log_interval ckpt_interval n_critics data_episodes batch_size window micro_batch num_envs rollout_episodes updates_per_rollout max_new_tokens eval_episodes eval_quick cache_mb".split()
-AT_LEAST_0 = "seed eval_interval stop_at lora_r vision_cache_mb offline_updates online_updates warmup_updates filter_warmup bc_coef af_coef critic_coef cql_coef pess_coef weight_decay q_weight rollout_temperature".split()
+AT_LEAST_0 = "seed eval_interval stop_at lora_r vision_cache_mb offline_updates online_updates replay_episodes warmup_updates filter_warmup bc_coef af_coef critic_coef cql_coef pess_coef weight_decay q_weight rollout_temperature".split()
 POSITIVE = "lora_alpha awr_temperature reward_scale lr critic_lr grad_clip timeout".split()
-SHARES = "explore lora_dropout v_support fbc_quantile gamma gamma_token lam target_tau min_lr offline_ratio".split()
+SHARES = "expert_episodes explore lora_dropout v_support fbc_quantile gamma gamma_token lam target_tau min_lr offline_ratio".split()
 
 def check_config(cfg):
     """Every rule about the values of train.py's keys, alone and together; a ConfigError with one sentence, before anything is read or written."""

@@ -98,10 +98,12 @@ def model_agent(vlm, max_new_tokens, temperature, generator, q_weight=0.0, hide=
     return act
 
 
-def scripted_agent(mix, rng):
-    """A player for `play`: each turn one of the scripted players, by its share in `mix`."""
+def scripted_agent(mix, rng, alone=0.0):
+    """A player for `play`: each turn one of the scripted players, by its share in `mix`; but a share `alone` of the episodes is the expert's from the first turn to the last."""
     def act(envs_, rows, images):
-        return [dict(zip(("reply", "source"), envs.mixture(mix, env, rng))) for env in envs_]
+        for env in envs_ if alone else ():
+            env.mix = env.mix if env.turns else {"expert": 1.0} if rng.random() < alone else mix
+        return [dict(zip(("reply", "source"), envs.mixture(env.mix if alone else mix, env, rng))) for env in envs_]
     return act
 
 

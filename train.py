@@ -61,6 +61,7 @@ max_turns: int = None   # an episode is cut off after so many turns; None: the e
 # data
 data = ''               # folder of recorded episodes; '': record data_episodes by data_mix into out_dir/data
 data_mix = {'expert': 0.3, 'random': 0.5, 'malformed': 0.2} # who plays a turn: expert, random, malformed, biased, and their shares
+expert_episodes = 0.0   # share of the recorded episodes that the expert plays alone; data_mix plays the others
 data_episodes = 600
 # method
 actor_loss = 'afsft'    # sft: clone all | afsft: clone where A > beta | awr: weigh by exp(A / awr_temperature) | fbc: clone the better episodes
@@ -101,6 +102,7 @@ grad_clip = 1.0
 num_envs = 32           # environments that play at once
 rollout_episodes = 64   # whole episodes in a rollout
 updates_per_rollout = 20
+replay_episodes = 0     # an online batch draws from the last so many of its own episodes; 0: from all, what the policy has since left behind too
 offline_ratio = 0.25    # share of an online batch that comes from the recorded data
 rollout_temperature = 1.0
 q_weight = 0.0          # rollouts and evaluations sample from pi * exp(q_weight * A): the critic knows better before the filter has taught the policy; 0: the policy alone
@@ -253,7 +255,7 @@ def main(argv):
         if RANK == 0 or cfg.dry_run:
             shutil.rmtree(path("data"), ignore_errors=True)
             seeds = rng(DATA, 0).integers(2 ** 31, size=cfg.data_episodes).tolist()
-            record(play(make_env, scripted_agent(cfg.data_mix, rng(DATA, 1)), seeds, split="train", prefix="data-", bar="recording data"), Buffer(path("data"), create=True))
+            record(play(make_env, scripted_agent(cfg.data_mix, rng(DATA, 1), cfg.expert_episodes), seeds, split="train", prefix="data-", bar="recording data"), Buffer(path("data"), create=True))
             open(path("data/complete"), "w").close()
         while not os.path.exists(path("data/complete")):                   # the other ranks; no barrier, which would time out where recording takes hours
             time.sleep(0.2)
@@ -345,7 +347,9 @@ def main(argv):
         windows = [(offline, w) for w in offline.sample(draw, n_offline, cfg.window, cfg.won_share)[RANK::WORLD]] if n_offline else []   # all ranks draw the same, each takes its share
         if n := cfg.batch_size // WORLD - len(windows):
             own = replay if len(replay) else offline
-            windows += [(own, w) for w in own.sample(rng(SAMPLE, step, RANK) if RANK else draw, n, cfg.window, cfg.won_share)]
+            windows += [(own, w) for w in own.sample(rng(SAMPLE, step, RANK) if RANK else draw, n, cfg.window, cfg.won_share, cfg.replay_episodes // WORLD if own is replay else 0)]
+        if len(windows) > cfg.micro_batch:                                 # like beside like: less padding
+            windows.sort(key=lambda part: max(len(part[0].text(i)) for i in part[1]))
         micro = [batch([(b, [w]) for b, w in windows[i:i + cfg.micro_batch]], vlm, envs.MARKER, cfg.gamma) for i in range(0, len(windows), cfg.micro_batch)]
         tokens = sum(m["mask"].sum() for m in micro)                       # of the whole update: gradients do not depend on the split
         critic_tokens = sum((m["mask"] * ((m["terminated"] > 0) | (m["next"] >= 0))[:, None]).sum() for m in micro)

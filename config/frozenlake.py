@@ -17,6 +17,7 @@ offline_updates = 1200
 online_updates = 300
 dtype = 'bfloat16'
 offline_ratio = 0.5
+micro_batch = 16
 gamma = 0.9
 critic_coef = 1.0
 won_share = 0.5

@@ -8,26 +8,30 @@ Not run yet: settings to start from. The shipped tiny-vlm has never seen a page:
 To tell the two ways to act apart, put :element or :coordinate behind each name; the table has a row for each name.
 """
 out_dir = 'out/miniwob'
-env = ['miniwob/click-test-v1', 'miniwob/click-test-2-v1', 'miniwob/click-button-v1', 'miniwob/click-dialog-v1', 'miniwob/click-dialog-2-v1',
-       'miniwob/click-link-v1', 'miniwob/click-tab-v1', 'miniwob/click-option-v1', 'miniwob/focus-text-2-v1', 'miniwob/enter-text-v1']
+model = 'tiny-vlm-pages'
+env = ['miniwob/click-test-v1:element', 'miniwob/click-test-2-v1:element', 'miniwob/click-button-v1:element', 'miniwob/click-dialog-v1:element', 'miniwob/click-dialog-2-v1:element',
+       'miniwob/click-tab-v1:element', 'miniwob/click-link-v1:element', 'miniwob/click-collapsible-v1:element', 'miniwob/focus-text-2-v1:element', 'miniwob/enter-text-v1:element',
+       'miniwob/click-test-v1:coordinate', 'miniwob/click-test-2-v1:coordinate', 'miniwob/click-button-v1:coordinate', 'miniwob/click-dialog-v1:coordinate', 'miniwob/click-dialog-2-v1:coordinate',
+       'miniwob/click-tab-v1:coordinate', 'miniwob/click-link-v1:coordinate', 'miniwob/click-collapsible-v1:coordinate', 'miniwob/focus-text-2-v1:coordinate', 'miniwob/enter-text-v1:coordinate']
 size = 160
-max_turns = 10
-data_mix = {'expert': 0.3, 'random': 0.5, 'malformed': 0.2}
-data_episodes = 3000
-cache_mb = 3000
-offline_updates = 1500
-online_updates = 400
+max_turns = 6
+data_mix = {'expert': 0.1, 'random': 0.72, 'malformed': 0.18}
+data_episodes = 2400
+cache_mb = 4000
+offline_updates = 800
+online_updates = 300
 num_envs = 16          # of which four are alive at once: a browser each
 dtype = 'bfloat16'
 offline_ratio = 0.5
+micro_batch = 8         # sorted by length: less padding, and what one needs stays in the CPU's cache
 gamma = 0.8
-critic_coef = 1.0
 won_share = 0.5
 q_init = -1.5
 pess_coef = 0.3
-filter_warmup = 250
+filter_warmup = 150
+beta = 0.0
 lr = 2e-3
 min_lr = 0.2
 max_new_tokens = 24
-eval_episodes = 200
-eval_quick = 60
+eval_episodes = 600
+eval_quick = 100

@@ -2,7 +2,7 @@
 What a vision-language model can do before it has met any action syntax: the pre-training tasks Reading and Captions (config/pretrain_*.py).
 One question a turn about a random state of a random game or of a world, a sum, or a text to repeat; the reply is the answer, no marker.
 """
-import string
+import re, string
 from collections import Counter
 from types import SimpleNamespace
 
@@ -40,8 +40,8 @@ class Reading(Env):
         first = which > (0.95 if self.world else 0.8) and not self.only     # the first one is the caption; a world's are so long that they would be most of the loss
         kind, question, answer = asked[0 if first else self.rng.integers(len(asked))]
         # as in play, the question is not always all there is: the goal, the state and something beside the point may come before it
-        context = [] if self.only else [self.game.goal, "" if self.world and self.game.text() in question else self.game.text(), self.echo()[2]]
-        self.question = "\n".join([line for line in context if line and self.rng.random() < 0.4] + [question])
+        context = [self.game.goal][:bool(self.world and self.world.workers)] if self.only else [self.game.goal, self.game.text(), self.echo()[2]]
+        self.question = "\n".join([line for line in context if line and line not in question and self.rng.random() < 0.4] + [question])
         self.kind, self.answer = f"{name} {kind}".strip(), str(answer)
     def ask_world(self, rng):
         """A state a few random moves after a start that is not held out, and questions about it. A page, slow to come by, is one of 1,500, each dealt once."""
@@ -107,11 +107,11 @@ class Captions(Reading):
 
 class Finding(Reading):
     """Where a named thing is, and texts to repeat only: the stage before everything where there is something to find. Among other questions it is not learned."""
-    name, only = "Finding", ("where", "where one", "nth", "number")
+    name, only = "Finding", ("where", "where one", "nth", "number", "named")
 
 class Facing(Reading):
     """Where a named thing is, seen by the agent, whether the way is free, what it did last, and texts to repeat only: the stage after Finding."""
-    name, only = "Facing", ("side", "ahead", "free", "in vain", "turned")
+    name, only = "Facing", ("side", "ahead", "free", "beside", "between", "in vain", "turned")
 
 def rooms(world, draw):
     """[(kind, question, answer), ...] about a BabyAI level's picture. Places are columns and rows of what is shown, from the upper left."""
@@ -127,6 +127,7 @@ def rooms(world, draw):
     asked = [("picture", SEEN, ", ".join([*(f"{thing} {i} {j}" for thing, i, j in things), f"agent {x} {y} {looks}"])), ("front", "What is in front of the agent?", what(x + dx, y + dy)),
              ("agent", "Where is the agent?", f"{x} {y}"), ("facing", "Which way does the agent look?", looks), ("count", f"How many things of the kind {kind} are there?", counts[kind])]
     asked += [("at", f"What is at {i} {j}?", what(i, j))] * ((i, j) != (x, y)) + [("free", "Is the way ahead free?", "yes" if what(x + dx, y + dy) == "nothing" else "no")] * 6
+    asked += [("beside", "What is left of the agent?", what(x + dy, y - dx)), ("beside", "What is right of the agent?", what(x - dy, y + dx))] * 3
     if world.text():
         turns = [done.split()[1] for done in world.done[-3:] if done.startswith("turn")]
         asked += [("in vain", f"{world.text()}\nDid the last one change anything?", "no" if world.done[-1].endswith("in vain") else "yes"),
@@ -135,6 +136,11 @@ def rooms(world, draw):
         asked += [("where", f"Where is the {thing}?", "nowhere"), ("side", f"Is the {thing} left or right of the agent?", "nowhere")]
     for thing, i, j in things:
         asked += [("thing", f"What is at {i} {j}?", thing)]
+        if (i == x or j == y) and (apart := abs(i - x) + abs(j - y)) > 1:
+            between = {what(x + k * (i - x) // apart, y + k * (j - y) // apart) for k in range(1, apart)}
+            asked += [("between", f"Is the way to {i} {j} free?", "yes" if between == {"nothing"} else "no")] * 2
+            if [t for t, _, _ in things].count(thing) == 1:
+                asked += [("between", f"Is the way to the {thing} free?", "yes" if between == {"nothing"} else "no")] * 4
         for word in thing.split():                              # by one word of two, where that is enough: easier to find, and found first
             if sum(word in t.split() for t, _, _ in things) == 1:
                 asked += [("where one", f"Where is the {word} one?", f"{i} {j}")] * 2
@@ -146,6 +152,11 @@ def rooms(world, draw):
                       ("ahead", f"Is the {thing} ahead of the agent or behind?", "ahead" if ahead > 0 else "behind" if ahead < 0 else "neither")]
     return asked
 
+
+LOREM = """ac accumsan aliquam amet ante arcu at augue bibendum commodo condimentum congue consectetur cras cursus dapibus diam dictum dolor donec dui egestas eget eleifend elit enim erat eros est et eu euismod
+facilisis fames felis fermentum fusce gravida habitant hendrerit iaculis id imperdiet in integer ipsum lacus laoreet lectus leo libero lorem maecenas magna massa mattis mauris metus mi morbi nec neque nibh nisi nulla nunc odio orci
+ornare pellentesque pharetra porta posuere pretium proin pulvinar purus quam quis risus sagittis sapien scelerisque sed sem sit suscipit tellus tempus tincidunt tortor tristique turpis urna ut varius vel velit vitae vivamus viverra
+Cancel Close Delete Login Next No OK ONE Ok Okay Previous Search Section Send Submit Tab TWO Yes""".split()
 
 def pages(world, draw):
     """[(kind, question, answer), ...] about a MiniWoB++ page: from its lines, or from the picture alone."""
@@ -159,8 +170,16 @@ def pages(world, draw):
     for e in shown:
         asked += [("where", f"Where is {e['text']!r}?", place(e)), ("at", f"What is at {place(e)}?", e["text"])] * bool(e["text"])
         asked += [("field", f"What is in the {e['role']} at {place(e)}?", element_line(e).partition(e["role"])[2].strip())] * (e["role"] in fields)
+    # to find a text among many has to be learned from many: a page that nobody made, of this one's words and others
+    words, invented, ref = [*LOREM, *(word for e in world.elements for word in e["text"].split())], [], draw(1, 15)
+    for _ in range(draw(2, 10)):
+        ref += draw(1, 3)
+        invented.append(dict(ref=ref, role=("button", "button", "link", "span", "div", "p")[draw(6)], value=None, text=" ".join(words[draw(len(words))] for _ in range((1, 1, 1, 2, 3)[draw(5)]))))
+    texts = Counter(e["text"] for e in invented)
+    asked += [("number", "{}\nWhich number has {!r}?".format("\n".join(map(element_line, invented)), e["text"]), e["ref"]) for e in invented if texts[e["text"]] == 1][:3]
+    asked += [("named", f"{world.goal}\nWhat is named?", named) for named in re.findall(r'(?<=")[^"]+(?=")|Tab #\d|ONE|TWO', world.goal)[:1]] * 2
     for e in world.elements:
-        if e["ref"] > 0 and e["text"]:
+        if e["ref"] > 0 and 0 < len(e["text"]) <= 24:
             asked += [("says", f"{lines}\nWhat does {e['ref']} say?", e["text"]), ("number", f"{lines}\nWhich number has {e['text']!r}?", e["ref"])]
     return asked
 

@@ -16,6 +16,7 @@ import model
 from buffer import Buffer
 from envs import MARKER, make, mixture
 from evaluate import held_out, play, record, scripted_agent, summary
+from extras import reading
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TASKS = "click-test click-test-2 click-button click-dialog click-dialog-2 click-link click-tab click-checkboxes click-option click-collapsible enter-text enter-password login-user " \
@@ -104,6 +105,34 @@ def test_babyais_questions_are_about_the_picture(way):
     (x, y) = (3, 6) if way else grey.level.agent_pos
     cell = np.asarray(grey.picture().crop((16 * x, 16 * y, 16 * x + 16, 16 * y + 16)), int)
     assert ((cell[..., 0] > 200) & (cell[..., 1] < 120)).sum() > 30          # the agent, a red triangle
+
+
+@pytest.mark.parametrize("way", ["", ":view"])
+def test_what_stands_beside_the_agent_and_in_the_way(way):
+    """Answers of the pre-training questions, against a walk over the level's own grid: the same room looks the same from above and to the agent."""
+    env, seen = make("BabyAI-GoToLocal-v0" + way, size=64), Counter()
+    for seed in range(60):
+        env.reset(seed=seed)
+        level = env.level
+        name = lambda cell: "nothing" if cell is None else "wall" if cell.type == "wall" else f"{cell.color} {cell.type}"
+        at = lambda place: level.grid.get(*map(int, place))
+        asked = {(kind, question): answer for kind, question, answer in reading.rooms(env, lambda *args: int(env.rng.integers(*args)))}
+        for word, step in (("left", -level.right_vec), ("right", level.right_vec)):
+            assert asked["beside", f"What is {word} of the agent?"] == name(at(level.agent_pos + step))
+        for (kind, question), answer in asked.items():
+            thing = question.removeprefix("Is the way to the ").removesuffix(" free?")
+            if kind == "between" and thing.count(" ") == 1 and thing[0].isalpha():
+                place, *another = [np.array((x, y)) for x in range(8) for y in range(8) if name(at((x, y))) == thing]
+                if another:         # behind its back
+                    continue
+                step, free = np.sign(place - level.agent_pos), True
+                assert 0 in step
+                here = level.agent_pos + step
+                while (here != place).any():
+                    free, here = free and at(here) is None, here + step
+                assert answer == ("yes" if free else "no")
+                seen[answer] += 1
+    assert min(seen["yes"], seen["no"]) > 3
 
 
 def test_the_shipped_base_of_the_rooms_finds_what_is_named():

@@ -140,6 +140,8 @@ def test_windows(tmp_path):
     assert sorted(drawn) == every and len(every) == 14
     assert max(drawn.values()) / min(drawn.values()) < 1.25, drawn
     assert buf.sample(np.random.default_rng(4), 9, 2) == buf.sample(np.random.default_rng(4), 9, 2)
+    for last in (1, 2):
+        assert {buf.rows[w[0]]["episode"] for w in buf.sample(rng, 200, 2, last=last)} == set(list(buf.episodes)[-last:])      # only what was played last
 
 
 def test_windows_of_won_episodes(tmp_path):

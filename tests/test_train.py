@@ -511,6 +511,19 @@ def test_the_critic_corrects_the_policy_wherever_the_run_plays(tiny, tmp_path, m
         assert set(seen) == {is_} == {json.load(open(os.path.join(out, "eval.json")))["q_weight"]}
 
 
+def test_the_expert_plays_a_share_of_the_episodes_alone():
+    """expert_episodes: whole episodes are its own, the others are the mixture's, in one environment behind several names, too; without it nothing is drawn."""
+    for name in "NumberLine", "NumberLine,EZPoints":
+        rng = np.random.default_rng(0)
+        played = list(play(lambda: envs.make(name), scripted_agent({"random": 0.5, "malformed": 0.5}, rng, 0.3), list(range(200)), 8, split="train"))
+        players = [{row["source"] for row in e["rows"] if reply_text(row) is not None} for e in played]
+        assert all(p == {"expert"} or p <= {"random", "malformed"} for p in players) and 0.2 < np.mean([p == {"expert"} for p in players]) < 0.4
+    streams = [np.random.default_rng(0) for _ in range(2)]
+    for rng, alone in zip(streams, ((), (0.0,))):
+        list(play(lambda: envs.make("NumberLine"), scripted_agent({"random": 1.0}, rng, *alone), [1, 2], split="train"))
+    assert len({rng.random() for rng in streams}) == 1
+
+
 def test_who_explores_plays_a_share_of_the_turns_at_random():
     """A player sure of one action never sees what another would bring; off-policy learning may look."""
     always = lambda envs_, rows, images: [dict(reply="[action] +", reply_ids=[1], logprobs=[0.0], source="model") for _ in envs_]
