@@ -4,7 +4,7 @@ FrozenLake, gymnasium's own with its own pictures, on random 4 x 4 maps: the REA
     pip install -r requirements-envs.txt
     python train.py config/frozenlake.py
 
-Not run yet: settings to start from.
+Not finished: settings to start from. Seed 0, --critic_coef=10 --filter_warmup=150 --beta=0: 20 to 27 % of 60 held-out maps after 400 to 600 offline updates, then stopped: the rooms' base has not seen such tiles.
 """
 out_dir = 'out/frozenlake'
 model = 'tiny-vlm-grids' # has seen rooms of cells, not these tiles
