@@ -101,9 +101,10 @@ def model_agent(vlm, max_new_tokens, temperature, generator, q_weight=0.0, hide=
 def scripted_agent(mix, rng, alone=0.0):
     """A player for `play`: each turn one of the scripted players, by its share in `mix`; but a share `alone` of the episodes is the expert's from the first turn to the last."""
     def act(envs_, rows, images):
-        for env in envs_ if alone else ():
-            env.mix = env.mix if env.turns else {"expert": 1.0} if rng.random() < alone else mix
-        return [dict(zip(("reply", "source"), envs.mixture(env.mix if alone else mix, env, rng))) for env in envs_]
+        for env in envs_:
+            if not env.turns:
+                env.mix = {"expert": 1.0} if alone and rng.random() < alone else mix
+        return [dict(zip(("reply", "source"), envs.mixture(env.mix, env, rng))) for env in envs_]
     return act
 
 

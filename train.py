@@ -346,8 +346,8 @@ def main(argv):
         n_offline = round(cfg.batch_size * cfg.offline_ratio) if online else cfg.batch_size
         windows = [(offline, w) for w in offline.sample(draw, n_offline, cfg.window, cfg.won_share)[RANK::WORLD]] if n_offline else []   # all ranks draw the same, each takes its share
         if n := cfg.batch_size // WORLD - len(windows):
-            own = replay if len(replay) else offline
-            windows += [(own, w) for w in own.sample(rng(SAMPLE, step, RANK) if RANK else draw, n, cfg.window, cfg.won_share, cfg.replay_episodes // WORLD if own is replay else 0)]
+            own, last = (replay, math.ceil(cfg.replay_episodes / WORLD)) if len(replay) else (offline, 0)
+            windows += [(own, w) for w in own.sample(rng(SAMPLE, step, RANK) if RANK else draw, n, cfg.window, cfg.won_share, last)]
         if len(windows) > cfg.micro_batch:                                 # like beside like: less padding
             windows.sort(key=lambda part: max(len(part[0].text(i)) for i in part[1]))
         micro = [batch([(b, [w]) for b, w in windows[i:i + cfg.micro_batch]], vlm, envs.MARKER, cfg.gamma) for i in range(0, len(windows), cfg.micro_batch)]

@@ -4,11 +4,11 @@ MiniWoB++, ten tasks in one run, each by element number and by place: web pages 
     pip install -r requirements-envs.txt && apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver
     python train.py config/miniwob.py
 
-Not finished: settings to start from. `model` is to be made by config/pretrain_pages.py. On an earlier base that reads dialogs, tabs and fields, but not which number of a list has a text, 2,400 episodes (data 48.0 %, seed 0) gave
-36 to 44 % of 100 held-out pages after 200 to 500 offline updates and no more (LOG.md).
+Not finished: settings to start from. The base reads dialogs, tabs and fields, but hardly which number of a list has a text: 2,400 episodes (data 48.0 %, seed 0) gave
+34 to 44 % of 100 held-out pages after 200 to 500 offline updates and no more (LOG.md).
 """
 out_dir = 'out/miniwob'
-model = 'tiny-vlm-pages'
+model = 'tiny-vlm-pages' # see README for what it reads and does not
 env = ['miniwob/click-test-v1:element', 'miniwob/click-test-2-v1:element', 'miniwob/click-button-v1:element', 'miniwob/click-dialog-v1:element', 'miniwob/click-dialog-2-v1:element',
        'miniwob/click-tab-v1:element', 'miniwob/click-link-v1:element', 'miniwob/click-collapsible-v1:element', 'miniwob/focus-text-2-v1:element', 'miniwob/enter-text-v1:element',
        'miniwob/click-test-v1:coordinate', 'miniwob/click-test-2-v1:coordinate', 'miniwob/click-button-v1:coordinate', 'miniwob/click-dialog-v1:coordinate', 'miniwob/click-dialog-2-v1:coordinate',

@@ -9,7 +9,7 @@ In two stages: what a page shows; then where a named thing is, and which number 
     Captions:miniwob/focus-text-2-v1,Captions:miniwob/enter-text-v1,Captions:miniwob/click-collapsible-v1
     python train.py config/pretrain_pages.py && cp -r out/pretrain_pages/model tiny-vlm-pages
 
-Not run in this form yet: each page takes 0.1 s of a core to deal (1,500 of a task), so it wants an idle machine. The same questions in five shorter stages gave, with places at the middles of patches, 75 to 100 % of the places in
+Not run in this form yet, the tiny-vlm-pages that is there was made otherwise (README): each page takes 0.1 s of a core to deal (1,500 of a task), so it wants an idle machine. The same questions in five shorter stages gave, with places at the middles of patches, 75 to 100 % of the places in
 dialogs, tabs and fields, 40 % where two buttons stand anywhere (LOG.md).
 """
 out_dir = 'out/pretrain_pages'

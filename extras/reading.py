@@ -40,7 +40,7 @@ class Reading(Env):
         first = which > (0.95 if self.world else 0.8) and not self.only     # the first one is the caption; a world's are so long that they would be most of the loss
         kind, question, answer = asked[0 if first else self.rng.integers(len(asked))]
         # as in play, the question is not always all there is: the goal, the state and something beside the point may come before it
-        context = [self.game.goal][:bool(self.world and self.world.workers)] if self.only else [self.game.goal, self.game.text(), self.echo()[2]]
+        context = [self.game.goal, self.game.text(), self.echo()[2]] if not self.only else [self.game.goal] if isinstance(self.world, MiniWoB) else []
         self.question = "\n".join([line for line in context if line and line not in question and self.rng.random() < 0.4] + [question])
         self.kind, self.answer = f"{name} {kind}".strip(), str(answer)
     def ask_world(self, rng):
