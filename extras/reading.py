@@ -4,9 +4,9 @@ One question a turn about a random state of a random game or of a world, a sum, 
 """
 import re, string
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
+from PIL import Image, ImageChops
 
 from envs import ENVS, MARKER, RANKS, READINGS, SEEN, BabyAI, Env, MiniWoB, Text, best, deal, element_line, hand, held_out, make
 
@@ -40,25 +40,31 @@ class Reading(Env):
         first = which > (0.95 if self.world else 0.8) and not self.only     # the first one is the caption; a world's are so long that they would be most of the loss
         kind, question, answer = asked[0 if first else self.rng.integers(len(asked))]
         # as in play, the question is not always all there is: the goal, the state and something beside the point may come before it
-        context = [self.game.goal, self.game.text(), self.echo()[2]] if not self.only else [self.game.goal] if isinstance(self.world, MiniWoB) else []
+        context = [self.game.goal, self.game.text(), self.echo()[2]][:3 if not self.only else 0 if not self.world else 1 if self.world.workers else 2]     # a page's lines are long
         self.question = "\n".join([line for line in context if line and line not in question and self.rng.random() < 0.4] + [question])
         self.kind, self.answer = f"{name} {kind}".strip(), str(answer)
     def ask_world(self, rng):
-        """A state a few random moves after a start that is not held out, and questions about it. A page, slow to come by, is one of 1,500, each dealt once."""
-        world, number = self.world, int(rng.integers(1500))
-        if world.workers and (world.name, number) in self.pages:
-            return self.pages[world.name, number]
-        world.rng, world.over = np.random.default_rng(number) if world.workers else rng, True
+        """A state a few random moves after a start that is not held out, and questions about it. Pages are slow to come by: one of 900, dealt thirty at a time
+        (to change the task is slowest) and once, asked about and moved around anew every time."""
+        world, number, draw = self.world, int(rng.integers(900)), lambda *args: rng.integers(*args).tolist()
+        if not world.workers:
+            self.walk(rng)
+            return world, rooms(world, draw)
+        for i in range(number // 30 * 30, number // 30 * 30 + 30):
+            if (world.name, i) not in self.pages:
+                self.walk(np.random.default_rng(i))
+                self.pages[world.name, i] = world.goal, world.elements, world.text(), world.prompt(), world.picture(), world.fingerprint()
+        page = Page(world.places, *self.pages[world.name, number])
+        page.move(rng)
+        return page, pages(page, draw)
+    def walk(self, rng):
+        world = self.world
+        world.rng, world.over = rng, True
         while world.over:
             world.start()
             world.over = held_out(world.fingerprint(), world.one_in)
-            for _ in range(0 if world.over else world.rng.integers(4)):
-                world.over = world.over or any(world.act(world.parse_env(world.sample(world.rng)))[1:])     # it ended: back to a start
-        state, asked = world, (pages if isinstance(world, MiniWoB) else rooms)(world, lambda *args: world.rng.integers(*args).tolist())
-        if world.workers:
-            state = SimpleNamespace(goal=world.goal, **{name: (lambda value: lambda: value)(getattr(world, name)()) for name in ("text", "prompt", "picture", "fingerprint")})
-            self.pages[world.name, number] = state, asked
-        return state, asked
+            for _ in range(0 if world.over else rng.integers(4)):
+                world.over = world.over or any(world.act(world.parse_env(world.sample(rng)))[1:])     # it ended: back to a start
     def close(self):
         if self.world:
             self.world.close()
@@ -101,17 +107,35 @@ class Reading(Env):
     def tag(self): return self.kind
     def expert(self): return self.answer
 
+class Page:
+    """A page as it was read: what there is to ask does not need a browser any more."""
+    def __init__(self, places, goal, elements, *shown): self.places, self.goal, self.elements, self.shown = places, goal, elements, shown
+    def text(self): return self.shown[0]
+    def prompt(self): return self.shown[1]
+    def picture(self): return self.shown[2]
+    def fingerprint(self): return self.shown[3]
+    def move(self, rng):
+        """All that it shows somewhere else where there is room, for every second question: a page is slow to come by, a place is not."""
+        picture, (left, top, right, bottom) = self.picture(), ImageChops.invert(self.picture()).getbbox() or (0, 0, 160, 160)
+        dx, dy, scale = int(rng.integers(-left, picture.width - right + 1)), int(rng.integers(-top, picture.height - bottom + 1)), 160 / picture.width
+        if rng.random() < 0.5:
+            moved = Image.new("RGB", picture.size, "white")
+            moved.paste(picture, (dx, dy))
+            self.shown = (*self.shown[:2], moved, f"{self.shown[3]} {dx} {dy}")
+            self.elements = [{**e, "box": [e["box"][0] + dx * scale, e["box"][1] + dy * scale, *e["box"][2:]]} for e in self.elements]
+
 class Captions(Reading):
-    """"What is in the picture?" and texts to repeat only, the first stage: what a picture holds has to be seen before it can be asked about."""
-    name, only = "Captions", ("picture",)
+    """"What is in the picture?" and texts to repeat only, the first stage: what a picture holds has to be seen before it can be asked about. Of a page also
+    where several texts are and which numbers several have: long answers, in which each finding is told at once whether it is right."""
+    name, only = "Captions", ("picture", "places", "numbers")
 
 class Finding(Reading):
     """Where a named thing is, and texts to repeat only: the stage before everything where there is something to find. Among other questions it is not learned."""
-    name, only = "Finding", ("where", "where one", "nth", "number", "named")
+    name, only = "Finding", ("where", "where one", "it", "nth", "number", "named")
 
 class Facing(Reading):
     """Where a named thing is, seen by the agent, whether the way is free, what it did last, and texts to repeat only: the stage after Finding."""
-    name, only = "Facing", ("side", "ahead", "free", "beside", "between", "in vain", "turned")
+    name, only = "Facing", ("side", "ahead", "it side", "it ahead", "free", "beside", "between", "in vain", "turned")
 
 def rooms(world, draw):
     """[(kind, question, answer), ...] about a BabyAI level's picture. Places are columns and rows of what is shown, from the upper left."""
@@ -122,6 +146,7 @@ def rooms(world, draw):
     what = lambda i, j: "unseen" if not seen[i, j] else f"{cell.color} {cell.type}" if (cell := grid.get(i, j)) and cell.type != "wall" else "wall" if cell else "nothing"
     things = [(what(i, j), i, j) for j in range(grid.height) for i in range(grid.width) if (i, j) != (x, y) and what(i, j) not in ("unseen", "wall", "nothing")]
     hidden = {f"{cell.color} {cell.type}" for cell in world.level.grid.grid if cell and cell.type != "wall"} - {thing for thing, _, _ in things}
+    side, along = [lambda n, words=words: "nowhere" if n is None else words[0] if n > 0 else words[1] if n < 0 else "neither" for words in (("right", "left"), ("ahead", "behind"))]
     looks, counts = ("east", "south", "west", "north")[facing], Counter(thing.split()[1] for thing, _, _ in things)
     kind, (i, j) = ("ball", "box", "key", "door")[draw(4)], (draw(grid.width), draw(grid.height))
     asked = [("picture", SEEN, ", ".join([*(f"{thing} {i} {j}" for thing, i, j in things), f"agent {x} {y} {looks}"])), ("front", "What is in front of the agent?", what(x + dx, y + dy)),
@@ -132,6 +157,17 @@ def rooms(world, draw):
         turns = [done.split()[1] for done in world.done[-3:] if done.startswith("turn")]
         asked += [("in vain", f"{world.text()}\nDid the last one change anything?", "no" if world.done[-1].endswith("in vain") else "yes"),
                   ("turned", f"{world.text()}\nWhich way was the last turn?", turns[-1] if turns else "none")] * 5
+    once = [(thing, i, j) for thing, i, j in things if [t for t, _, _ in things].count(thing) == 1]
+    places = {**{thing: f"{i} {j}" for thing, i, j in once}, **dict.fromkeys(sorted(hidden), "nowhere")}
+    some = sorted(places, key=lambda thing: draw(1 << 30))[:5]
+    asked += [("places", f"Which places have {', '.join(some)}?", ", ".join(f"{thing} {places[thing]}" for thing in some))] if some else []
+    meant = re.search("(?:the|a) (?:(\\w+) )?(ball|box|key|door)( |$)", world.goal)
+    meant = [thing for thing in [*places, *(t for t, _, _ in things if t not in places)] if meant and thing.endswith(meant[2]) and thing.startswith(meant[1] or "")]
+    mission = "\n".join(filter(None, [world.goal, world.text() if draw(2) else ""]))
+    for thing in meant if len(meant) == 1 and meant[0] in places else []:       # what the mission is about
+        ahead, right = [((i - x) * dx + (j - y) * dy, (j - y) * dx - (i - x) * dy) for t, i, j in once if t == thing][0] if thing not in hidden else (None, None)
+        asked += [("it", f"{mission}\nWhere is it?", places[thing])] * 4
+        asked += [("it side", f"{mission}\nIs it left or right of the agent?", side(right)), ("it ahead", f"{mission}\nIs it ahead of the agent or behind?", along(ahead))] * 6
     for thing in sorted(hidden):                                # behind the agent, where it sees its own view only
         asked += [("where", f"Where is the {thing}?", "nowhere"), ("side", f"Is the {thing} left or right of the agent?", "nowhere")]
     for thing, i, j in things:
@@ -148,8 +184,8 @@ def rooms(world, draw):
             ahead, right = (i - x) * dx + (j - y) * dy, (j - y) * dx - (i - x) * dy
             seen_from = f"{'ahead' if ahead >= 0 else 'behind'} {abs(ahead)} {'right' if right >= 0 else 'left'} {abs(right)}"
             asked += [("where", f"Where is the {thing}?", f"{i} {j}"), ("relative", f"Seen by the agent, where is the {thing}?", seen_from)] * 2
-            asked += [("side", f"Is the {thing} left or right of the agent?", "right" if right > 0 else "left" if right < 0 else "neither"),
-                      ("ahead", f"Is the {thing} ahead of the agent or behind?", "ahead" if ahead > 0 else "behind" if ahead < 0 else "neither")]
+            asked += [("side", f"Is the {thing} left or right of the agent?", side(right)),
+                      ("ahead", f"Is the {thing} ahead of the agent or behind?", along(ahead))]
     return asked
 
 
@@ -175,8 +211,13 @@ def pages(world, draw):
     for _ in range(draw(2, 10)):
         ref += draw(1, 3)
         invented.append(dict(ref=ref, role=("button", "button", "link", "span", "div", "p")[draw(6)], value=None, text=" ".join(words[draw(len(words))] for _ in range((1, 1, 1, 2, 3)[draw(5)]))))
-    texts = Counter(e["text"] for e in invented)
-    asked += [("number", "{}\nWhich number has {!r}?".format("\n".join(map(element_line, invented)), e["text"]), e["ref"]) for e in invented if texts[e["text"]] == 1][:3]
+    once = lambda of: [e for e in of if e["text"] and [e["text"] for e in of].count(e["text"]) == 1]
+    some = lambda of: [of[i] for i in sorted(range(len(of)), key=lambda i: draw(1 << 30))][:5]
+    made, each = "\n".join(map(element_line, invented)), some(once(invented))
+    asked += [("number", f"{made}\nWhich number has {e['text']!r}?", e["ref"]) for e in each[:3]]
+    for kind, question, of, answer in (("numbers", f"{made}\nWhich numbers", each, lambda e: e["ref"]), ("places", "Which places", some(once(shown)), place)):
+        if of:
+            asked += [(kind, f"{question} have {', '.join(repr(e['text']) for e in of)}?", ", ".join(f"{e['text']!r} {answer(e)}" for e in of))]
     asked += [("named", f"{world.goal}\nWhat is named?", named) for named in re.findall(r'(?<=")[^"]+(?=")|Tab #\d|ONE|TWO', world.goal)[:1]] * 2
     for e in world.elements:
         if e["ref"] > 0 and 0 < len(e["text"]) <= 24:

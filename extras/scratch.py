@@ -15,11 +15,13 @@ CHAT = ("{% for m in messages %}{% if m['role'] == 'user' %}{% for c in m['conte
 
 
 def tokenizer(texts, vocab_size, special, **names):
-    """Byte-level BPE trained on `texts`: every text can be read and written. special: first the pad token, then the one that ends a turn, then the others."""
+    """Byte-level BPE trained on `texts`: every text can be read and written. A number is the same token wherever it stands, behind a space or in "[13]": else to copy
+    one is to know its two spellings by heart. special: first the pad token, then the one that ends a turn, then the others."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), special_tokens=special))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=special[0], eos_token=special[1], padding_side="left", **names)
 

@@ -108,6 +108,31 @@ def test_babyais_questions_are_about_the_picture(way):
 
 
 @pytest.mark.parametrize("way", ["", ":view"])
+def test_where_the_mission_leads(way):
+    """"Where is it?" means the mission's thing where there is one such thing: its place, its side, whether it is ahead, against vectors of the level's own; out of sight it is nowhere."""
+    env, seen = make("BabyAI-GoToLocal-v0" + way, size=64), Counter()
+    for seed in range(120):
+        env.reset(seed=seed)
+        level, (colour, kind) = env.level, env.goal.split()[-2:]
+        same = [np.array((x, y)) for x in range(8) for y in range(8) if (c := level.grid.get(x, y)) and (c.color, c.type) == (colour, kind)]
+        asked = reading.rooms(env, lambda *args: int(env.rng.integers(*args)))
+        told = {question.rpartition("\n")[2]: answer for name, question, answer in asked if name.startswith("it")}
+        assert all(question.startswith(env.goal) for name, question, _ in asked if name.startswith("it"))
+        if len(same) > 1:
+            assert way or not told                                  # in the view one of them may be alone in sight
+            continue
+        ahead, right = (int((same[0] - level.agent_pos) @ step) for step in (level.dir_vec, level.right_vec))
+        visible = not way or level.in_view(*same[0])
+        expected = (("right", "left", "neither")[0 if right > 0 else 1 if right < 0 else 2], ("ahead", "behind", "neither")[0 if ahead > 0 else 1 if ahead < 0 else 2]) if visible else ("nowhere", "nowhere")
+        assert (told["Is it left or right of the agent?"], told["Is it ahead of the agent or behind?"]) == expected
+        assert told["Where is it?"] == ("nowhere" if not visible else f"{3 + right} {6 - ahead}" if way else "{} {}".format(*same[0]))
+        dense = dict(part.rsplit(" ", 2 if part[-1].isdigit() else 1)[:1] + [part] for name, _, answer in asked if name == "places" for part in answer.split(", "))
+        assert dense.get(f"{colour} {kind}") in (None, f"{colour} {kind} {told['Where is it?']}")
+        seen[expected[0]] += 1
+    assert min(seen[word] for word in ("left", "right", *(["nowhere"] if way else []))) > 10
+
+
+@pytest.mark.parametrize("way", ["", ":view"])
 def test_what_stands_beside_the_agent_and_in_the_way(way):
     """Answers of the pre-training questions, against a walk over the level's own grid: the same room looks the same from above and to the agent."""
     env, seen = make("BabyAI-GoToLocal-v0" + way, size=64), Counter()

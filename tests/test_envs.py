@@ -2,7 +2,7 @@
 The environments: the protocol, every game's rules from states set by hand, the yardsticks, the scripted players, the pictures.
     python -m pytest tests/test_envs.py
 """
-import ast, importlib.util, io, operator, os, sys
+import ast, importlib.util, io, operator, os, re, sys
 from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import envs
-from extras.reading import Reading, corpus
+from extras import scratch
+from extras.reading import Page, Reading, corpus, pages
 from envs import ENVS, MARKER, Command, Env, Text, Words, best_play, canonical, evaluate, held_out, make, mixture, parse_agent, player
 
 GAMES = list(ENVS)
@@ -697,6 +698,17 @@ def test_a_text_to_repeat_has_the_same_tokens_in_question_and_reply():
         assert tokenizer(question, add_special_tokens=False).input_ids[-len(ids):] == ids
 
 
+def test_a_number_to_copy_has_the_same_token_wherever_it_stands():
+    """ "[12] link 'abc'", "which number has 'abc'?" and the answer " 12", which was another token than in the brackets: found was the line and not said its number, 25 % of answers right
+    after 900 updates. The tokenizer that is trained here keeps a number apart from the space before it."""
+    train = [f"[{n}] link 'abc' {n} {n + 100}" for n in range(100)] * 3
+    words = scratch.tokenizer(train, 600, ["<|pad|>", "<|end|>"])
+    for n in (7, 12, 99, 104):
+        [token] = words(str(n), add_special_tokens=False).input_ids
+        assert all(words(text.format(n), add_special_tokens=False).input_ids.count(token) == 1 for text in ("[{}] link", "click {}", "click {} a", "#{}"))
+    assert words.decode(words("click 104 56, [12]é").input_ids) == "click 104 56, [12]é"
+
+
 def test_reading_seeds_make_different_items_and_echo_covers_ascii():
     items = set()
     env = make("Reading")
@@ -795,7 +807,7 @@ def test_a_page_as_lines():
                                                                    "[10] div 'rgb(255, 0, 0)'", "[11] button \"it's\""]
 
 
-class Page:
+class Stand:
     """Stands in for a browser: the form above; the button closes it with a reward of 1, number 11 breaks it."""
     current_url = ""
     def __init__(self): self.log, self.over, self.shots, self.service = [], False, 0, SimpleNamespace(process=SimpleNamespace(pid=2 ** 30, wait=lambda: None))
@@ -834,13 +846,39 @@ def page(monkeypatch, tmp_path):
     for name, parts in (("selenium", {}), ("selenium.common", {}), ("selenium.common.exceptions", dict(WebDriverException=RuntimeError)), ("selenium.webdriver", dict(ActionChains=Chain)),
                         ("urllib3", {}), ("urllib3.exceptions", dict(HTTPError=OSError))):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(**parts))
-    monkeypatch.setattr(envs.MiniWoB, "idle", [Page()])
+    monkeypatch.setattr(envs.MiniWoB, "idle", [Stand()])
     def make_page(name="miniwob/click-test-v1", **kw):
         env = make(name, **kw)
         env.reset(seed=0)
         env.sent = sent
         return env
     return make_page
+
+
+def test_questions_about_a_page_that_moves(page):
+    """Moved or not, what is named is where the answer says, each asked text has the number of its line, and the goal comes along."""
+    colours, kinds, places = {"Ok": (255, 0, 0), "Cancel": (0, 0, 255)}, Counter(), set()
+    elements = [dict(ref=7 + i, role="button", text=text, value=None, box=[40 + 40 * i, 60, 30, 20]) for i, text in enumerate(colours)]
+    picture, where = Image.new("RGB", (160, 160), "white"), page().places
+    for e in elements:
+        picture.paste(colours[e["text"]], tuple(round(v) for v in (*e["box"][:2], e["box"][0] + 30, e["box"][1] + 20)))
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        now = Page(where, 'Click on the "Ok" button.', elements, "the lines", "the prompt", picture, "print")
+        now.move(rng)
+        for kind, question, answer in pages(now, lambda *args: rng.integers(*args).tolist()):
+            kinds[kind] += 1
+            if kind == "places":
+                found = re.findall(r"'(\w+)' (\d+) (\d+)", answer)
+                places |= {(text, x, y) for text, x, y in found}
+                assert sorted(text for text, _, _ in found) == ["Cancel", "Ok"] and all(now.picture().getpixel((int(x), int(y))) == colours[text] for text, x, y in found)
+            if kind == "numbers":
+                lines = dict(re.findall(r"\[(\d+)\] \w+ '(.*)'", question))
+                asked = re.findall(r"'([^']*)' (\d+)", answer)
+                assert 0 < len(asked) <= 5 and question.endswith("have " + ", ".join(repr(text) for text, _ in asked) + "?") and all(lines[n] == text for text, n in asked)
+            if kind == "named":
+                assert question.startswith(now.goal) and answer == "Ok"
+    assert min(kinds[kind] for kind in ("picture", "places", "numbers", "number", "where", "nth", "named")) > 50 and len(places) > 40
 
 
 def test_miniwob_acts_by_number_and_by_place(page):
@@ -876,7 +914,7 @@ def test_miniwob_survives_its_browser(page):
     envs.BROWSERS.append(old)
     reward, terminated, truncated, _ = say(env, "click 11")
     assert (terminated, truncated) == (False, True) and "browser failed (OSError)" in env.lost and env.browser is None and old not in envs.BROWSERS
-    envs.MiniWoB.idle.append(Page())
+    envs.MiniWoB.idle.append(Stand())
     env.reset(seed=1)
     assert not env.lost and env.browser is not old
     env.close()
