@@ -499,9 +499,9 @@ def elements(dom):
             yield from walk(child)
     return list(walk(dom))
 
-def element_line(e):        # [13] button 'ONE' | [5] checkbox off | [7] textbox 'abc' | 'a piece of text'
+def element_line(e):        # button 'ONE' [13] | checkbox off [5] | textbox 'abc' [7] | 'a piece of text'; who reads from left to right has to have seen the text to find its number behind it
     said = ("on" if e["value"] else "off") if type(e["value"]) is bool else repr(e["text"] if e["value"] is None else e["value"])
-    return f"[{e['ref']}] {e['role']} {said}" if e["ref"] > 0 else said
+    return f"{e['role']} {said} [{e['ref']}]" if e["ref"] > 0 else said
 
 def open_browser(env):
     """A headless Chromium with a window as wide as the tasks were made for, in a process group of its own, so that it can be ended when it hangs."""

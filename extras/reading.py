@@ -44,16 +44,14 @@ class Reading(Env):
         self.question = "\n".join([line for line in context if line and line not in question and self.rng.random() < 0.4] + [question])
         self.kind, self.answer = f"{name} {kind}".strip(), str(answer)
     def ask_world(self, rng):
-        """A state a few random moves after a start that is not held out, and questions about it. Pages are slow to come by: one of 900, dealt thirty at a time
-        (to change the task is slowest) and once, asked about and moved around anew every time."""
+        """A state a few random moves after a start that is not held out, and questions about it. A page, slow to come by, is one of 900, each dealt once, then asked about and moved around anew."""
         world, number, draw = self.world, int(rng.integers(900)), lambda *args: rng.integers(*args).tolist()
         if not world.workers:
             self.walk(rng)
             return world, rooms(world, draw)
-        for i in range(number // 30 * 30, number // 30 * 30 + 30):
-            if (world.name, i) not in self.pages:
-                self.walk(np.random.default_rng(i))
-                self.pages[world.name, i] = world.goal, world.elements, world.text(), world.prompt(), world.picture(), world.fingerprint()
+        if (world.name, number) not in self.pages:
+            self.walk(np.random.default_rng(number))
+            self.pages[world.name, number] = world.goal, world.elements, world.text(), world.prompt(), world.picture(), world.fingerprint()
         page = Page(world.places, *self.pages[world.name, number])
         page.move(rng)
         return page, pages(page, draw)
@@ -205,7 +203,7 @@ def pages(world, draw):
         asked += [("nth", f"Where is {role} {i + 1}?", place(e)) for i, e in enumerate(e for e in shown if e["role"] == role)]
     for e in shown:
         asked += [("where", f"Where is {e['text']!r}?", place(e)), ("at", f"What is at {place(e)}?", e["text"])] * bool(e["text"])
-        asked += [("field", f"What is in the {e['role']} at {place(e)}?", element_line(e).partition(e["role"])[2].strip())] * (e["role"] in fields)
+        asked += [("field", f"What is in the {e['role']} at {place(e)}?", element_line({**e, "ref": 0}))] * (e["role"] in fields)
     # to find a text among many has to be learned from many: a page that nobody made, of this one's words and others
     words, invented, ref = [*LOREM, *(word for e in world.elements for word in e["text"].split())], [], draw(1, 15)
     for _ in range(draw(2, 10)):

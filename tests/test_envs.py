@@ -699,8 +699,7 @@ def test_a_text_to_repeat_has_the_same_tokens_in_question_and_reply():
 
 
 def test_a_number_to_copy_has_the_same_token_wherever_it_stands():
-    """ "[12] link 'abc'", "which number has 'abc'?" and the answer " 12", which was another token than in the brackets: found was the line and not said its number, 25 % of answers right
-    after 900 updates. The tokenizer that is trained here keeps a number apart from the space before it."""
+    """ "link 'abc' [12]", "which number has 'abc'?" and the answer " 12", which was another token than in the brackets: two spellings of every number to know by heart. The tokenizer that is trained here keeps a number apart from the space before it."""
     train = [f"[{n}] link 'abc' {n} {n + 100}" for n in range(100)] * 3
     words = scratch.tokenizer(train, 600, ["<|pad|>", "<|end|>"])
     for n in (7, 12, 99, 104):
@@ -803,8 +802,8 @@ FORM = node(1, "BODY", node(2, "DIV", node(3, "LABEL", node(4, "INPUT_checkbox",
 
 def test_a_page_as_lines():
     """What says something or takes input, with its number; what is there for the layout only is left out."""
-    assert [envs.element_line(e) for e in envs.elements(FORM)] == ["[4] checkbox off", "'nThOE'", "[5] textbox 'ab'", "[6] button 'Close'", "[8] div 'two lines'",
-                                                                   "[10] div 'rgb(255, 0, 0)'", "[11] button \"it's\""]
+    assert [envs.element_line(e) for e in envs.elements(FORM)] == ["checkbox off [4]", "'nThOE'", "textbox 'ab' [5]", "button 'Close' [6]", "div 'two lines' [8]",
+                                                                   "div 'rgb(255, 0, 0)' [10]", "button \"it's\" [11]"]
 
 
 class Stand:
@@ -873,7 +872,7 @@ def test_questions_about_a_page_that_moves(page):
                 places |= {(text, x, y) for text, x, y in found}
                 assert sorted(text for text, _, _ in found) == ["Cancel", "Ok"] and all(now.picture().getpixel((int(x), int(y))) == colours[text] for text, x, y in found)
             if kind == "numbers":
-                lines = dict(re.findall(r"\[(\d+)\] \w+ '(.*)'", question))
+                lines = {number: text for text, number in re.findall(r"\w+ '(.*)' \[(\d+)\]", question)}
                 asked = re.findall(r"'([^']*)' (\d+)", answer)
                 assert 0 < len(asked) <= 5 and question.endswith("have " + ", ".join(repr(text) for text, _ in asked) + "?") and all(lines[n] == text for text, n in asked)
             if kind == "named":
@@ -883,7 +882,7 @@ def test_questions_about_a_page_that_moves(page):
 
 def test_miniwob_acts_by_number_and_by_place(page):
     env = page(penalty=-0.25)
-    assert env.prompt().startswith(f"Click {env.browser.seed % 7}.\n[4] checkbox off\n") and 'click ELEMENT or type ELEMENT "TEXT" or click X Y or type "TEXT" or press Enter' in env.prompt()
+    assert env.prompt().startswith(f"Click {env.browser.seed % 7}.\ncheckbox off [4]\n") and 'click ELEMENT or type ELEMENT "TEXT" or click X Y or type "TEXT" or press Enter' in env.prompt()
     assert say(env, "click 4")[:3] == (0.0, False, False) and env.browser.log == [4]
     assert say(env, 'type 5 "abc"')[3]["valid"] and env.browser.log == [4, 5] and env.sent == [(None, "abc")]
     say(env, "click 80 112", 'type "x\ue009y"', "press Enter")                               # a control key inside of a text is left out
