@@ -160,13 +160,11 @@ def test_what_stands_beside_the_agent_and_in_the_way(way):
     assert min(seen["yes"], seen["no"]) > 3
 
 
-@pytest.mark.parametrize("folder, bounds, hidden", [
-    ("tiny-vlm-maps", {"Finding:BabyAI-GoToLocal-v0:view": 0.85, "Finding:BabyAI-GoToLocal-v0": 0.85}, "Finding:BabyAI-GoToLocal-v0"),
-    ("tiny-vlm-grids", {"Finding:BabyAI-GoToLocal-v0:view": 0.75, "Facing:BabyAI-GoToLocal-v0:view": 0.85}, "Finding:BabyAI-GoToLocal-v0:view")])
-def test_the_shipped_bases_find_what_is_named(folder, bounds, hidden):
-    """Greedy: where a named thing is on the map and in the agent's view; without the picture nothing."""
+def test_the_shipped_base_finds_what_is_named():
+    """Greedy: where a thing of the question and of the mission is, on the map and in the agent's view, and what is around it; without the picture nothing."""
+    bounds = {"Finding:BabyAI-GoToLocal-v0:view": 0.9, "Finding:BabyAI-GoToLocal-v0": 0.9, "Facing:BabyAI-GoToLocal-v0:view": 0.85}
     torch.manual_seed(0)
-    vlm = model.VLM(*model.load_model(os.path.join(ROOT, folder)), lora_r=0, n_critics=0).eval()
+    vlm = model.VLM(*model.load_model(os.path.join(ROOT, "tiny-vlm-grids")), lora_r=0, n_critics=0).eval()
     def right(name, hide=False):
         env, prompts, answers = make(name, size=128), [], []
         for seed in range(10 ** 6, 10 ** 6 + 80):
@@ -177,7 +175,7 @@ def test_the_shipped_bases_find_what_is_named(folder, bounds, hidden):
         return np.mean([vlm.decode(ids) == answer for ids, answer in zip(vlm.generate(prompts, 12, temperature=0)[0], answers)])
     for name, bound in bounds.items():
         assert right(name) > bound, name
-    assert right(hidden, hide=True) < 0.2
+    assert right("Finding:BabyAI-GoToLocal-v0:view", hide=True) < 0.2
 
 
 def test_the_readmes_example_is_played(tmp_path):
