@@ -5,7 +5,7 @@ MiniWoB++'s pages at 160 pixels, where text is shown pixel for pixel, and about 
     pip install -r requirements-envs.txt && apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver
     python train.py config/pretrain_pages.py && cp -r out/pretrain_pages/model tiny-vlm-pages-more
 
-goes on from the shipped tiny-vlm-pages, which was made from its predecessor (git show dd48b4c:tiny-vlm-pages): its numbers respelled, one token each, then 2,000 updates of these questions with the numbers in front of the lines and 900 with them at the end,
+goes on from the shipped tiny-vlm-pages (not run in this form), which was made from its predecessor (git show dd48b4c:tiny-vlm-pages): its numbers respelled, one token each, then 2,000 updates of these questions with the numbers in front of the lines and 900 with them at the end,
 two thirds of the captions and of the texts to repeat left out (43 and 17 minutes beside other runs). From scratch, all at once, nothing was read yet after 500 updates. A page takes 0.1 s of a core to deal, 7,200 of them 15 minutes.
 """
 out_dir = 'out/pretrain_pages'

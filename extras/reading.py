@@ -40,20 +40,24 @@ class Reading(Env):
         first = which > (0.95 if self.world else 0.8) and not self.only     # the first one is the caption; a world's are so long that they would be most of the loss
         kind, question, answer = asked[0 if first else self.rng.integers(len(asked))]
         # as in play, the question is not always all there is: the goal, the state and something beside the point may come before it
-        context = [self.game.goal, self.game.text(), self.echo()[2]][:3 if not self.only else 0 if not self.world else 1 if self.world.workers else 2]     # a page's lines are long
+        context = [self.game.goal, self.game.text(), self.echo()[2]]
+        if self.only:                                    # a page's lines are long, and the games' stages ask without
+            context = context[:0 if not self.world else 1 if self.world.workers else 2]
         self.question = "\n".join([line for line in context if line and line not in question and self.rng.random() < 0.4] + [question])
         self.kind, self.answer = f"{name} {kind}".strip(), str(answer)
     def ask_world(self, rng):
         """A state a few random moves after a start that is not held out, and questions about it. A page, slow to come by, is one of 900, each dealt once, then asked about and moved around anew."""
-        world, number, draw = self.world, int(rng.integers(900)), lambda *args: rng.integers(*args).tolist()
+        world, draw = self.world, lambda *args: rng.integers(*args).tolist()
         if not world.workers:
             self.walk(rng)
             return world, rooms(world, draw)
+        number = draw(900)
         if (world.name, number) not in self.pages:
             self.walk(np.random.default_rng(number))
             self.pages[world.name, number] = world.goal, world.elements, world.text(), world.prompt(), world.picture(), world.fingerprint()
         page = Page(world.places, *self.pages[world.name, number])
-        page.move(rng)
+        if draw(2):
+            page.move(draw)
         return page, pages(page, draw)
     def walk(self, rng):
         world = self.world
@@ -112,15 +116,15 @@ class Page:
     def prompt(self): return self.shown[1]
     def picture(self): return self.shown[2]
     def fingerprint(self): return self.shown[3]
-    def move(self, rng):
-        """All that it shows somewhere else where there is room, for every second question: a page is slow to come by, a place is not."""
-        picture, (left, top, right, bottom) = self.picture(), ImageChops.invert(self.picture()).getbbox() or (0, 0, 160, 160)
-        dx, dy, scale = int(rng.integers(-left, picture.width - right + 1)), int(rng.integers(-top, picture.height - bottom + 1)), 160 / picture.width
-        if rng.random() < 0.5:
-            moved = Image.new("RGB", picture.size, "white")
-            moved.paste(picture, (dx, dy))
-            self.shown = (*self.shown[:2], moved, f"{self.shown[3]} {dx} {dy}")
-            self.elements = [{**e, "box": [e["box"][0] + dx * scale, e["box"][1] + dy * scale, *e["box"][2:]]} for e in self.elements]
+    def move(self, draw):
+        """All that it shows, somewhere else where there is room: a page is slow to come by, a place is not."""
+        text, prompt, picture, fingerprint = self.shown
+        left, top, right, bottom = ImageChops.invert(picture).getbbox() or (0, 0, *picture.size)
+        dx, dy = draw(-left, picture.width - right + 1), draw(-top, picture.height - bottom + 1)
+        moved = Image.new("RGB", picture.size, "white")
+        moved.paste(picture, (dx, dy))
+        self.shown = text, prompt, moved, f"{fingerprint} {dx} {dy}"
+        self.elements = [{**e, "box": [e["box"][0] + dx * 160 / picture.width, e["box"][1] + dy * 160 / picture.height, *e["box"][2:]]} for e in self.elements]
 
 class Captions(Reading):
     """"What is in the picture?" and texts to repeat only, the first stage: what a picture holds has to be seen before it can be asked about. Of a page also
@@ -134,6 +138,9 @@ class Finding(Reading):
 class Facing(Reading):
     """Where a named thing is, seen by the agent, whether the way is free, what it did last, and texts to repeat only: the stage after Finding."""
     name, only = "Facing", ("side", "ahead", "it side", "it ahead", "free", "beside", "between", "in vain", "turned")
+
+def alone(names): return [name for name, n in Counter(names).items() if n == 1]
+def some(things, draw): return sorted(things, key=lambda _: draw(1 << 30))[:5]       # at most five, in any order
 
 def rooms(world, draw):
     """[(kind, question, answer), ...] about a BabyAI level's picture. Places are columns and rows of what is shown, from the upper left."""
@@ -155,16 +162,17 @@ def rooms(world, draw):
         turns = [done.split()[1] for done in world.done[-3:] if done.startswith("turn")]
         asked += [("in vain", f"{world.text()}\nDid the last one change anything?", "no" if world.done[-1].endswith("in vain") else "yes"),
                   ("turned", f"{world.text()}\nWhich way was the last turn?", turns[-1] if turns else "none")] * 5
-    once = [(thing, i, j) for thing, i, j in things if [t for t, _, _ in things].count(thing) == 1]
-    places = {**{thing: f"{i} {j}" for thing, i, j in once}, **dict.fromkeys(sorted(hidden), "nowhere")}
-    some = sorted(places, key=lambda thing: draw(1 << 30))[:5]
-    asked += [("places", f"Which places have {', '.join(some)}?", ", ".join(f"{thing} {places[thing]}" for thing in some))] if some else []
-    meant = re.search("(?:the|a) (?:(\\w+) )?(ball|box|key|door)( |$)", world.goal)
-    meant = [thing for thing in [*places, *(t for t, _, _ in things if t not in places)] if meant and thing.endswith(meant[2]) and thing.startswith(meant[1] or "")]
+    once = alone(thing for thing, _, _ in things)
+    places = {**{thing: f"{i} {j}" for thing, i, j in things if thing in once}, **dict.fromkeys(sorted(hidden), "nowhere")}
+    away = {thing: ((i - x) * dx + (j - y) * dy, (j - y) * dx - (i - x) * dy) for thing, i, j in things}        # (ahead, to the right)
+    if five := some(places, draw):
+        asked += [("places", f"Which places have {', '.join(five)}?", ", ".join(f"{thing} {places[thing]}" for thing in five))]
+    named = re.search(r"(?:the|a) ((?:\w+ )?(?:ball|box|key|door))( |$)", world.goal)
+    meant = [thing for thing in {*away, *hidden} if named and thing.endswith(named[1])]
     mission = "\n".join(filter(None, [world.goal, world.text() if draw(2) else ""]))
-    for thing in meant if len(meant) == 1 and meant[0] in places else []:       # what the mission is about
-        ahead, right = [((i - x) * dx + (j - y) * dy, (j - y) * dx - (i - x) * dy) for t, i, j in once if t == thing][0] if thing not in hidden else (None, None)
-        asked += [("it", f"{mission}\nWhere is it?", places[thing])] * 4
+    if len(meant) == 1 and meant[0] in places:                  # what the mission is about
+        ahead, right = away.get(meant[0], (None, None))
+        asked += [("it", f"{mission}\nWhere is it?", places[meant[0]])] * 4
         asked += [("it side", f"{mission}\nIs it left or right of the agent?", side(right)), ("it ahead", f"{mission}\nIs it ahead of the agent or behind?", along(ahead))] * 6
     for thing in sorted(hidden):                                # behind the agent, where it sees its own view only
         asked += [("where", f"Where is the {thing}?", "nowhere"), ("side", f"Is the {thing} left or right of the agent?", "nowhere")]
@@ -173,17 +181,16 @@ def rooms(world, draw):
         if (i == x or j == y) and (apart := abs(i - x) + abs(j - y)) > 1:
             between = {what(x + k * (i - x) // apart, y + k * (j - y) // apart) for k in range(1, apart)}
             asked += [("between", f"Is the way to {i} {j} free?", "yes" if between == {"nothing"} else "no")] * 2
-            if [t for t, _, _ in things].count(thing) == 1:
+            if thing in once:
                 asked += [("between", f"Is the way to the {thing} free?", "yes" if between == {"nothing"} else "no")] * 4
         for word in thing.split():                              # by one word of two, where that is enough: easier to find, and found first
             if sum(word in t.split() for t, _, _ in things) == 1:
                 asked += [("where one", f"Where is the {word} one?", f"{i} {j}")] * 2
-        if [t for t, _, _ in things].count(thing) == 1:
-            ahead, right = (i - x) * dx + (j - y) * dy, (j - y) * dx - (i - x) * dy
+        if thing in once:
+            ahead, right = away[thing]
             seen_from = f"{'ahead' if ahead >= 0 else 'behind'} {abs(ahead)} {'right' if right >= 0 else 'left'} {abs(right)}"
             asked += [("where", f"Where is the {thing}?", f"{i} {j}"), ("relative", f"Seen by the agent, where is the {thing}?", seen_from)] * 2
-            asked += [("side", f"Is the {thing} left or right of the agent?", side(right)),
-                      ("ahead", f"Is the {thing} ahead of the agent or behind?", along(ahead))]
+            asked += [("side", f"Is the {thing} left or right of the agent?", side(right)), ("ahead", f"Is the {thing} ahead of the agent or behind?", along(ahead))]
     return asked
 
 
@@ -201,25 +208,25 @@ def pages(world, draw):
              *[("count", f"How many of the kind {role} are there?", roles[role]) for role in ("button", "textbox", "radio") if draw(2)]]
     for role in ("button", "link", *fields):
         asked += [("nth", f"Where is {role} {i + 1}?", place(e)) for i, e in enumerate(e for e in shown if e["role"] == role)]
+    seen, listed = (alone(e["text"] for e in of if e["text"]) for of in (shown, world.elements))      # what occurs twice has no one place and no one number
     for e in shown:
-        asked += [("where", f"Where is {e['text']!r}?", place(e)), ("at", f"What is at {place(e)}?", e["text"])] * bool(e["text"])
+        asked += [("where", f"Where is {e['text']!r}?", place(e))] * (e["text"] in seen) + [("at", f"What is at {place(e)}?", e["text"])] * bool(e["text"])
         asked += [("field", f"What is in the {e['role']} at {place(e)}?", element_line({**e, "ref": 0}))] * (e["role"] in fields)
     # to find a text among many has to be learned from many: a page that nobody made, of this one's words and others
     words, invented, ref = [*LOREM, *(word for e in world.elements for word in e["text"].split())], [], draw(1, 15)
     for _ in range(draw(2, 10)):
         ref += draw(1, 3)
         invented.append(dict(ref=ref, role=("button", "button", "link", "span", "div", "p")[draw(6)], value=None, text=" ".join(words[draw(len(words))] for _ in range((1, 1, 1, 2, 3)[draw(5)]))))
-    once = lambda of: [e for e in of if e["text"] and [e["text"] for e in of].count(e["text"]) == 1]
-    some = lambda of: [of[i] for i in sorted(range(len(of)), key=lambda i: draw(1 << 30))][:5]
-    made, each = "\n".join(map(element_line, invented)), some(once(invented))
-    asked += [("number", f"{made}\nWhich number has {e['text']!r}?", e["ref"]) for e in each[:3]]
-    for kind, question, of, answer in (("numbers", f"{made}\nWhich numbers", each, lambda e: e["ref"]), ("places", "Which places", some(once(shown)), place)):
+    made, texts = "\n".join(map(element_line, invented)), alone(e["text"] for e in invented)
+    numbers, places = some([e for e in invented if e["text"] in texts], draw), some([e for e in shown if e["text"] in seen], draw)
+    asked += [("number", f"{made}\nWhich number has {e['text']!r}?", e["ref"]) for e in numbers[:3]]
+    for kind, question, of, answer in (("numbers", f"{made}\nWhich numbers", numbers, lambda e: e["ref"]), ("places", "Which places", places, place)):
         if of:
             asked += [(kind, f"{question} have {', '.join(repr(e['text']) for e in of)}?", ", ".join(f"{e['text']!r} {answer(e)}" for e in of))]
     asked += [("named", f"{world.goal}\nWhat is named?", named) for named in re.findall(r'(?<=")[^"]+(?=")|Tab #\d|ONE|TWO', world.goal)[:1]] * 2
     for e in world.elements:
         if e["ref"] > 0 and 0 < len(e["text"]) <= 24:
-            asked += [("says", f"{lines}\nWhat does {e['ref']} say?", e["text"]), ("number", f"{lines}\nWhich number has {e['text']!r}?", e["ref"])]
+            asked += [("says", f"{lines}\nWhat does {e['ref']} say?", e["text"])] + [("number", f"{lines}\nWhich number has {e['text']!r}?", e["ref"])] * (e["text"] in listed)
     return asked
 
 
