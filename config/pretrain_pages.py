@@ -11,9 +11,9 @@ two thirds of the captions and of the texts to repeat left out (43 and 17 minute
 out_dir = 'out/pretrain_pages'
 model = 'tiny-vlm-pages'
 env = ['Captions:miniwob/click-test-2-v1', 'Captions:miniwob/click-button-v1', 'Captions:miniwob/click-dialog-2-v1', 'Captions:miniwob/click-link-v1', 'Captions:miniwob/click-tab-v1',
-       'Captions:miniwob/focus-text-2-v1', 'Captions:miniwob/enter-text-v1', 'Captions:miniwob/click-collapsible-v1',
+       'Captions:miniwob/focus-text-2-v1', 'Captions:miniwob/enter-text-v1', 'Captions:miniwob/click-collapsible-v1', 'Captions:miniwob/click-dialog-v1',
        'Finding:miniwob/click-test-2-v1', 'Finding:miniwob/click-button-v1', 'Finding:miniwob/click-dialog-2-v1', 'Finding:miniwob/click-link-v1', 'Finding:miniwob/click-tab-v1',
-       'Finding:miniwob/focus-text-2-v1', 'Finding:miniwob/enter-text-v1', 'Finding:miniwob/click-collapsible-v1']
+       'Finding:miniwob/focus-text-2-v1', 'Finding:miniwob/enter-text-v1', 'Finding:miniwob/click-collapsible-v1', 'Finding:miniwob/click-dialog-v1']
 size = 160
 data_mix = {'expert': 1.0}
 data_episodes = 40000

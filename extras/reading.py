@@ -2,7 +2,7 @@
 What a vision-language model can do before it has met any action syntax: the pre-training tasks Reading and Captions (config/pretrain_*.py).
 One question a turn about a random state of a random game or of a world, a sum, or a text to repeat; the reply is the answer, no marker.
 """
-import re, string
+import contextlib, re, string
 from collections import Counter
 
 import numpy as np
@@ -42,23 +42,27 @@ class Reading(Env):
         # as in play, the question is not always all there is: the goal, the state and something beside the point may come before it
         context = [self.game.goal, self.game.text(), self.echo()[2]]
         if self.only:                                    # a page's lines are long, and the games' stages ask without
-            context = context[:0 if not self.world else 1 if self.world.workers else 2]
+            context = context[:0 if not self.world or kind.startswith("it ") else 1 if self.world.workers else 2]
         self.question = "\n".join([line for line in context if line and line not in question and self.rng.random() < 0.4] + [question])
         self.kind, self.answer = f"{name} {kind}".strip(), str(answer)
     def ask_world(self, rng):
-        """A state a few random moves after a start that is not held out, and questions about it. A page, slow to come by, is one of 900, each dealt once, then asked about and moved around anew."""
+        """A state a few random moves after a start that is not held out, and questions about it."""
+        draw = lambda *args: rng.integers(*args).tolist()
+        if self.world.workers:
+            page = self.page(rng)
+            return page, pages(page, draw)
+        self.walk(rng)
+        return self.world, rooms(self.world, draw)
+    def page(self, rng):
+        """A page, slow to come by, is one of 900, each dealt once, then shown as it is, moved, or in pieces."""
         world, draw = self.world, lambda *args: rng.integers(*args).tolist()
-        if not world.workers:
-            self.walk(rng)
-            return world, rooms(world, draw)
         number = draw(900)
         if (world.name, number) not in self.pages:
             self.walk(np.random.default_rng(number))
-            self.pages[world.name, number] = world.goal, world.elements, world.text(), world.prompt(), world.picture(), world.fingerprint()
+            self.pages[world.name, number] = world.goal, world.elements, meant(world), world.text(), world.prompt(), world.picture(), world.fingerprint()
         page = Page(world.places, *self.pages[world.name, number])
-        if draw(2):
-            page.move(draw)
-        return page, pages(page, draw)
+        (lambda draw: None, page.move, page.scatter, page.scatter)[draw(4)](draw)
+        return page
     def walk(self, rng):
         world = self.world
         world.rng, world.over = rng, True
@@ -111,7 +115,7 @@ class Reading(Env):
 
 class Page:
     """A page as it was read: what there is to ask does not need a browser any more."""
-    def __init__(self, places, goal, elements, *shown): self.places, self.goal, self.elements, self.shown = places, goal, elements, shown
+    def __init__(self, places, goal, elements, meant, *shown): self.places, self.goal, self.elements, self.meant, self.shown = places, goal, elements, meant, shown
     def text(self): return self.shown[0]
     def prompt(self): return self.shown[1]
     def picture(self): return self.shown[2]
@@ -125,6 +129,21 @@ class Page:
         moved.paste(picture, (dx, dy))
         self.shown = text, prompt, moved, f"{fingerprint} {dx} {dy}"
         self.elements = [{**e, "box": [e["box"][0] + dx * 160 / picture.width, e["box"][1] + dy * 160 / picture.height, *e["box"][2:]]} for e in self.elements]
+    def scatter(self, draw):
+        """What it shows, cut out and put anywhere, the lines in the new order: a text can be found everywhere only by who has found it everywhere."""
+        text, prompt, picture, fingerprint = self.shown
+        scale, sheet, placed = picture.width / 160, Image.new("RGB", picture.size, "white"), []
+        for e in self.elements:
+            left, top, w, h = map(round, e["box"])
+            for x, y in [(draw(161 - w), draw(161 - h)) for _ in range(10)] if 4 < w <= 120 and 4 < h <= 40 and 0 <= left <= 160 - w and 0 <= top <= 160 - h else ():
+                if all(x + w <= l or l + wide <= x or y + h <= t or t + high <= y for l, t, wide, high in (other["box"] for other in placed)):
+                    sheet.paste(picture.crop([round(v * scale) for v in (left, top, left + w, top + h)]), (round(x * scale), round(y * scale)))
+                    placed.append({**e, "box": [x, y, w, h]})
+                    break
+        self.elements = sorted(placed, key=lambda e: e["box"][1::-1])
+        if self.meant and any(e["ref"] == self.meant[0] and e["role"] == "textbox" for e in self.elements):
+            self.meant = None                                       # "the 2nd textbox" is another one now
+        self.shown = text and "\n".join(map(element_line, self.elements)), prompt, sheet, f"{fingerprint} {[e['box'] for e in self.elements]}"
 
 class Captions(Reading):
     """"What is in the picture?" and texts to repeat only, the first stage: what a picture holds has to be seen before it can be asked about. Of a page also
@@ -133,11 +152,17 @@ class Captions(Reading):
 
 class Finding(Reading):
     """Where a named thing is, and texts to repeat only: the stage before everything where there is something to find. Among other questions it is not learned."""
-    name, only = "Finding", ("where", "where one", "it", "nth", "number", "named")
+    name, only = "Finding", ("where", "where one", "it", "nth", "number", "named", "it number", "it text")
 
 class Facing(Reading):
     """Where a named thing is, seen by the agent, whether the way is free, what it did last, and texts to repeat only: the stage after Finding."""
     name, only = "Facing", ("side", "ahead", "it side", "it ahead", "free", "beside", "between", "in vain", "turned")
+
+def meant(world):
+    """(number of the element that the goal is about next, the text to be written there) on a page; None if its task has no scripted player, or where that one presses a key."""
+    with contextlib.suppress(ValueError):
+        if found := re.match(r'(?:click|type) (\d+)(?: "(.*)")?$', world.expert()):
+            return int(found[1]), found[2] or ""
 
 def alone(names): return [name for name, n in Counter(names).items() if n == 1]
 def some(things, draw): return sorted(things, key=lambda _: draw(1 << 30))[:5]       # at most five, in any order
@@ -223,6 +248,13 @@ def pages(world, draw):
     for kind, question, of, answer in (("numbers", f"{made}\nWhich numbers", numbers, lambda e: e["ref"]), ("places", "Which places", places, place)):
         if of:
             asked += [(kind, f"{question} have {', '.join(repr(e['text']) for e in of)}?", ", ".join(f"{e['text']!r} {answer(e)}" for e in of))]
+    # and from the goal to what it is about
+    goal = ('Click on the "{}" button.', 'Click on the link "{}".', 'Click the button in the dialog box labeled "{}".', "Click button {}.", "Click on {}.")[draw(5)]
+    asked += [("it number", f"{goal.format(e['text'])}\n{made}\nWhich number is it?", e["ref"]) for e in numbers[:2]] * 2
+    for e in world.elements if world.meant else ():
+        if e["ref"] == world.meant[0]:
+            asked += [("it", f"{world.goal}\nWhere is it?", place(e))] * (4 * (e in shown)) + [("it number", f"{world.goal}\n{lines}\nWhich number is it?", e["ref"])] * 4
+            asked += [("it text", f"{world.goal}\n{lines}\nWhat is to be written?", world.meant[1] or "nothing")] * (6 * (e["role"] == "textbox") or draw(8) == 0)
     asked += [("named", f"{world.goal}\nWhat is named?", named) for named in re.findall(r'(?<=")[^"]+(?=")|Tab #\d|ONE|TWO', world.goal)[:1]] * 2
     for e in world.elements:
         if e["ref"] > 0 and 0 < len(e["text"]) <= 24:

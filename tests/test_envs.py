@@ -863,10 +863,10 @@ def test_questions_about_a_page_that_moves(page):
         picture.paste(colours[e["text"]], tuple(round(v) for v in (*e["box"][:2], e["box"][0] + 30, e["box"][1] + 20)))
     for seed in range(200):
         rng = np.random.default_rng(seed)
-        now = Page(where, 'Click on the "Ok" button.', elements, "the lines", "the prompt", picture, "print")
+        now = Page(where, 'Click on the "Ok" button.', elements, (7, ""), "the lines", "the prompt", picture, "print")
         draw = lambda *args: rng.integers(*args).tolist()
-        if draw(2):
-            now.move(draw)
+        (lambda draw: None, now.move, now.scatter)[seed % 3](draw)
+        assert len(now.elements) == 2 and (now.text() == "the lines") == (seed % 3 < 2)
         for kind, question, answer in pages(now, draw):
             kinds[kind] += 1
             if kind == "places":
@@ -877,10 +877,18 @@ def test_questions_about_a_page_that_moves(page):
                 lines = {number: text for text, number in re.findall(r"\w+ '(.*)' \[(\d+)\]", question)}
                 asked = re.findall(r"'([^']*)' (\d+)", answer)
                 assert 0 < len(asked) <= 5 and question.endswith("have " + ", ".join(repr(text) for text, _ in asked) + "?") and all(lines[n] == text for text, n in asked)
+            if kind == "it":
+                assert question == f"{now.goal}\nWhere is it?" and now.picture().getpixel(tuple(map(int, answer.split()))) == colours["Ok"]
+            if kind == "it number":                                                 # on the page, or in a list that nobody made
+                goal, *listed, _ = question.splitlines()
+                of = {number: text for text, number in re.findall(r"'(.*)' \[(\d+)\]", "\n".join(listed))}
+                assert (goal == now.goal and answer == 7) or goal.endswith((f'"{of[str(answer)]}" button.', f'"{of[str(answer)]}".', f" {of[str(answer)]}."))
+            if kind == "it text":
+                assert answer == "nothing"
             if kind == "named":
                 assert question.startswith(now.goal) and answer == "Ok"
-    assert min(kinds[kind] for kind in ("picture", "places", "numbers", "number", "where", "nth", "named")) > 50 and len(places) > 40
-    twice = Page(where, "Click.", [*elements, elements[0]], "the lines", "the prompt", picture, "print")        # two of one name: "where is it" has no answer
+    assert min(kinds[kind] for kind in ("picture", "places", "numbers", "number", "where", "nth", "named", "it", "it number", "it text")) > 10 and len(places) > 40
+    twice = Page(where, "Click.", [*elements, elements[0]], None, "the lines", "the prompt", picture, "print")        # two of one name: "where is it" has no answer
     asked = [question for seed in range(20) for kind, question, _ in pages(twice, lambda *args, rng=np.random.default_rng(seed): rng.integers(*args).tolist()) if question.startswith(("Where is '", "Which places", "the lines\nWhich number"))]
     assert asked and not any("'Ok'" in question for question in asked)
 
