@@ -7,7 +7,7 @@ The loss is CLIP's (arXiv 2103.00020) with a patch in the place of a picture: a 
 written: a language model that is asked where a text stands is told two numbers a question, and learned no texts but those that always stand in the same place. The tower is a Swin (arXiv 2103.14030):
 its windows and relative positions read a word alike wherever it stands. A new projector learns along, and must keep row and column, which the language model has to say.
 """
-import os, shutil, sys, time
+import os, sys, time
 
 import numpy as np
 import torch
@@ -69,6 +69,8 @@ def main(model, out, updates=1000, batch=64, lr=2e-3):
     import model as nano
     from extras.reading import Captions
     net, processor = nano.load_model(model)
+    if net.config.model_type != "llava" or processor.patch_size != 16:
+        raise SystemExit(f"model={model!r} is a {net.config.model_type!r} model: a new tower of 16-pixel tokens can be given to the tiny LLaVAs only, such as tiny-vlm-pages.")
     torch.manual_seed(0)
     net, rng, began = new_tower(net), np.random.default_rng(0), time.time()
     side, sight, readers = 10, Sight(net, processor.tokenizer), [Captions(f"miniwob/{task}-v1", size=160) for task in TASKS]
