@@ -3,7 +3,7 @@ A tiny VLM that reads BabyAI's rooms, pre-trained as the first one was (config/p
 rooms of 8 x 8 cells at 128 pixels, a cell as large as a patch, from above and as the agent sees them; all weights, no action syntax.
 
     pip install -r requirements-envs.txt
-    mkdir -p out && git archive 8c939f5 tiny-vlm-grids | tar x -C out && python train.py config/pretrain_grids.py && cp -r out/pretrain_grids/model tiny-vlm-grids
+    mkdir -p out && git archive 8c939f5 tiny-vlm-grids | tar x -C out && python train.py config/pretrain_grids.py && cp -r out/pretrain_grids/model/. tiny-vlm-grids
 
 16 minutes on one core beside another run, bfloat16. It starts from an earlier base that had learned to read in six stages (`git show 8c939f5:config/pretrain_grids.py`, 100 minutes). From scratch all these questions at once are not learned:
 after 2,050 updates where a thing is 27 % (LOG.md). What there is, is learned from captions alone, then where a named thing is when asked alone, then the rest.

@@ -42,7 +42,7 @@ class Reading(Env):
         # as in play, the question is not always all there is: the goal, the state and something beside the point may come before it
         context = [self.game.goal, self.game.text(), self.echo()[2]]
         if self.only:                                    # a page's lines are long, and the games' stages ask without
-            context = context[:0 if not self.world or kind.startswith("it ") else 1 if self.world.workers else 2]
+            context = context[:0 if not self.world or kind == "it number" else 1 if self.world.workers else 2]
         self.question = "\n".join([line for line in context if line and line not in question and self.rng.random() < 0.4] + [question])
         self.kind, self.answer = f"{name} {kind}".strip(), str(answer)
     def ask_world(self, rng):

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import nn
 
 TASKS = ("click-test-2", "click-button", "click-dialog", "click-dialog-2", "click-link", "click-tab", "focus-text-2", "enter-text", "click-collapsible")
+SIZE, SIDE = 160, 10        # pixels of a picture, patches of 16 of them
 
 
-def new_tower(net, size=160, patch=4, dim=32, depths=(2, 2, 2)):
-    """The LLaVA `net`'s language model before a Swin and a projector with random weights: a picture of size x size becomes (size / 16)^2 tokens."""
+def new_tower(net):
+    """The LLaVA `net`'s language model before a Swin and a projector with random weights: a picture of SIZE x SIZE becomes SIDE x SIDE tokens."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration, SwinConfig
     from extras.scratch import awake
-    vision = SwinConfig(image_size=size, patch_size=patch, embed_dim=dim, depths=list(depths), num_heads=[dim // 16 * 2 ** i for i in range(len(depths))], window_size=5, mlp_ratio=3.0,
-                        drop_path_rate=0.0, use_absolute_embeddings=True)
+    vision = SwinConfig(image_size=SIZE, patch_size=4, embed_dim=32, depths=[2, 2, 2], num_heads=[2, 4, 8], window_size=5, mlp_ratio=3.0, drop_path_rate=0.0, use_absolute_embeddings=True)
     new = awake(LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=net.config.text_config, image_token_index=net.config.image_token_id, vision_feature_layer=-1,
                                                           vision_feature_select_strategy="full", tie_word_embeddings=True)))
     nn.init.normal_(new.model.vision_tower.embeddings.position_embeddings, 0, 0.3)
@@ -31,10 +31,10 @@ def new_tower(net, size=160, patch=4, dim=32, depths=(2, 2, 2)):
     return new
 
 
-def labels(page, side, names):
-    """What stands in each patch of a page's picture: the text's place in `names`, which grows, + 1; 0 nothing; -100 what only shows a bit of something. (side * side,) int64."""
-    ink = (np.asarray(page.picture().convert("L")) < 200).reshape(side, 16, side, 16).any((1, 3))
-    out, low = np.where(ink, -100, 0), np.arange(side) * 16
+def labels(page, names):
+    """What stands in each patch of a page's picture: the text's place in `names`, which grows, + 1; 0 nothing; -100 what only shows a bit of something. (SIDE * SIDE,) int64."""
+    ink = (np.asarray(page.picture().convert("L")) < 200).reshape(SIDE, 16, SIDE, 16).any((1, 3))
+    out, low = np.where(ink, -100, 0), np.arange(SIDE) * 16
     for e in page.elements:
         (left, top, w, h), text = e["box"], e["text"]
         if 0 < len(text) <= 16 and left >= 0 and top >= 0:
@@ -49,7 +49,7 @@ class Sight(nn.Module):
         super().__init__()
         words = net.get_input_embeddings().weight.detach()
         self.tower, self.projector, self.words, self.tokenizer = net.model.vision_tower, net.model.multi_modal_projector, words.clone(), tokenizer
-        self.head, self.place, self.nothing, self.scale = nn.Linear(words.shape[1], words.shape[1]), nn.Linear(words.shape[1], 20), nn.Parameter(0.1 * torch.randn(1, words.shape[1])), nn.Parameter(torch.tensor(2.0))
+        self.head, self.place, self.nothing, self.scale = nn.Linear(words.shape[1], words.shape[1]), nn.Linear(words.shape[1], 2 * SIDE), nn.Parameter(0.1 * torch.randn(1, words.shape[1])), nn.Parameter(torch.tensor(2.0))
     def forward(self, pixels): return self.projector(self.tower(pixels).last_hidden_state).float()         # (B, patches, hidden)
     def texts(self, names): return F.normalize(torch.stack([self.words[self.tokenizer(name, add_special_tokens=False)["input_ids"]].mean(0) for name in names]), dim=-1)
     def loss(self, pixels, right, names):
@@ -57,36 +57,36 @@ class Sight(nn.Module):
         with torch.autocast("cpu", torch.bfloat16):
             feature = self(pixels)
         logits = F.normalize(self.head(feature), dim=-1) @ torch.cat([F.normalize(self.nothing, dim=-1), self.texts(names)]).T * self.scale.exp()
-        weight, side = torch.ones(len(names) + 1), int(right.shape[1] ** 0.5)
+        weight, at = torch.ones(len(names) + 1), torch.arange(SIDE * SIDE).repeat(len(right))
         weight[0] = 0.1                                             # most of a page is empty
-        at = torch.arange(side * side).repeat(len(right))
-        rows, columns = self.place(feature).flatten(0, 1).split(10, -1)
-        where = F.cross_entropy(rows, at // side) + F.cross_entropy(columns, at % side)
+        rows, columns = self.place(feature).flatten(0, 1).split(SIDE, -1)
+        where = F.cross_entropy(rows, at // SIDE) + F.cross_entropy(columns, at % SIDE)
         return F.cross_entropy(logits.flatten(0, 1), right.flatten(), weight) + 0.1 * where, (logits.argmax(-1) == right)[right > 0].float().mean().item()
 
 
-def main(model, out, updates=1000, batch=64, lr=2e-3):
-    import model as nano
+def main(folder, out, updates=1000, batch=64, lr=2e-3):
+    from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
     from extras.reading import Captions
-    net, processor = nano.load_model(model)
+    from model import load_model
+    net, processor = load_model(folder)
     if net.config.model_type != "llava" or processor.patch_size != 16:
-        raise SystemExit(f"model={model!r} is a {net.config.model_type!r} model: a new tower of 16-pixel tokens can be given to the tiny LLaVAs only, such as tiny-vlm-pages.")
+        raise SystemExit(f"model={folder!r} is a {net.config.model_type!r} model: a new tower of 16-pixel tokens can be given to the tiny LLaVAs only, such as tiny-vlm-pages.")
     torch.manual_seed(0)
     net, rng, began = new_tower(net), np.random.default_rng(0), time.time()
-    side, sight, readers = 10, Sight(net, processor.tokenizer), [Captions(f"miniwob/{task}-v1", size=160) for task in TASKS]
+    sight, readers = Sight(net, processor.tokenizer), [Captions(f"miniwob/{task}-v1", size=SIZE) for task in TASKS]
     processor.vision_feature_select_strategy, processor.num_additional_image_tokens = "full", 0
     optimizer = torch.optim.AdamW(sight.parameters(), lr, weight_decay=0.01, betas=(0.9, 0.95))
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 50, updates, min_lr_rate=0.05)
     for update in range(updates):
         pages, names = [readers[rng.integers(len(readers))].page(rng) for _ in range(batch)], {}
-        right = torch.stack([labels(page, side, names) for page in pages])
+        right = torch.stack([labels(page, names) for page in pages])
         pixels = processor.image_processor([page.picture() for page in pages], return_tensors="pt")["pixel_values"]
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (update + 1) / 50) * (0.05 + 0.475 * (1 + np.cos(np.pi * update / updates)))
         loss, share = sight.loss(pixels, right, list(names))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(sight.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         if update % 50 == 49:
             print(f"update {update + 1}  loss {loss.item():.2f}  patches right {100 * share:.0f} % of {len(names)} texts  {time.time() - began:.0f} s", flush=True)
     for reader in readers:

@@ -26,7 +26,7 @@ def test_labels_name_what_stands_in_a_patch():
     sheet.paste((0, 0, 0), (32, 48, 80, 64))
     sheet.paste((0, 0, 0), (100, 100, 104, 104))                       # ink of nobody: neither a text nor nothing
     box = dict(ref=1, role="button", text="Ok", value=None, box=[32, 48, 48, 16])
-    right = labels(Page(None, "", [box, {**box, "text": "much more text than a patch can say", "box": [0, 128, 160, 16]}], None, "", "", sheet, ""), 10, names).reshape(10, 10)
+    right = labels(Page(None, "", [box, {**box, "text": "much more text than a patch can say", "box": [0, 128, 160, 16]}], None, "", "", sheet, ""), names).reshape(10, 10)
     assert names == {"Ok": 1} and right[3, 2:5].tolist() == [1, 1, 1] and right[6, 6] == -100
     right[3, 2:5], right[6, 6] = 0, 0
     assert not right.any()
@@ -44,7 +44,7 @@ def test_a_tower_learns_which_word_stands_where():
     def batch(seeds):
         names = dict(zip(WORDS, range(1, 5)))
         shown = [page(seed) for seed in seeds]
-        return processor.image_processor([p.picture() for p in shown], return_tensors="pt")["pixel_values"], torch.stack([labels(p, 10, names) for p in shown]), list(names)
+        return processor.image_processor([p.picture() for p in shown], return_tensors="pt")["pixel_values"], torch.stack([labels(p, names) for p in shown]), list(names)
     with torch.no_grad():
         assert sight.loss(*batch(range(10 ** 6, 10 ** 6 + 32)))[1] < 0.6
     for step in range(30):
