@@ -655,9 +655,9 @@ class MiniWoB(Env):
         free = [(x, y) for x, y in self.places(e) if not any(l <= x <= l + w and t <= y <= t + h for l, t, w, h in over)]
         return "click {} {}".format(*(free or self.places(e))[0])
     def places(self, e):
-        """In its middle, then its corners: one of 8, 24, 40, ..., the middles of the tiny VLM's patches, where such a one lies inside; few numbers to tell apart."""
+        """In its middle, then its corners: one of 8, 24, 40, ..., the middles of the tiny VLM's patches, where such a one lies inside, else of 4, 12, 20, ...: few numbers to tell apart."""
         left, top, width, height = e["box"]
-        step = lambda x, low, long: next((y for size in (16, 4) for y in sorted(range(size // 2, 160, size), key=lambda y: abs(y - x)) if low < y < low + long - 1), round(x))
+        step = lambda x, low, long: next((y for size in (16, 8, 4) for y in sorted(range(size // 2, 160, size), key=lambda y: abs(y - x)) if low < y < low + long - 1), round(x))
         return [(step(left + dx * width, left, width), step(top + dy * height, top, height)) for dx, dy in ((0.5, 0.5), (0.1, 0.2), (0.9, 0.2), (0.1, 0.8), (0.9, 0.8))]
     def type(self, e, text):
         if e["value"] and not text.startswith(e["value"]):          # somebody wrote something else: away with it

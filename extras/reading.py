@@ -2,13 +2,13 @@
 What a vision-language model can do before it has met any action syntax: the pre-training tasks Reading and Captions (config/pretrain_*.py).
 One question a turn about a random state of a random game or of a world, a sum, or a text to repeat; the reply is the answer, no marker.
 """
-import contextlib, re, string
+import re, string
 from collections import Counter
 
 import numpy as np
-from PIL import Image, ImageChops
 
-from envs import ENVS, MARKER, RANKS, READINGS, SEEN, BabyAI, Env, MiniWoB, Text, best, deal, element_line, hand, held_out, make
+from envs import ENVS, MARKER, RANKS, READINGS, SEEN, BabyAI, Env, MiniWoB, Text, best, deal, hand, held_out, make
+from extras.pages import Asker, Page, alone, meant
 
 ASKED = f"{SEEN} What is the target number? current Which larger, difference? are cards? first second third fourth card? values sum product of dealer " \
         "show? your cards? Is there a soft ace? How many do you have? last item? value Repeat: yes no empty blank A J Q K End reply with an action, for example:"
@@ -30,6 +30,9 @@ class Reading(Env):
         draw = lambda *args: self.rng.integers(*args).tolist()
         name, which = "" if self.world else list(ENVS)[self.rng.integers(4)], self.rng.random()
         self.game, asked = self.ask_world(self.rng) if self.world else self.ask(name, ENVS[name](self.size), draw)      # also draws the game's state
+        if isinstance(self.game, Page):
+            [(self.kind, self.question, self.answer)] = asked
+            return
         if which < 0.25:
             name, asked = "", [self.echo()]
         elif which < 0.3 and not self.only:
@@ -41,18 +44,20 @@ class Reading(Env):
         kind, question, answer = asked[0 if first else self.rng.integers(len(asked))]
         # as in play, the question is not always all there is: the goal, the state and something beside the point may come before it
         context = [self.game.goal, self.game.text(), self.echo()[2]]
-        if self.only:                                    # a page's lines are long, and the games' stages ask without
-            context = context[:0 if not self.world or kind == "it number" else 1 if self.world.workers else 2]
+        if self.only:                                    # the games' stages ask without
+            context = context[:2 if self.world else 0]
         self.question = "\n".join([line for line in context if line and line not in question and self.rng.random() < 0.4] + [question])
         self.kind, self.answer = f"{name} {kind}".strip(), str(answer)
     def ask_world(self, rng):
         """A state a few random moves after a start that is not held out, and questions about it."""
-        draw = lambda *args: rng.integers(*args).tolist()
         if self.world.workers:
-            page = self.page(rng)
-            return page, pages(page, draw)
+            asked = [""]
+            while asked[0] == "" or self.only and asked[0] not in self.only:
+                page = self.page(rng)
+                asked = Asker(rng).ask(page)
+            return page, [asked]
         self.walk(rng)
-        return self.world, rooms(self.world, draw)
+        return self.world, rooms(self.world, lambda *args: rng.integers(*args).tolist())
     def page(self, rng):
         """A page, slow to come by, is one of 900, each dealt once, then shown as it is, moved, or in pieces."""
         world, draw = self.world, lambda *args: rng.integers(*args).tolist()
@@ -113,58 +118,19 @@ class Reading(Env):
     def tag(self): return self.kind
     def expert(self): return self.answer
 
-class Page:
-    """A page as it was read: what there is to ask does not need a browser any more."""
-    def __init__(self, places, goal, elements, meant, *shown): self.places, self.goal, self.elements, self.meant, self.shown = places, goal, elements, meant, shown
-    def text(self): return self.shown[0]
-    def prompt(self): return self.shown[1]
-    def picture(self): return self.shown[2]
-    def fingerprint(self): return self.shown[3]
-    def move(self, draw):
-        """All that it shows, somewhere else where there is room: a page is slow to come by, a place is not."""
-        text, prompt, picture, fingerprint = self.shown
-        left, top, right, bottom = ImageChops.invert(picture).getbbox() or (0, 0, *picture.size)
-        dx, dy = draw(-left, picture.width - right + 1), draw(-top, picture.height - bottom + 1)
-        moved = Image.new("RGB", picture.size, "white")
-        moved.paste(picture, (dx, dy))
-        self.shown = text, prompt, moved, f"{fingerprint} {dx} {dy}"
-        self.elements = [{**e, "box": [e["box"][0] + dx * 160 / picture.width, e["box"][1] + dy * 160 / picture.height, *e["box"][2:]]} for e in self.elements]
-    def scatter(self, draw):
-        """What it shows, cut out and put anywhere, the lines in the new order: a text can be found everywhere only by who has found it everywhere."""
-        text, prompt, picture, fingerprint = self.shown
-        scale, sheet, placed = picture.width / 160, Image.new("RGB", picture.size, "white"), []
-        for e in self.elements:
-            left, top, w, h = map(round, e["box"])
-            for x, y in [(draw(161 - w), draw(161 - h)) for _ in range(10)] if 4 < w <= 120 and 4 < h <= 40 and 0 <= left <= 160 - w and 0 <= top <= 160 - h else ():
-                if all(x + w <= l or l + wide <= x or y + h <= t or t + high <= y for l, t, wide, high in (other["box"] for other in placed)):
-                    sheet.paste(picture.crop([round(v * scale) for v in (left, top, left + w, top + h)]), (round(x * scale), round(y * scale)))
-                    placed.append({**e, "box": [x, y, w, h]})
-                    break
-        self.elements = sorted(placed, key=lambda e: e["box"][1::-1])
-        if self.meant and any(e["ref"] == self.meant[0] and e["role"] == "textbox" for e in self.elements):
-            self.meant = None                                       # "the 2nd textbox" is another one now
-        self.shown = text and "\n".join(map(element_line, self.elements)), prompt, sheet, f"{fingerprint} {[e['box'] for e in self.elements]}"
-
 class Captions(Reading):
-    """"What is in the picture?" and texts to repeat only, the first stage: what a picture holds has to be seen before it can be asked about. Of a page also
-    where several texts are and which numbers several have: long answers, in which each finding is told at once whether it is right."""
+    """"What is in the picture?" and texts to repeat only, the first stage: what a picture holds has to be seen before it can be asked about. Also where several things are
+    and which numbers several texts have: long answers, in which each finding is told at once whether it is right."""
     name, only = "Captions", ("picture", "places", "numbers")
 
 class Finding(Reading):
     """Where a named thing is, and texts to repeat only: the stage before everything where there is something to find. Among other questions it is not learned."""
-    name, only = "Finding", ("where", "where one", "it", "nth", "number", "named", "it number", "it text")
+    name, only = "Finding", ("where", "where one", "it", "it number")
 
 class Facing(Reading):
     """Where a named thing is, seen by the agent, whether the way is free, what it did last, and texts to repeat only: the stage after Finding."""
     name, only = "Facing", ("side", "ahead", "it side", "it ahead", "free", "beside", "between", "in vain", "turned")
 
-def meant(world):
-    """(number of the element that the goal is about next, the text to be written there) on a page; None if its task has no scripted player, or where that one presses a key."""
-    with contextlib.suppress(ValueError):
-        if found := re.match(r'(?:click|type) (\d+)(?: "(.*)")?$', world.expert()):
-            return int(found[1]), found[2] or ""
-
-def alone(names): return [name for name, n in Counter(names).items() if n == 1]
 def some(things, draw): return sorted(things, key=lambda _: draw(1 << 30))[:5]       # at most five, in any order
 
 def rooms(world, draw):
@@ -216,49 +182,6 @@ def rooms(world, draw):
             seen_from = f"{'ahead' if ahead >= 0 else 'behind'} {abs(ahead)} {'right' if right >= 0 else 'left'} {abs(right)}"
             asked += [("where", f"Where is the {thing}?", f"{i} {j}"), ("relative", f"Seen by the agent, where is the {thing}?", seen_from)] * 2
             asked += [("side", f"Is the {thing} left or right of the agent?", side(right)), ("ahead", f"Is the {thing} ahead of the agent or behind?", along(ahead))]
-    return asked
-
-
-LOREM = """ac accumsan aliquam amet ante arcu at augue bibendum commodo condimentum congue consectetur cras cursus dapibus diam dictum dolor donec dui egestas eget eleifend elit enim erat eros est et eu euismod
-facilisis fames felis fermentum fusce gravida habitant hendrerit iaculis id imperdiet in integer ipsum lacus laoreet lectus leo libero lorem maecenas magna massa mattis mauris metus mi morbi nec neque nibh nisi nulla nunc odio orci
-ornare pellentesque pharetra porta posuere pretium proin pulvinar purus quam quis risus sagittis sapien scelerisque sed sem sit suscipit tellus tempus tincidunt tortor tristique turpis urna ut varius vel velit vitae vivamus viverra
-Cancel Close Delete Login Next No OK ONE Ok Okay Previous Search Section Send Submit Tab TWO Yes""".split()
-
-def pages(world, draw):
-    """[(kind, question, answer), ...] about a MiniWoB++ page: from its lines, or from the picture alone."""
-    roles, fields = Counter(e["role"] for e in world.elements), ("textbox", "checkbox", "radio")
-    shown = [e for e in world.elements if (0 < len(e["text"]) <= 16 or e["role"] in fields) and 0 <= e["box"][0] < 160 and 0 <= e["box"][1] < 160]
-    place, lines = lambda e: "{} {}".format(*world.places(e)[0]), world.text() or "\n".join(map(element_line, world.elements))
-    asked = [("picture", SEEN, ", ".join(f"{place(e)} {e['role']} {e['text']}".strip() for e in shown[:10]) or "nothing"),
-             *[("count", f"How many of the kind {role} are there?", roles[role]) for role in ("button", "textbox", "radio") if draw(2)]]
-    for role in ("button", "link", *fields):
-        asked += [("nth", f"Where is {role} {i + 1}?", place(e)) for i, e in enumerate(e for e in shown if e["role"] == role)]
-    seen, listed = (alone(e["text"] for e in of if e["text"]) for of in (shown, world.elements))      # what occurs twice has no one place and no one number
-    for e in shown:
-        asked += [("where", f"Where is {e['text']!r}?", place(e))] * (e["text"] in seen) + [("at", f"What is at {place(e)}?", e["text"])] * bool(e["text"])
-        asked += [("field", f"What is in the {e['role']} at {place(e)}?", element_line({**e, "ref": 0}))] * (e["role"] in fields)
-    # to find a text among many has to be learned from many: a page that nobody made, of this one's words and others
-    words, invented, ref = [*LOREM, *(word for e in world.elements for word in e["text"].split())], [], draw(1, 15)
-    for _ in range(draw(2, 10)):
-        ref += draw(1, 3)
-        invented.append(dict(ref=ref, role=("button", "button", "link", "span", "div", "p")[draw(6)], value=None, text=" ".join(words[draw(len(words))] for _ in range((1, 1, 1, 2, 3)[draw(5)]))))
-    made, texts = "\n".join(map(element_line, invented)), alone(e["text"] for e in invented)
-    numbers, places = some([e for e in invented if e["text"] in texts], draw), some([e for e in shown if e["text"] in seen], draw)
-    asked += [("number", f"{made}\nWhich number has {e['text']!r}?", e["ref"]) for e in numbers[:3]]
-    for kind, question, of, answer in (("numbers", f"{made}\nWhich numbers", numbers, lambda e: e["ref"]), ("places", "Which places", places, place)):
-        if of:
-            asked += [(kind, f"{question} have {', '.join(repr(e['text']) for e in of)}?", ", ".join(f"{e['text']!r} {answer(e)}" for e in of))]
-    # and from the goal to what it is about
-    goal = ('Click on the "{}" button.', 'Click on the link "{}".', 'Click the button in the dialog box labeled "{}".', "Click button {}.", "Click on {}.")[draw(5)]
-    asked += [("it number", f"{goal.format(e['text'])}\n{made}\nWhich number is it?", e["ref"]) for e in numbers[:2]] * 2
-    for e in world.elements if world.meant else ():
-        if e["ref"] == world.meant[0]:
-            asked += [("it", f"{world.goal}\nWhere is it?", place(e))] * (4 * (e in shown)) + [("it number", f"{world.goal}\n{lines}\nWhich number is it?", e["ref"])] * 4
-            asked += [("it text", f"{world.goal}\n{lines}\nWhat is to be written?", world.meant[1] or "nothing")] * (6 * (e["role"] == "textbox") or draw(8) == 0)
-    asked += [("named", f"{world.goal}\nWhat is named?", named) for named in re.findall(r'(?<=")[^"]+(?=")|Tab #\d|ONE|TWO', world.goal)[:1]] * 2
-    for e in world.elements:
-        if e["ref"] > 0 and 0 < len(e["text"]) <= 24:
-            asked += [("says", f"{lines}\nWhat does {e['ref']} say?", e["text"])] + [("number", f"{lines}\nWhich number has {e['text']!r}?", e["ref"])] * (e["text"] in listed)
     return asked
 
 

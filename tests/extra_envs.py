@@ -177,7 +177,7 @@ def test_the_shipped_bases_find_what_is_named(folder, size, bounds, monkeypatch)
                 prompts.append(vlm.encode([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": obs["text"]}]}], [Image.new("RGB", (size, size)) if hide else obs["image"]]))
                 answers.append(env.answer)
         env.close()
-        return np.mean([vlm.decode(ids) == answer for ids, answer in zip(vlm.generate(prompts, 12, temperature=0)[0], answers)])
+        return np.mean([vlm.decode(ids) == answer for ids, answer in zip(vlm.generate(prompts, 24, temperature=0)[0], answers)])
     for name, bound in bounds.items():
         assert right(name) > bound, name
     assert right(list(bounds)[0], hide=True) < 0.2

@@ -2,7 +2,7 @@
 The environments: the protocol, every game's rules from states set by hand, the yardsticks, the scripted players, the pictures.
     python -m pytest tests/test_envs.py
 """
-import ast, importlib.util, io, operator, os, re, sys
+import ast, importlib.util, io, operator, os, sys
 from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
@@ -17,7 +17,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import envs
 from extras import scratch
-from extras.reading import Page, corpus, pages
+from extras.reading import corpus
 from envs import ENVS, MARKER, Command, Env, Text, Words, best_play, canonical, evaluate, held_out, make, mixture, parse_agent, player
 
 GAMES = list(ENVS)
@@ -852,45 +852,6 @@ def page(monkeypatch, tmp_path):
         env.sent = sent
         return env
     return make_page
-
-
-def test_questions_about_a_page_that_moves(page):
-    """Moved or not, what is named is where the answer says, each asked text has the number of its line, and the goal comes along."""
-    colours, kinds, places = {"Ok": (255, 0, 0), "Cancel": (0, 0, 255)}, Counter(), set()
-    elements = [dict(ref=7 + i, role="button", text=text, value=None, box=[40 + 40 * i, 60, 30, 20]) for i, text in enumerate(colours)]
-    picture, where = Image.new("RGB", (160, 160), "white"), page().places
-    for e in elements:
-        picture.paste(colours[e["text"]], tuple(round(v) for v in (*e["box"][:2], e["box"][0] + 30, e["box"][1] + 20)))
-    for seed in range(200):
-        rng = np.random.default_rng(seed)
-        now = Page(where, 'Click on the "Ok" button.', elements, (7, ""), "the lines", "the prompt", picture, "print")
-        draw = lambda *args: rng.integers(*args).tolist()
-        (lambda draw: None, now.move, now.scatter)[seed % 3](draw)
-        assert len(now.elements) == 2 and (now.text() == "the lines") == (seed % 3 < 2)
-        for kind, question, answer in pages(now, draw):
-            kinds[kind] += 1
-            if kind == "places":
-                found = re.findall(r"'(\w+)' (\d+) (\d+)", answer)
-                places |= {(text, x, y) for text, x, y in found}
-                assert sorted(text for text, _, _ in found) == ["Cancel", "Ok"] and all(now.picture().getpixel((int(x), int(y))) == colours[text] for text, x, y in found)
-            if kind == "numbers":
-                lines = {number: text for text, number in re.findall(r"\w+ '(.*)' \[(\d+)\]", question)}
-                asked = re.findall(r"'([^']*)' (\d+)", answer)
-                assert 0 < len(asked) <= 5 and question.endswith("have " + ", ".join(repr(text) for text, _ in asked) + "?") and all(lines[n] == text for text, n in asked)
-            if kind == "it":
-                assert question == f"{now.goal}\nWhere is it?" and now.picture().getpixel(tuple(map(int, answer.split()))) == colours["Ok"]
-            if kind == "it number":                                                 # on the page, or in a list that nobody made
-                goal, *listed, _ = question.splitlines()
-                of = {number: text for text, number in re.findall(r"'(.*)' \[(\d+)\]", "\n".join(listed))}
-                assert (goal == now.goal and answer == 7) or goal.endswith((f'"{of[str(answer)]}" button.', f'"{of[str(answer)]}".', f" {of[str(answer)]}."))
-            if kind == "it text":
-                assert answer == "nothing"
-            if kind == "named":
-                assert question.startswith(now.goal) and answer == "Ok"
-    assert min(kinds[kind] for kind in ("picture", "places", "numbers", "number", "where", "nth", "named", "it", "it number")) > 50 and kinds["it text"] > 10 and len(places) > 40
-    twice = Page(where, "Click.", [*elements, elements[0]], None, "the lines", "the prompt", picture, "print")        # two of one name: "where is it" has no answer
-    asked = [question for seed in range(20) for kind, question, _ in pages(twice, lambda *args, rng=np.random.default_rng(seed): rng.integers(*args).tolist()) if question.startswith(("Where is '", "Which places", "the lines\nWhich number"))]
-    assert asked and not any("'Ok'" in question for question in asked)
 
 
 def test_miniwob_acts_by_number_and_by_place(page):
