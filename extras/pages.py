@@ -3,7 +3,7 @@ What a tiny VLM is asked about MiniWoB++'s pages before it has met any action sy
 
     pip install -r requirements-envs.txt && apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver
     mkdir -p out && git archive b2b105d tiny-vlm-pages | tar x -C out
-    python extras/pages.py out/tiny-vlm-pages out/pages                     # the weights of an earlier base, a tokenizer of its own; --text=1200 --sight=500 --both=700 updates
+    python extras/pages.py out/tiny-vlm-pages out/pages                     # the weights of an earlier base, a tokenizer of its own; --text=900 --sight=500 --both=660 updates
 
 Three steps. Text alone: which number of a page's lines is the goal about. The tower (a Swin, arXiv 2103.14030) alone: which of the batch's texts stands in this patch, and where is its middle; that is CLIP's loss
 (arXiv 2103.00020) with a patch in the place of a picture. Every patch is an example, where a question "Where is it?" is told two numbers. Then both together, with the patches' loss beside the answers': else the tower forgets.
@@ -253,7 +253,7 @@ def answers_loss(net, tokenizer, asked, features=None):
     return (loss / (labels >= 0).sum(1) ** 0.75).sum()
 
 
-def main(folder, out, text=1200, sight=500, both=700, batch=64, lr=2e-3, micro=16):
+def main(folder, out, text=900, sight=500, both=660, batch=64, lr=2e-3, micro=16):
     from extras.reading import Reading
     from model import load_model
     net, processor = load_model(folder)
@@ -305,7 +305,7 @@ if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     steps = dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[3:])
     if len(sys.argv) < 3 or not set(steps) <= {"text", "sight", "both", "batch"} or not all(n.isdigit() for n in steps.values()):
-        raise SystemExit("Say whose weights to begin with, and where to: python extras/pages.py tiny-vlm-pages FOLDER [--text=1200 --sight=500 --both=700 --batch=64]")
+        raise SystemExit("Say whose weights to begin with, and where to: python extras/pages.py tiny-vlm-pages FOLDER [--text=900 --sight=500 --both=660 --batch=64]")
     if os.path.exists(sys.argv[2]):
         raise SystemExit(f"{sys.argv[2]!r} exists already: name a new folder.")
     main(*sys.argv[1:3], **{k: int(n) for k, n in steps.items()})
