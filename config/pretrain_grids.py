@@ -10,28 +10,28 @@ after 2,050 updates where a thing is 27 % (LOG.md). What there is, is learned fr
 """
 out_dir = 'out/pretrain_grids'
 model = 'out/tiny-vlm-grids'
-env = ['Captions:BabyAI-GoToLocal-v0:view', 'Captions:BabyAI-PutNextLocal-v0:view', 'Captions:BabyAI-GoToLocal-v0', 'Finding:BabyAI-GoToLocal-v0:view', 'Finding:BabyAI-GoToRedBallGrey-v0:view',
-       'Finding:BabyAI-PickupLoc-v0:view', 'Finding:BabyAI-GoToLocal-v0', 'Facing:BabyAI-GoToLocal-v0:view', 'Facing:BabyAI-GoToRedBallGrey-v0:view', 'Facing:BabyAI-PickupLoc-v0:view',
-       'Facing:BabyAI-PutNextLocal-v0:view']
+env = ['Leading:BabyAI-GoToLocal-v0:view', 'Leading:BabyAI-GoToLocal-v0:view', 'Leading:BabyAI-GoToLocal-v0:view', 'Leading:BabyAI-GoToRedBallGrey-v0:view', 'Leading:BabyAI-PickupLoc-v0:view', 'Leading:BabyAI-PickupLoc-v0:view',
+       'Leading:BabyAI-OpenDoor-v0:view', 'Leading:BabyAI-PutNextLocal-v0:view', 'Finding:BabyAI-GoToLocal-v0:view', 'Finding:BabyAI-GoToLocal-v0', 'Finding:BabyAI-OpenDoor-v0:view', 'Facing:BabyAI-GoToLocal-v0:view',
+       'Facing:BabyAI-PickupLoc-v0:view', 'Facing:BabyAI-OpenDoor-v0:view', 'Captions:BabyAI-OpenDoor-v0:view', 'Reading:FrozenLake', 'Reading:FrozenLake'] # more of what is new
 size = 128
 data_mix = {'expert': 1.0}
-data_episodes = 40000
+data_episodes = 30000
 cache_mb = 4000
 actor_loss = 'sft'
 lora_r = 0
 dtype = 'bfloat16'    # half the time where the CPU has avx512_bf16 or amx; float32 elsewhere
-offline_updates = 1400
+offline_updates = 1000
 online_updates = 0
 batch_size = 64
 window = 1
 micro_batch = 16
 lr = 2e-3
 min_lr = 0.05
-warmup_updates = 100
+warmup_updates = 50
 weight_decay = 0.01
 max_new_tokens = 80
 log_interval = 50
-eval_interval = 700
+eval_interval = 250
 ckpt_interval = 100
-eval_quick = 200
-eval_episodes = 1200
+eval_quick = 170
+eval_episodes = 680

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 from PIL import Image, ImageChops
 
-from envs import ENVS, MARKER, RANKS, READINGS, SEEN, BabyAI, Env, MiniWoB, Text, best, deal, element_line, hand, held_out, make
+from envs import ENVS, MARKER, RANKS, READINGS, SEEN, BabyAI, Env, FrozenLake, MiniWoB, Text, best, deal, element_line, hand, held_out, make
 
 ASKED = f"{SEEN} What is the target number? current Which larger, difference? are cards? first second third fourth card? values sum product of dealer " \
         "show? your cards? Is there a soft ace? How many do you have? last item? value Repeat: yes no empty blank A J Q K End reply with an action, for example:"
@@ -21,8 +21,8 @@ class Reading(Env):
     def __init__(self, world="", **kw):             # Reading:BabyAI-GoToLocal-v0 asks about that world, not about the games
         super().__init__(**kw)
         self.world, self.atoms = make(world, size=self.size) if world else None, ATOMS
-        if self.world and not isinstance(self.world, (BabyAI, MiniWoB)):
-            raise ValueError(f"env={f'{self.name}:{world}'!r}: there are questions about BabyAI's levels and MiniWoB++'s pages, and, without a world behind the name, about the card games.")
+        if self.world and not isinstance(self.world, (BabyAI, FrozenLake, MiniWoB)):
+            raise ValueError(f"env={f'{self.name}:{world}'!r}: there are questions about BabyAI's levels, FrozenLake and MiniWoB++'s pages, and, without a world behind the name, about the card games.")
         if self.world:
             self.name, self.workers = f"{self.name}:{world}", self.world.workers
             self.atoms = [sorted({word for kind in self.world.kinds for word in kind.doc().replace(",", "").split()}), *ATOMS[1:]]
@@ -52,7 +52,7 @@ class Reading(Env):
             page = self.page(rng)
             return page, pages(page, draw)
         self.walk(rng)
-        return self.world, rooms(self.world, draw)
+        return self.world, (rooms if isinstance(self.world, BabyAI) else lake)(self.world, draw)
     def page(self, rng):
         """A page, slow to come by, is one of 900, each dealt once, then shown as it is, moved, or in pieces."""
         world, draw = self.world, lambda *args: rng.integers(*args).tolist()
@@ -68,9 +68,9 @@ class Reading(Env):
         world.rng, world.over = rng, True
         while world.over:
             world.start()
-            world.over = held_out(world.fingerprint(), world.one_in)
-            for _ in range(0 if world.over else rng.integers(4)):
-                world.over = world.over or any(world.act(world.parse_env(world.sample(rng)))[1:])     # it ended: back to a start
+            world.over, to_the_point = held_out(world.fingerprint(), world.one_in), isinstance(world, BabyAI) and rng.random() < 0.5
+            for _ in range(0 if world.over else rng.integers(8 if to_the_point else 4)):             # who is on its way has other last actions than who walks at random
+                world.over = world.over or any(world.act(world.parse_env(world.expert() if to_the_point else world.sample(rng)))[1:])     # it ended: back to a start
     def close(self):
         if self.world:
             self.world.close()
@@ -158,11 +158,29 @@ class Facing(Reading):
     """Where a named thing is, seen by the agent, whether the way is free, what it did last, and texts to repeat only: the stage after Finding."""
     name, only = "Facing", ("side", "ahead", "it side", "it ahead", "free", "beside", "between", "in vain", "turned")
 
+class Leading(Reading):
+    """Which way the shortest path to a named thing begins, around what is in the way, and texts to repeat only: the stage after Facing."""
+    name, only = "Leading", ("way", "it way")
+
 def meant(world):
     """(number of the element that the goal is about next, the text to be written there) on a page; None if its task has no scripted player, or where that one presses a key."""
     with contextlib.suppress(ValueError):
         if found := re.match(r'(?:click|type) (\d+)(?: "(.*)")?$', world.expert()):
             return int(found[1]), found[2] or ""
+
+STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))          # east, south, west, north: minigrid's order
+
+def path(free, state, goals):
+    """The shortest way, as a tuple of 'ahead', 'left' and 'right', from state (x, y, facing) until one of the goals is right in front; a turn costs a move. None if there is none."""
+    ways, seen = [(state, ())], {state}
+    for (x, y, facing), words in ways:
+        there = x + STEPS[facing][0], y + STEPS[facing][1]
+        if there in goals:
+            return words
+        for word, after in (("ahead", (*there, facing)), ("left", (x, y, (facing - 1) % 4)), ("right", (x, y, (facing + 1) % 4))):
+            if after not in seen and (word != "ahead" or free(*there)):
+                seen.add(after)
+                ways.append((after, (*words, word)))
 
 def alone(names): return [name for name, n in Counter(names).items() if n == 1]
 def some(things, draw): return sorted(things, key=lambda _: draw(1 << 30))[:5]       # at most five, in any order
@@ -172,7 +190,7 @@ def rooms(world, draw):
     view = world.settings["agent_pov"]
     grid, seen = world.level.gen_obs_grid() if view else (world.level.grid, np.ones((world.level.width, world.level.height), bool))
     (x, y), facing = ((3, 6), 3) if view else (tuple(map(int, world.level.agent_pos)), world.level.agent_dir)
-    dx, dy = ((1, 0), (0, 1), (-1, 0), (0, -1))[facing]
+    dx, dy = STEPS[facing]
     what = lambda i, j: "unseen" if not seen[i, j] else f"{cell.color} {cell.type}" if (cell := grid.get(i, j)) and cell.type != "wall" else "wall" if cell else "nothing"
     things = [(what(i, j), i, j) for j in range(grid.height) for i in range(grid.width) if (i, j) != (x, y) and what(i, j) not in ("unseen", "wall", "nothing")]
     hidden = {f"{cell.color} {cell.type}" for cell in world.level.grid.grid if cell and cell.type != "wall"} - {thing for thing, _, _ in things}
@@ -190,6 +208,8 @@ def rooms(world, draw):
     once = alone(thing for thing, _, _ in things)
     places = {**{thing: f"{i} {j}" for thing, i, j in things if thing in once}, **dict.fromkeys(sorted(hidden), "nowhere")}
     away = {thing: ((i - x) * dx + (j - y) * dy, (j - y) * dx - (i - x) * dy) for thing, i, j in things}        # (ahead, to the right)
+    begins = lambda words: "nowhere" if words is None else (*words, "here")[0]
+    way = lambda goals: begins(path(lambda i, j: 0 <= i < grid.width and 0 <= j < grid.height and what(i, j) == "nothing", (x, y, facing), goals))       # on what is seen
     if five := some(places, draw):
         asked += [("places", f"Which places have {', '.join(five)}?", ", ".join(f"{thing} {places[thing]}" for thing in five))]
     named = re.search(r"(?:the|a) ((?:\w+ )?(?:ball|box|key|door))( |$)", world.goal)
@@ -199,8 +219,16 @@ def rooms(world, draw):
         ahead, right = away.get(meant[0], (None, None))
         asked += [("it", f"{mission}\nWhere is it?", places[meant[0]])] * 4
         asked += [("it side", f"{mission}\nIs it left or right of the agent?", side(right)), ("it ahead", f"{mission}\nIs it ahead of the agent or behind?", along(ahead))] * 6
+    if len(meant) == 1 and (meant[0] in places or not named[2]):
+        goals, level = {(i, j) for thing, i, j in things if thing == meant[0]}, world.level
+        if not goals and mission != world.goal:                 # out of sight: what it did last says where it has just seen it, and where it has looked in vain
+            goals = {(i, j) for j in range(level.height) for i in range(level.width) if (cell := level.grid.get(i, j)) and f"{cell.color} {cell.type}" == meant[0]}
+            answer = begins(path(lambda i, j: level.grid.get(i, j) is None, (*map(int, level.agent_pos), level.agent_dir), goals))
+        else:
+            answer = way(goals)
+        asked += [("it way", f"{mission}\nWhich way does the shortest path to it begin?", answer)] * 20
     for thing in sorted(hidden):                                # behind the agent, where it sees its own view only
-        asked += [("where", f"Where is the {thing}?", "nowhere"), ("side", f"Is the {thing} left or right of the agent?", "nowhere")]
+        asked += [("where", f"Where is the {thing}?", "nowhere"), ("side", f"Is the {thing} left or right of the agent?", "nowhere"), ("way", f"Which way does the shortest path to the {thing} begin?", "nowhere")]
     for thing, i, j in things:
         asked += [("thing", f"What is at {i} {j}?", thing)]
         if (i == x or j == y) and (apart := abs(i - x) + abs(j - y)) > 1:
@@ -216,7 +244,20 @@ def rooms(world, draw):
             seen_from = f"{'ahead' if ahead >= 0 else 'behind'} {abs(ahead)} {'right' if right >= 0 else 'left'} {abs(right)}"
             asked += [("where", f"Where is the {thing}?", f"{i} {j}"), ("relative", f"Seen by the agent, where is the {thing}?", seen_from)] * 2
             asked += [("side", f"Is the {thing} left or right of the agent?", side(right)), ("ahead", f"Is the {thing} ahead of the agent or behind?", along(ahead))]
+            asked += (2 if (answer := way({(i, j)})) == "ahead" else 6) * [("way", f"Which way does the shortest path to the {thing} begin?", answer)]
     return asked
+
+def lake(world, draw):
+    """[(kind, question, answer), ...] about FrozenLake's picture, the agent on any tile from which there is a way. Ways are points of the compass: its actions have other words."""
+    lake, compass = world.gym.unwrapped, dict(left="west", down="south", right="east", up="north")
+    n, what = lake.ncol, lambda i, j: dict(F="ice", S="ice", H="hole", G="present")[lake.desc[j, i].decode()] if 0 <= i < n and 0 <= j < n else "nothing"
+    can = [s for s in range(n * n) if lake.desc.ravel()[s] in b"SF" and world.way(s)]
+    lake.s = can[draw(len(can))]
+    (y, x), holes = divmod(lake.s, n), [f"{i} {j}" for j in range(n) for i in range(n) if what(i, j) == "hole"]
+    asked = [("picture", SEEN, ", ".join([f"agent {x} {y}", *(f"hole {hole}" for hole in holes)])), ("where", "Where is the agent?", f"{x} {y}"), ("places", "Which places have holes?", ", ".join(holes) or "none")]
+    asked += [("way", f"{goal}Which way does the shortest path to the present begin?", compass[world.way(lake.s)[0]]) for goal in ("", world.goal + "\n")] * 2
+    asked += [("beside", f"What is {where} of the agent?", what(x + dx, y + dy)) for where, (dx, dy) in zip(("east", "south", "west", "north"), STEPS)]
+    return asked + [("at", f"What is at {i} {j}?", what(i, j)) for i, j in [(draw(n), draw(n))]]
 
 
 LOREM = """ac accumsan aliquam amet ante arcu at augue bibendum commodo condimentum congue consectetur cras cursus dapibus diam dictum dolor donec dui egestas eget eleifend elit enim erat eros est et eu euismod
