@@ -168,7 +168,7 @@ class VLM(nn.Module):
             eyes[0].get_image_features = functools.wraps(self._look)(lambda *args, **kwargs: self._see(*args, **kwargs))    # `generate` reads its signature
 
     device = property(lambda self: self.banned.device)
-    sharded = False
+    sharded, bf16 = False, False  # bf16: replies are generated under bfloat16 autocast, as they are learned from
     vocab_size = property(lambda self: len(self.banned))
 
     def _cut(self, unembed, args):
@@ -350,8 +350,9 @@ class VLM(nn.Module):
         sampler = Sampler(self, temperature, generator, q_weight)
         self._watch, self._seen = ... if q_weight else None, inputs.pictures
         try:
-            out = self.net.generate(**inputs, logits_processor=[sampler], synced_gpus=self.sharded, generation_config=GenerationConfig(
-                do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=self.eos, pad_token_id=self.eos))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                out = self.net.generate(**inputs, logits_processor=[sampler], synced_gpus=self.sharded, generation_config=GenerationConfig(
+                    do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=self.eos, pad_token_id=self.eos))
         finally:
             self._watch = self._seen = self._hidden = None
         self.train(was_training)
@@ -535,6 +536,7 @@ def build(cfg, base=None, q_init=0.0):
     """The VLM that a config asks for: its base with adapters and critics, as they are before training."""
     critics = cfg.n_critics if cfg.actor_loss in ("afsft", "awr") else 0
     vlm = VLM(*(base or load_base(cfg)), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.q_head, critics, q_init, cfg.cache_mb, cfg.vision_cache_mb, cfg.model)
+    vlm.bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and vlm.device.type == "cuda"
     if cfg.trust_remote_code:
         from extras.own_code import rehearse
         rehearse(vlm)

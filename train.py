@@ -267,8 +267,7 @@ def main(argv):
     vlm = build(cfg, base, lowest if cfg.q_init is None else cfg.q_init)
     actor, critic = [p for p in vlm.net.parameters() if p.requires_grad], list(vlm.heads.parameters())
     optimizer = torch.optim.AdamW([dict(params=actor, lr=cfg.lr, base=cfg.lr), dict(params=critic, lr=cfg.critic_lr, base=cfg.critic_lr)][:2 if critic else 1], betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
-    bf16 = cfg.dtype == 'bfloat16' or (cfg.dtype == 'auto' and vlm.device.type == 'cuda')
-    autocast = lambda: torch.autocast(vlm.device.type, torch.bfloat16, enabled=bf16)
+    autocast = lambda: torch.autocast(vlm.device.type, torch.bfloat16, enabled=vlm.bf16)
 
     start, saved = 0, ()
     if cfg.resume:
@@ -296,7 +295,7 @@ def main(argv):
     kinds = {p.rpartition(".")[2] for p in vlm.lora}
     meta = dict(argv=argv, commit=git_commit(), ranks=WORLD, python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, numpy=np.__version__, threads=torch.get_num_threads())
     say(f"model    {cfg.model}: {count(vlm.net.parameters()):,} parameters, {count(actor):,} trained" + (f" by LoRA r={cfg.lora_r} on {len(vlm.lora)} layers ({', '.join(sorted(kinds))})" if vlm.lora else " (all weights)")
-          + f"; {len(vlm.heads)} x Q head {count(critic):,}, {'bfloat16 autocast' if bf16 else 'float32'} on {vlm.device}")
+          + f"; {len(vlm.heads)} x Q head {count(critic):,}, {'bfloat16 autocast' if vlm.bf16 else 'float32'} on {vlm.device}")
     say(f"data     {offline.folder}: {stats['episodes']} episodes, {stats['turns']} turns; goal reached {100 * stats['success']:.1f} %, summed reward > 0 {100 * stats['success_return']:.1f} %, "
           f"return {stats['episode_return']:.2f}, valid {100 * stats['valid']:.1f} %; lowest discounted return {lowest:.2f}")
     say(f"schedule {cfg.offline_updates} offline + {cfg.online_updates} online updates of {cfg.batch_size} windows x {cfg.window} turns; seed {cfg.seed}, commit {meta['commit'][:8]}"
