@@ -6,7 +6,7 @@ about rooms at 128 pixels, a cell as large as a patch; all weights, no action sy
     mkdir -p out && git archive f245810 tiny-vlm-grids | tar x -C out && python train.py config/pretrain_grids.py && cp -r out/pretrain_grids/model/. tiny-vlm-grids
 
 The last of its stages, each a few minutes on one core, bfloat16. Before it: b2b105d's base, which had learned to see and to find in seven stages (`git show b2b105d:config/pretrain_grids.py`); then 1,000 updates on 30,000 questions, half of them which way the shortest path
-to a thing begins (`git show f245810:config/pretrain_grids.py`, 21 minutes); then, kept by no commit, 350 updates of this stage with the last question ("it told") in a single form, from which the shipped weights went on (6 and 7 minutes). From f245810's weights directly it has not been run.
+to a thing begins (`git show f245810:config/pretrain_grids.py`, 21 minutes); then, kept by no commit, 350 updates of this stage with the last question ("mission told") in a single form, from which the shipped weights went on (6 and 7 minutes). From f245810's weights directly it has not been run.
 
 It is asked the way outright, around what stands in it, by a search over place and direction on what is seen; out of sight, where the line of last actions is shown, in the room as it is. And it is asked so in the shape of play, with a sign to begin with and lists of words about something else,
 because what is asked in one form only is not called forth by another: of the play's prompt with `(go)` for `[action]` it makes the right way in 82 %. What it never saw is the marker, and which action goes which way.

@@ -162,7 +162,7 @@ class Facing(Reading):
 
 class Leading(Reading):
     """Which way the shortest path to a named thing begins, around what is in the way, and texts to repeat only: the stage after Facing."""
-    name, only = "Leading", ("way", "it way", "it told")
+    name, only = "Leading", ("way", "mission way", "mission told")
 
 def meant(world):
     """(number of the element that the goal is about next, the text to be written there) on a page; None if its task has no scripted player, or where that one presses a key."""
@@ -228,13 +228,13 @@ def rooms(world, draw):
             answer = begins(path(lambda i, j: level.grid.get(i, j) is None, (*map(int, level.agent_pos), level.agent_dir), goals))
         else:
             answer = way(goals)
-        asked += [("it way", f"{mission}\nWhich way does the shortest path to it begin?", answer)] * 20
+        asked += [("mission way", f"{mission}\nWhich way does the shortest path to it begin?", answer)] * 20
         # in the shape of play, without its syntax: what is asked in one form only is not called forth by another
         some_words = lambda n, between: between.join(WORDS[draw(len(WORDS))] for _ in range(n))
         sign, ways = "({<"[draw(3)] + some_words(1, "") + ")}>"[draw(3)], ("ahead", "left", "right", "here", "nowhere")
         listed = (f"Ways: {', '.join(ways)}", f"{some_words(1, '')}: {some_words(2 + draw(9), ', ')}", f"{some_words(1, '').capitalize()}: {some_words(4 + draw(9), ' ')}")[draw(3)]
         end = f"End your {('answer', 'reply')[draw(2)]} with {('a way', 'a word', some_words(2, ' '))[draw(3)]}, for example: {sign} {(ways[draw(5)], some_words(1, ''), some_words(2, ' '))[draw(3)]}"
-        asked += [("it told", "\n".join([mission, *[listed] * (draw(4) > 0), end]), f"{sign} {answer}")] * 60
+        asked += [("mission told", "\n".join([mission, *[listed] * (draw(4) > 0), end]), f"{sign} {answer}")] * 60
     for thing in sorted(hidden):                                # behind the agent, where it sees its own view only
         asked += [("where", f"Where is the {thing}?", "nowhere"), ("side", f"Is the {thing} left or right of the agent?", "nowhere"), ("way", f"Which way does the shortest path to the {thing} begin?", "nowhere")]
     for thing, i, j in things:

@@ -182,7 +182,7 @@ def test_who_follows_the_answers_takes_the_shortest_way(name):
                     far[x, y, d] = min(far[x, y, d], 1 + min(nearest[x, y, d], far[x + dx, y + dy, d] if free(x + dx, y + dy) else np.inf))
         optimum = far[(*level.agent_pos, level.agent_dir)]
         while True:
-            answers = {answer.split()[-1] for kind, question, answer in reading.rooms(env, lambda *args: 1) if kind == "it way" and question.endswith(begin) or kind == "it told"}
+            answers = {answer.split()[-1] for kind, question, answer in reading.rooms(env, lambda *args: 1) if kind == "mission way" and question.endswith(begin) or kind == "mission told"}
             word, *others = answers or [None]
             assert not others
             if word in (None, "here", "nowhere") or moves == 60:
