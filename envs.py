@@ -700,7 +700,7 @@ class Tasks:
         return self.env.reset(seed, options)
     def __getattr__(self, key): return getattr(self.env, key)       # all else is the present one's
 
-READINGS = ("Reading", "Captions", "Finding", "Facing")             # the pre-training tasks, in extras/reading.py
+READINGS = ("Reading", "Captions", "Finding", "Facing", "Leading")             # the pre-training tasks, in extras/reading.py
 
 def make(name, **kw):
     """An environment by its name, or several: make("NumberLine,EZPoints"). kw: size, penalty, invalid, max_turns. ValueError for a name that

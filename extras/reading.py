@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 
-from envs import ENVS, MARKER, RANKS, READINGS, SEEN, BabyAI, Env, MiniWoB, Text, best, deal, hand, held_out, make
+from envs import ENVS, MARKER, RANKS, READINGS, SEEN, BabyAI, Env, FrozenLake, MiniWoB, Text, best, deal, hand, held_out, make
 from extras.pages import Asker, Page, alone, meant
 
 ASKED = f"{SEEN} What is the target number? current Which larger, difference? are cards? first second third fourth card? values sum product of dealer " \
@@ -15,14 +15,16 @@ ASKED = f"{SEEN} What is the target number? current Which larger, difference? ar
 ATOMS = [sorted({w for c in ENVS.values() for w in f"{ASKED} {c.goal} Formula: Actions: {c.kinds[0].doc()}".split()}), [str(n) for n in range(100)],
          list(string.ascii_letters + string.digits + string.punctuation), "th he in er an re on at en nd ti es or te of ed is it al ar".split()]
 
+WORDS = [word for word in sorted({*ATOMS[0], *"turn left right go forward pick up drop toggle".split()}) if word.isalpha()]
+
 class Reading(Env):
     """One question a turn about a random state of a random game, a sum, or a text to repeat. The reply is the answer, no marker."""
     name, kinds, marker, split, max_turns, only, pages = "Reading", (Text(),), False, False, 1, (), {}
     def __init__(self, world="", **kw):             # Reading:BabyAI-GoToLocal-v0 asks about that world, not about the games
         super().__init__(**kw)
         self.world, self.atoms = make(world, size=self.size) if world else None, ATOMS
-        if self.world and not isinstance(self.world, (BabyAI, MiniWoB)):
-            raise ValueError(f"env={f'{self.name}:{world}'!r}: there are questions about BabyAI's levels and MiniWoB++'s pages, and, without a world behind the name, about the card games.")
+        if self.world and not isinstance(self.world, (BabyAI, FrozenLake, MiniWoB)):
+            raise ValueError(f"env={f'{self.name}:{world}'!r}: there are questions about BabyAI's levels, FrozenLake and MiniWoB++'s pages, and, without a world behind the name, about the card games.")
         if self.world:
             self.name, self.workers = f"{self.name}:{world}", self.world.workers
             self.atoms = [sorted({word for kind in self.world.kinds for word in kind.doc().replace(",", "").split()}), *ATOMS[1:]]
@@ -57,7 +59,7 @@ class Reading(Env):
                 asked = Asker(rng).ask(page)
             return page, [asked]
         self.walk(rng)
-        return self.world, rooms(self.world, lambda *args: rng.integers(*args).tolist())
+        return self.world, (rooms if isinstance(self.world, BabyAI) else lake)(self.world, lambda *args: rng.integers(*args).tolist())
     def page(self, rng):
         """A page, slow to come by, is one of 900, each dealt once, then shown as it is, moved, or in pieces."""
         world, draw = self.world, lambda *args: rng.integers(*args).tolist()
@@ -73,9 +75,9 @@ class Reading(Env):
         world.rng, world.over = rng, True
         while world.over:
             world.start()
-            world.over = held_out(world.fingerprint(), world.one_in)
-            for _ in range(0 if world.over else rng.integers(4)):
-                world.over = world.over or any(world.act(world.parse_env(world.sample(rng)))[1:])     # it ended: back to a start
+            world.over, to_the_point = held_out(world.fingerprint(), world.one_in), isinstance(world, BabyAI) and rng.random() < 0.5
+            for _ in range(0 if world.over else rng.integers(8 if to_the_point else 4)):             # who is on its way has other last actions than who walks at random
+                world.over = world.over or any(world.act(world.parse_env(world.expert() if to_the_point else world.sample(rng)))[1:])     # it ended: back to a start
     def close(self):
         if self.world:
             self.world.close()
@@ -131,6 +133,24 @@ class Facing(Reading):
     """Where a named thing is, seen by the agent, whether the way is free, what it did last, and texts to repeat only: the stage after Finding."""
     name, only = "Facing", ("side", "ahead", "it side", "it ahead", "free", "beside", "between", "in vain", "turned")
 
+class Leading(Reading):
+    """Which way the shortest path to a named thing begins, around what is in the way, and texts to repeat only: the stage after Facing."""
+    name, only = "Leading", ("way", "mission way", "mission told")
+
+STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))          # east, south, west, north: minigrid's order
+
+def path(free, state, goals):
+    """The shortest way, as a tuple of 'ahead', 'left' and 'right', from state (x, y, facing) until one of the goals is right in front; a turn costs a move. None if there is none."""
+    ways, seen = [(state, ())], {state}
+    for (x, y, facing), words in ways:
+        there = x + STEPS[facing][0], y + STEPS[facing][1]
+        if there in goals:
+            return words
+        for word, after in (("ahead", (*there, facing)), ("left", (x, y, (facing - 1) % 4)), ("right", (x, y, (facing + 1) % 4))):
+            if after not in seen and (word != "ahead" or free(*there)):
+                seen.add(after)
+                ways.append((after, (*words, word)))
+
 def some(things, draw): return sorted(things, key=lambda _: draw(1 << 30))[:5]       # at most five, in any order
 
 def rooms(world, draw):
@@ -138,7 +158,7 @@ def rooms(world, draw):
     view = world.settings["agent_pov"]
     grid, seen = world.level.gen_obs_grid() if view else (world.level.grid, np.ones((world.level.width, world.level.height), bool))
     (x, y), facing = ((3, 6), 3) if view else (tuple(map(int, world.level.agent_pos)), world.level.agent_dir)
-    dx, dy = ((1, 0), (0, 1), (-1, 0), (0, -1))[facing]
+    dx, dy = STEPS[facing]
     what = lambda i, j: "unseen" if not seen[i, j] else f"{cell.color} {cell.type}" if (cell := grid.get(i, j)) and cell.type != "wall" else "wall" if cell else "nothing"
     things = [(what(i, j), i, j) for j in range(grid.height) for i in range(grid.width) if (i, j) != (x, y) and what(i, j) not in ("unseen", "wall", "nothing")]
     hidden = {f"{cell.color} {cell.type}" for cell in world.level.grid.grid if cell and cell.type != "wall"} - {thing for thing, _, _ in things}
@@ -156,6 +176,8 @@ def rooms(world, draw):
     once = alone(thing for thing, _, _ in things)
     places = {**{thing: f"{i} {j}" for thing, i, j in things if thing in once}, **dict.fromkeys(sorted(hidden), "nowhere")}
     away = {thing: ((i - x) * dx + (j - y) * dy, (j - y) * dx - (i - x) * dy) for thing, i, j in things}        # (ahead, to the right)
+    begins = lambda words: "nowhere" if words is None else (*words, "here")[0]
+    way = lambda goals: begins(path(lambda i, j: 0 <= i < grid.width and 0 <= j < grid.height and what(i, j) == "nothing", (x, y, facing), goals))       # on what is seen
     if five := some(places, draw):
         asked += [("places", f"Which places have {', '.join(five)}?", ", ".join(f"{thing} {places[thing]}" for thing in five))]
     named = re.search(r"(?:the|a) ((?:\w+ )?(?:ball|box|key|door))( |$)", world.goal)
@@ -165,8 +187,22 @@ def rooms(world, draw):
         ahead, right = away.get(meant[0], (None, None))
         asked += [("it", f"{mission}\nWhere is it?", places[meant[0]])] * 4
         asked += [("it side", f"{mission}\nIs it left or right of the agent?", side(right)), ("it ahead", f"{mission}\nIs it ahead of the agent or behind?", along(ahead))] * 6
+    if len(meant) == 1 and (meant[0] in places or not named[2]):
+        goals, level = {(i, j) for thing, i, j in things if thing == meant[0]}, world.level
+        if not goals and mission != world.goal:                 # out of sight: what it did last says where it has just seen it, and where it has looked in vain
+            goals = {(i, j) for j in range(level.height) for i in range(level.width) if (cell := level.grid.get(i, j)) and f"{cell.color} {cell.type}" == meant[0]}
+            answer = begins(path(lambda i, j: level.grid.get(i, j) is None, (*map(int, level.agent_pos), level.agent_dir), goals))
+        else:
+            answer = way(goals)
+        asked += [("mission way", f"{mission}\nWhich way does the shortest path to it begin?", answer)] * 20
+        # in the shape of play, without its syntax: what is asked in one form only is not called forth by another
+        some_words = lambda n, between: between.join(WORDS[draw(len(WORDS))] for _ in range(n))
+        sign, ways = "({<"[draw(3)] + some_words(1, "") + ")}>"[draw(3)], ("ahead", "left", "right", "here", "nowhere")
+        listed = (f"Ways: {', '.join(ways)}", f"{some_words(1, '')}: {some_words(2 + draw(9), ', ')}", f"{some_words(1, '').capitalize()}: {some_words(4 + draw(9), ' ')}")[draw(3)]
+        end = f"End your {('answer', 'reply')[draw(2)]} with {('a way', 'a word', some_words(2, ' '))[draw(3)]}, for example: {sign} {(ways[draw(5)], some_words(1, ''), some_words(2, ' '))[draw(3)]}"
+        asked += [("mission told", "\n".join([mission, *[listed] * (draw(4) > 0), end]), f"{sign} {answer}")] * 60
     for thing in sorted(hidden):                                # behind the agent, where it sees its own view only
-        asked += [("where", f"Where is the {thing}?", "nowhere"), ("side", f"Is the {thing} left or right of the agent?", "nowhere")]
+        asked += [("where", f"Where is the {thing}?", "nowhere"), ("side", f"Is the {thing} left or right of the agent?", "nowhere"), ("way", f"Which way does the shortest path to the {thing} begin?", "nowhere")]
     for thing, i, j in things:
         asked += [("thing", f"What is at {i} {j}?", thing)]
         if (i == x or j == y) and (apart := abs(i - x) + abs(j - y)) > 1:
@@ -182,7 +218,20 @@ def rooms(world, draw):
             seen_from = f"{'ahead' if ahead >= 0 else 'behind'} {abs(ahead)} {'right' if right >= 0 else 'left'} {abs(right)}"
             asked += [("where", f"Where is the {thing}?", f"{i} {j}"), ("relative", f"Seen by the agent, where is the {thing}?", seen_from)] * 2
             asked += [("side", f"Is the {thing} left or right of the agent?", side(right)), ("ahead", f"Is the {thing} ahead of the agent or behind?", along(ahead))]
+            asked += (2 if (answer := way({(i, j)})) == "ahead" else 6) * [("way", f"Which way does the shortest path to the {thing} begin?", answer)]
     return asked
+
+def lake(world, draw):
+    """[(kind, question, answer), ...] about FrozenLake's picture, the agent on any tile from which there is a way. Ways are points of the compass: its actions have other words."""
+    lake, compass = world.gym.unwrapped, dict(left="west", down="south", right="east", up="north")
+    n, what = lake.ncol, lambda i, j: dict(F="ice", S="ice", H="hole", G="present")[lake.desc[j, i].decode()] if 0 <= i < n and 0 <= j < n else "nothing"
+    can = [s for s in range(n * n) if lake.desc.ravel()[s] in b"SF" and world.way(s)]
+    lake.s = can[draw(len(can))]
+    (y, x), holes = divmod(lake.s, n), [f"{i} {j}" for j in range(n) for i in range(n) if what(i, j) == "hole"]
+    asked = [("picture", SEEN, ", ".join([f"agent {x} {y}", *(f"hole {hole}" for hole in holes)])), ("where", "Where is the agent?", f"{x} {y}"), ("places", "Which places have holes?", ", ".join(holes) or "none")]
+    asked += [("way", f"{goal}Which way does the shortest path to the present begin?", compass[world.way(lake.s)[0]]) for goal in ("", world.goal + "\n")] * 2
+    asked += [("beside", f"What is {where} of the agent?", what(x + dx, y + dy)) for where, (dx, dy) in zip(("east", "south", "west", "north"), STEPS)]
+    return asked + [("at", f"What is at {i} {j}?", what(i, j)) for i, j in [(draw(n), draw(n))]]
 
 
 def corpus(n, seed=0, env="Reading"):

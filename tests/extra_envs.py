@@ -160,6 +160,43 @@ def test_what_stands_beside_the_agent_and_in_the_way(way):
     assert min(seen["yes"], seen["no"]) > 3
 
 
+@pytest.mark.parametrize("name", ["BabyAI-GoToLocal-v0", "BabyAI-GoToLocal-v0:view", "BabyAI-PutNextLocal-v0", "BabyAI-OpenDoor-v0:view"])
+def test_who_follows_the_answers_takes_the_shortest_way(name):
+    """"Which way does the shortest path to it begin?", asked and followed turn by turn, leads right in front of the mission's thing, around what stands in the way; on the map in as few moves as
+    distances say that are relaxed backwards from the goal, over place and direction, in the level's own grid."""
+    env, begin, detours = make(name, size=64), "Which way does the shortest path to it begin?", 0
+    for seed in range(40):
+        env.reset(seed=seed)
+        level = env.level
+        wanted = tuple(env.goal.split(" next to ")[0].split()[-2:])
+        goals = [np.array((x, y)) for x in range(level.width) for y in range(level.height) if (c := level.grid.get(x, y)) and (c.color, c.type) == wanted]
+        free = lambda x, y: level.grid.get(x, y) is None
+        moves, steps, far = 0, [np.array(s) for s in ((1, 0), (0, 1), (-1, 0), (0, -1))], np.full((level.width, level.height, 4), np.inf)
+        for goal in goals:
+            for d, step in enumerate(steps):
+                far[(*(goal - step), d)] = 0
+        for _ in range(60):
+            nearest = np.minimum(np.roll(far, 1, 2), np.roll(far, -1, 2))
+            for x, y in ((x, y) for x in range(1, level.width - 1) for y in range(1, level.height - 1) if free(x, y)):
+                for d, (dx, dy) in enumerate(steps):
+                    far[x, y, d] = min(far[x, y, d], 1 + min(nearest[x, y, d], far[x + dx, y + dy, d] if free(x + dx, y + dy) else np.inf))
+        optimum = far[(*level.agent_pos, level.agent_dir)]
+        while True:
+            answers = {answer.split()[-1] for kind, question, answer in reading.rooms(env, lambda *args: 1) if kind == "mission way" and question.endswith(begin) or kind == "mission told"}
+            word, *others = answers or [None]
+            assert not others
+            if word in (None, "here", "nowhere") or moves == 60:
+                break
+            env.act((dict(ahead="go forward", left="turn left", right="turn right")[word],))
+            moves += 1
+        if word == "here":
+            assert any((level.front_pos == goal).all() for goal in goals) and moves >= optimum and (name.endswith("view") or moves == optimum)
+            detours += moves > sum(abs(goals[0] - level.agent_pos)) > 0
+        else:
+            assert word == "nowhere" and not moves and (name.endswith("view") or optimum == np.inf) or word is None
+    assert detours > 5
+
+
 @pytest.mark.parametrize("folder, size, bounds", [
     ("tiny-vlm-grids", 128, {"Finding:BabyAI-GoToLocal-v0:view": 0.9, "Finding:BabyAI-GoToLocal-v0": 0.9, "Facing:BabyAI-GoToLocal-v0:view": 0.85}),
     ("tiny-vlm-pages", 160, {"Finding:miniwob/click-tab-v1": 0.75, "Finding:miniwob/click-dialog-2-v1": 0.75})])
@@ -195,6 +232,34 @@ def test_the_readmes_example_is_played(tmp_path):
         assert env.expert() in best
         both += len(best) == 2
     assert both > 3
+
+
+def test_questions_about_the_lake():
+    """What is told of a tile is the map's; who follows the points of the compass comes to the present in as few steps as there are, from any tile that has a way."""
+    env, seen = make("Reading:FrozenLake", size=64), Counter()
+    for seed in range(40):
+        env.reset(seed=seed)
+        world, asked = env.ask_world(env.rng)
+        lake = world.gym.unwrapped
+        tile = lambda x, y: dict(F="ice", S="ice", H="hole", G="present")[lake.desc[y, x].decode()]
+        steps = len(world.way(lake.s))
+        for kind, question, answer in asked:
+            if kind == "at":
+                assert answer == tile(*map(int, question[:-1].split()[-2:]))
+            elif kind == "beside":
+                (dx, dy), x, y = dict(east=(1, 0), south=(0, 1), west=(-1, 0), north=(0, -1))[question.split()[2]], lake.s % 4, lake.s // 4
+                assert answer == (tile(x + dx, y + dy) if 0 <= x + dx < 4 and 0 <= y + dy < 4 else "nothing")
+            elif kind == "places":
+                assert answer == (", ".join(f"{x} {y}" for y in range(4) for x in range(4) if tile(x, y) == "hole") or "none")
+            elif kind == "way":
+                start, left = lake.s, 0
+                while answer:
+                    left += 1
+                    [(_, lake.s, reward, over)] = lake.P[lake.s][dict(west=0, south=1, east=2, north=3)[answer]]
+                    answer = None if over else dict(left="west", down="south", right="east", up="north")[world.expert()]
+                assert reward == 1 and left == steps
+                seen[steps], lake.s = seen[steps] + 1, start
+    assert len(seen) > 3
 
 # ---------------------------------------------------------------- MiniWoB++
 
