@@ -294,7 +294,7 @@ def main(folder, out, text=900, sight=500, both=660, batch=64, lr=2e-3, micro=16
             optimizer.step()
             optimizer.zero_grad()
             if update % 50 == 49 or update == updates - 1:
-                print(f"{step} {update + 1}  loss {loss:.2f}" + f"  patches right {100 * np.mean(right):.0f} %" * bool(right) + f"  {time.time() - began:.0f} s", flush=True)
+                print(f"{step} {update + 1}  loss {loss:.2f}" + (f"  patches right {100 * np.mean(right):.0f} %" if right else "") + f"  {time.time() - began:.0f} s", flush=True)
         net.save_pretrained(out), processor.save_pretrained(out)
     for reader in readers:
         reader.close()
