@@ -428,7 +428,7 @@ class FrozenLake(Gym):
 
 class BabyAI(Gym):
     """Any BabyAI level (package minigrid): "BabyAI-GoToLocal-v0" shows the whole map, "BabyAI-GoToLocal-v0:view" what the agent sees,
-    7 x 7 cells in front of it, each as large as in the map of a room of 8 x 8, and says what it did last. Reward 1 - 0.9 * step / limit at the goal; an episode ends at the level's own limit, or at max_turns if that is less."""
+    7 x 7 cells in front of it, each as large as in the map of a room of 8 x 8, and says what it did last. What the agent carries is said, too. Reward 1 - 0.9 * step / limit at the goal; an episode ends at the level's own limit, or at max_turns if that is less."""
     kinds, example = (Words("turn left", "turn right", "go forward", "pick up", "drop", "toggle"),), "go forward"
     def __init__(self, name, **kw):
         self.name, (self.id, _, way) = name, name.partition(":")
@@ -452,8 +452,9 @@ class BabyAI(Gym):
         out = super().act(action)
         self.done.append(action[0] + " in vain" * (self.level.hash(32) == before))
         return out
-    def text(self):             # who sees but a part has to remember where it has looked: three turns to one side show all four
-        return "Last actions: " + ", ".join(self.done[-3:]) if self.settings["agent_pov"] and self.done else ""
+    def text(self):             # who sees but a part has to remember where it has looked: three turns to one side show all four; and what is carried stands on no map
+        held, done = self.level.carrying, self.done[-3:] if self.settings["agent_pov"] else []
+        return "\n".join(filter(None, [done and f"Last actions: {', '.join(done)}", held and f"Carrying: {held.color} {held.type}"]))
     def picture(self):
         return Image.fromarray(self.gym.render()).crop((0, 0, self.size, self.size)) if self.settings["agent_pov"] else super().picture()
     def fingerprint(self): return f"{self.goal} {self.level.hash(32)}"      # of the grid, the agent's place and direction

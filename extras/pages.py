@@ -22,6 +22,7 @@ from envs import MARKER, element_line
 TASKS = ("click-test", "click-test-2", "click-button", "click-dialog", "click-dialog-2", "click-link", "click-tab", "focus-text-2", "enter-text", "click-collapsible")
 SIZE, SIDE = 160, 10        # pixels of a picture, patches of 16 of them
 GOALS = ('Click on the "{}" button.', 'Click on the link "{}".', 'Click the button in the dialog box labeled "{}".', "Click button {}.", "Click on {}.")
+WRITTEN = ('Enter "{}" into the text field and press Submit.', 'Write "{}" into the field.', 'Enter "{}".')
 WORDS = sorted(set("""a ac accumsan adipiscing aliquam aliquet amet ante arcu at auctor augue bibendum blandit commodo condimentum congue consectetur convallis cras curabitur cursus dapibus diam dictum dictumst dignissim dis dolor
 donec dui duis efficitur egestas eget eleifend elit enim erat eros est et eu euismod facilisi facilisis fames faucibus felis fermentum fringilla fusce gravida habitant hac hendrerit iaculis id imperdiet in integer interdum ipsum justo
 lacus laoreet lectus leo libero ligula lobortis lorem luctus maecenas magna malesuada massa mattis mauris metus mi molestie mollis montes morbi nam nascetur natoque nec neque netus nibh nisi non nulla nullam nunc odio orci ornare
@@ -87,11 +88,16 @@ class Asker:
         return out if MARKER not in out else "so"
 
     def finish(self, kind, before, ask, answer, may_be_silent=False):
-        """-> (kind, prompt, reply). may_be_silent: the question is left out at times, the goal is question enough: its number where there are lines, its place where there are none."""
-        lines = [before] * bool(before) + [self.words(3, 24, 1) for _ in range(self.draw(1, 3) if self.draw(2) else 0)]
-        begin = self.words(1, 5, 1) if self.draw(10) < 3 else ""
-        ask = "" if may_be_silent and self.draw(2) else ask
-        return kind, "\n".join([*lines, *filter(None, [" ".join(filter(None, [ask, f"Begin with: {begin}" * bool(begin)]))])]), f"{begin} {answer}".strip()
+        """-> (kind, prompt, reply). may_be_silent: the question is left out at times, the goal is question enough: its number where there are lines, its place where there are none.
+        The reply may have to begin with certain words, which are told or shown, with another answer behind them: who has never been shown one says that behind them (in play 13, of "for example: click 13")."""
+        lines, answer = [before] * bool(before), str(answer)
+        lines += [self.words(3, 24, 1) for _ in range(self.draw(1, 3) if self.draw(2) else 0)]
+        ask, told, begin = "" if may_be_silent and self.draw(2) else ask, self.draw(10), self.words(1, 5, 1)
+        if told < 4:
+            other = re.sub(r"[A-Za-z]+", lambda word: self.pick(WORDS), re.sub(r"\d+", lambda number: str(self.draw(161)), answer))
+            lines += [" or ".join(f"{begin.split()[-1]} {self.words(1, 4, 1)}" for _ in range(self.draw(1, 4)))] * self.draw(2)
+        begin, how = (begin, f"{self.words(2, 9, 2)}, for example: {begin} {other}") if told < 4 else (begin, f"Begin with: {begin}") if told < 6 else ("", "")
+        return kind, "\n".join([*lines, *filter(None, [" ".join(filter(None, [ask, how]))])]), f"{begin} {answer}".strip()
 
     def listing(self):
         """Elements of a page that nobody made: near-twins, pieces without a number, numbers of any size. To find a text among many has to be learned from many."""
@@ -120,6 +126,11 @@ class Asker:
             if which >= 24 and boxes and self.draw(6) == 0:
                 nth = self.draw(min(3, len(boxes)))
                 return self.finish("it number made", f"Focus into the {('1st', '2nd', '3rd')[nth]} input textbox.\n{lines}", "Which number is it?", boxes[nth]["ref"], True)
+            if which >= 52:
+                field = dict(ref=self.draw(1, 60), role="textbox", value="", text="")
+                made.insert(self.draw(len(made) + 1), field)
+                word = self.pick(WORDS) if self.draw(4) else self.words(1, 4)
+                return self.writing(self.pick(WRITTEN).format(word), "\n".join(element_line(e) for e in made if e is field or e["role"] != "textbox"), field["ref"], word)
             once = alone(e["text"] for e in made if e["text"])
             named = self.some([e for e in made if e["text"] in once and e["ref"] > 0])
             if named and which < 24:
@@ -128,10 +139,16 @@ class Asker:
                 return self.finish("it number made", f"{self.pick(GOALS).format(named[0]['text'])}\n{lines}", "Which number is it?", named[0]["ref"], True)
         if not page.meant or page.meant[0] not in [e["ref"] for e in page.elements]:
             return self.text(page)
-        if page.meant[1] and self.draw(2) or self.draw(12) == 0:
+        if page.meant[1] and self.draw(3) or self.draw(12) == 0:
             other = self.pick(WORDS) if page.meant[1] and self.draw(2) else page.meant[1]
-            return self.finish("it text", f"{page.goal.replace(page.meant[1] or other, other)}\n{lines}", "What is to be written?", other or "nothing")
+            return self.writing(page.goal.replace(page.meant[1] or other, other), lines, page.meant[0], other)
         return self.finish("it number", f"{page.goal}\n{lines}", "Which number is it?", page.meant[0], True)
+
+    def writing(self, goal, lines, number, text):
+        """What is to be written into a field: alone, in quotes, or in quotes behind the field's number, which is how the question tells."""
+        form = self.draw(3) if text else 0
+        answer, ask = ((text or "nothing", "What is to be written?"), (f'"{text}"', "What, in quotes, is to be written?"), (f'{number} "{text}"', "Which number is it, and what, in quotes, is to be written?"))[form]
+        return self.finish("it text", goal if form == 1 and self.draw(2) else f"{goal}\n{lines}", ask, answer)
 
     def ask(self, page, lines=0.3):
         """A share `lines` of the questions can be answered without the picture."""
@@ -163,20 +180,20 @@ def shown_as(net, pixels):
 
 
 def labels(page, names):
-    """What stands in each patch of a page's picture -> (3, SIDE * SIDE) int64: the text's place in `names`, which grows, + 1 (0 nothing, -100 what only shows a bit of something), then column and row, in steps
-    of 4 pixels, of the place to click on it (-100 where there is none)."""
-    ink = (np.asarray(page.picture().convert("L")) < 200).reshape(SIDE, 16, SIDE, 16).any((1, 3))
-    out, low = np.stack([np.where(ink, -100, 0), *np.full((2, SIDE, SIDE), -100)]), np.arange(SIDE) * 16
+    """What stands in the upper and in the lower half of each patch of a page's picture (a line of text is eleven pixels high, so a patch has parts of two) -> (3, SIDE * SIDE, 2) int64: the text's place in `names`,
+    which grows, + 1 (0 nothing, -100 what only shows a bit of something), then column and row, in steps of 4 pixels, of the place to click on it (-100 where there is none)."""
+    ink, across, down = (np.asarray(page.picture().convert("L")) < 200).reshape(2 * SIDE, 8, SIDE, 16).any((1, 3)), np.arange(SIDE) * 16, np.arange(2 * SIDE) * 8
+    out = np.stack([np.where(ink, -100, 0), *np.full((2, 2 * SIDE, SIDE), -100)])
     for e in page.elements:
         (left, top, w, h), text = e["box"], e["text"] or "textbox" * (e["role"] == "textbox")
         if 0 < len(text) <= 16 and left >= 0 and top >= 0:
-            wide, high = (np.minimum(start + long, low + 16) - np.maximum(start, low) for start, long in ((left, w), (top, h)))
+            wide, high = np.minimum(left + w, across + 16) - np.maximum(left, across), np.minimum(top + h, down + 8) - np.maximum(top, down)
             x, y = page.places(e)[0]
-            here = (high[:, None] >= min(8, 0.45 * h)) & (wide[None] >= 6) & (abs(low + 8 - x) <= 32)[None]
+            here = (high[:, None] >= 4) & (wide[None] >= 6) & (abs(across + 8 - x) <= 32)[None]
             out[0, here] = names.setdefault(text, len(names) + 1)
             if x % 4 == y % 4 == 0 and 0 <= x <= 160 and 0 <= y <= 160:
                 out[1:, here] = [[x // 4], [y // 4]]
-    return torch.from_numpy(out.reshape(3, -1))
+    return torch.from_numpy(out.reshape(3, SIDE, 2, SIDE).swapaxes(2, 3).reshape(3, -1, 2))
 
 
 def new_tower(net):
@@ -198,20 +215,20 @@ class Sight(nn.Module):
         super().__init__()
         hidden = net.config.text_config.hidden_size
         self.net, self.tokenizer = [net], tokenizer                       # a list hides it from parameters()
-        self.head, self.place, self.nothing, self.scale = nn.Linear(hidden, hidden), nn.Linear(hidden, 2 * SIDE + 2 * 41), nn.Parameter(0.1 * torch.randn(1, hidden)), nn.Parameter(torch.tensor(2.0))
+        self.head, self.place, self.nothing, self.scale = nn.Linear(hidden, 2 * hidden), nn.Linear(hidden, 2 * SIDE + 4 * 41), nn.Parameter(0.1 * torch.randn(1, hidden)), nn.Parameter(torch.tensor(2.0))
     def texts(self, names):
         words = self.net[0].get_input_embeddings().weight.detach()
         return F.normalize(torch.stack([words[self.tokenizer(name, add_special_tokens=False)["input_ids"]].mean(0) for name in names or ["textbox"]]), dim=-1)   # pages of nothing but long texts name none
     def loss(self, features, pages):
-        """features (B, patches, hidden), what the language model is shown -> (cross-entropy over the pages' texts, 0.2 of that of their places, 0.1 of the patches'; share of the patches with a text that are right)."""
+        """features (B, patches, hidden), what the language model is shown -> (cross-entropy over the pages' texts, 0.2 of that of their places, 0.1 of the patches'; share of the halves of patches with a text that are right)."""
         names = {}
-        right, x, y = torch.stack([labels(page, names) for page in pages], 1)
-        logits = F.normalize(self.head(features), dim=-1) @ torch.cat([F.normalize(self.nothing, dim=-1), self.texts(names)]).T * self.scale.exp()
+        right, x, y = torch.stack([labels(page, names) for page in pages], 1)                                # (B, patches, 2) each
+        logits = F.normalize(self.head(features).unflatten(-1, (2, -1)), dim=-1) @ torch.cat([F.normalize(self.nothing, dim=-1), self.texts(names)]).T * self.scale.exp()
         weight, at = torch.ones(logits.shape[-1]), torch.arange(SIDE * SIDE).repeat(len(right))
         weight[0] = 0.1                                             # most of a page is empty
-        rows, columns, xs, ys = self.place(features).flatten(0, 1).split([SIDE, SIDE, 41, 41], -1)
-        own, middle = F.cross_entropy(rows, at // SIDE) + F.cross_entropy(columns, at % SIDE), F.cross_entropy(xs, x.flatten()) + F.cross_entropy(ys, y.flatten())
-        return F.cross_entropy(logits.flatten(0, 1), right.flatten(), weight) + 0.1 * own + 0.2 * middle, (logits.argmax(-1) == right)[right > 0].float().mean().item()
+        rows, columns, xs, ys = self.place(features).flatten(0, 1).split([SIDE, SIDE, 82, 82], -1)
+        own, middle = F.cross_entropy(rows, at // SIDE) + F.cross_entropy(columns, at % SIDE), F.cross_entropy(xs.reshape(-1, 41), x.flatten()) + F.cross_entropy(ys.reshape(-1, 41), y.flatten())
+        return F.cross_entropy(logits.flatten(0, 2), right.flatten(), weight) + 0.1 * own + 0.2 * middle, (logits.argmax(-1) == right)[right > 0].float().mean().item()
 
 # ---- training ----
 def respelled(net, processor, texts):
@@ -262,7 +279,8 @@ def main(folder, out, text=900, sight=500, both=660, batch=64, lr=2e-3, micro=16
     torch.manual_seed(0)
     rng, began = np.random.default_rng(0), time.time()
     readers, asker = [Reading(f"miniwob/{task}-v1", size=SIZE) for task in TASKS], Asker(rng)
-    deal = lambda: asker.pick(readers).page(rng)
+    often = [reader for reader, task in zip(readers, TASKS) for _ in range(1 + 3 * (task == "click-button"))]      # its crowds are the hardest to find one's way in
+    deal = lambda: asker.pick(often).page(rng)
     net = net if net.config.vision_config.model_type == "swin" else new_tower(net)
     net, processor = respelled(net, processor, corpus(asker, deal))
     processor.vision_feature_select_strategy, processor.num_additional_image_tokens = "full", 0
