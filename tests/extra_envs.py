@@ -77,6 +77,13 @@ def test_babyai_says_its_mission_and_holds_starts_out():
     for action in ("go forward", "turn left", "drop", "nonsense", "turn right"):
         obs = view.step(f"{MARKER} {action}")[0]
     assert "\nLast actions: turn left, drop in vain, turn right\n" in obs["text"]        # a malformed reply did nothing, and is nothing to remember
+    for way in ("", ":view"):                                                             # no picture of the map shows what is carried
+        env = make(f"BabyAI-GoToLocal-v0{way}", size=56)
+        env.reset(seed=0)
+        env.level.carrying = next(cell for cell in env.level.grid.grid if cell and cell.type != "wall")
+        assert f"\nCarrying: {env.level.carrying.color} {env.level.carrying.type}\nActions" in env.prompt()
+        env.level.carrying = None
+        assert "Carrying" not in env.prompt()
     env = make("BabyAI-GoToLocal-v0", max_turns=9)
     env.reset(seed=0)
     assert env.max_turns == 9

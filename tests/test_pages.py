@@ -26,37 +26,46 @@ def page(seed):
 
 def test_answers_are_on_the_page():
     """Moved, in pieces or as it is: what an answer names is where it says, has the number it says, and is what the goal is about; whatever the answer has to begin with."""
-    kinds, silent, places = Counter(), Counter(), set()
+    kinds, silent, places, shown, written = Counter(), Counter(), set(), 0, 0
     for seed in range(1500):
         asker, now = Asker(np.random.default_rng(seed)), page(seed % 50)
         (lambda draw: None, now.move, now.scatter)[seed % 3](asker.draw)
         kind, question, answer = (asker.text if seed % 2 else asker.picture)(now)
         kinds[kind] += 1
         assert MARKER not in question and MARKER not in str(answer)
-        ask, _, begin = [part.strip() for part in question.rpartition("\n")[2].partition("Begin with: ")]
-        assert str(answer).startswith(begin)
-        answer = str(answer)[len(begin):].strip()
+        end, answer = question.rpartition("\n")[2], str(answer)
+        if "for example: " in end:                                          # another answer stands behind the beginning that is asked for
+            example = end.rpartition("for example: ")[2]
+            shown += example != answer
+            assert example.split()[0] == answer.split()[0] and len(example.split()) == len(answer.split())
+        assert answer.startswith(end.partition("Begin with: ")[2])
         colour = lambda text, x, y: now.picture().getpixel((int(x), int(y))) == WORDS[text]
         listed = {number: text for text, number in re.findall(r"'(.*)' \[(\d+)\]", question)}
         if kind == "places":
             found = re.findall(r"'(\w+)' (\d+) (\d+)", answer)
             places |= {at for _, *at in map(tuple, found) for at in [tuple(at)]}
-            assert found and all(colour(*one) for one in found) and ask == f"Which places have {', '.join(repr(text) for text, _, _ in found)}?"
+            assert found and all(colour(*one) for one in found) and f"Which places have {', '.join(repr(text) for text, _, _ in found)}?" in end
         elif kind in ("it", "it made"):
             named = next(text for text in WORDS if re.search(rf"\b{text}\b", question.splitlines()[0]))
-            silent[kind] += ask != "Where is it?"
-            assert colour(named, *answer.split())
-            assert ask == "Where is it?" or not listed                # where nothing is asked, lines mean the number and no lines the place
+            silent[kind] += "Where is it?" not in end
+            assert colour(named, *answer.split()[-2:])
+            assert "Where is it?" in end or not listed                # where nothing is asked, lines mean the number and no lines the place
         elif kind == "numbers":
             assert all(listed[number] == text for text, number in re.findall(r"'([^']*)' (\d+)", answer)), (question, answer)
         elif kind == "it number":
-            silent[kind] += ask != "Which number is it?"
-            assert question.startswith(now.goal) and answer == "1"
+            silent[kind] += "Which number is it?" not in end
+            assert question.startswith(now.goal) and answer.split()[-1] == "1"
         elif kind == "it number made" and "textbox" not in question.splitlines()[0]:
-            assert f'"{listed[answer]}"' in question or f" {listed[answer]}." in question
-        elif kind == "it text":
-            assert answer == "nothing" or answer in question
+            text = listed[answer.split()[-1]]
+            assert f'"{text}"' in question or f" {text}." in question
+        elif kind == "it text":                                             # alone, in quotes, or in quotes behind its field's number
+            written += 1
+            goal = re.search('"(.*)"', question.splitlines()[0])
+            text = goal[1] if goal else "nothing"
+            assert answer.endswith(f'"{text}"' if "in quotes" in end else text)
+            assert "Which number" not in end or f"textbox '' [{answer[:-len(text) - 2].split()[-1]}]" in question
     assert min(kinds[kind] for kind in ("places", "it", "it made", "numbers", "it number", "it number made")) > 100 and len(places) > 40
+    assert shown > 400 and written > 50
     assert all(0.2 * kinds[kind] < silent[kind] < 0.7 * kinds[kind] for kind in ("it", "it made", "it number"))         # at times the goal is question enough
 
 
@@ -84,10 +93,12 @@ def test_labels_name_what_stands_in_a_patch():
     sheet.paste((0, 0, 0), (32, 48, 80, 64))
     sheet.paste((0, 0, 0), (100, 100, 104, 104))                       # ink of nobody: neither a text nor nothing
     box = dict(ref=1, role="button", text="Ok", value=None, box=[32, 48, 48, 16])
-    right, x, y = labels(Page(where, "", [box, {**box, "text": "much more text than a patch can say", "box": [0, 128, 160, 16]}], None, "", "", sheet, ""), names).reshape(3, 10, 10)
-    assert names == {"Ok": 1} and right[3, 2:5].tolist() == [1, 1, 1] and right[6, 6] == -100
-    assert x[3, 2:5].tolist() == [14, 14, 14] and y[3, 2:5].tolist() == [14, 14, 14] and (x >= 0).sum() == (y >= 0).sum() == 3         # 4 * 14: the middle of a patch
-    right[3, 2:5], right[6, 6] = 0, 0
+    lines = [dict(ref=ref, role="link", text=text, value=None, box=[128, top, 32, 8]) for ref, text, top in ((2, "ONE", 0), (3, "TWO", 8))]
+    right, x, y = labels(Page(where, "", [box, *lines, {**box, "text": "much more text than a patch can say", "box": [0, 128, 160, 16]}], None, "", "", sheet, ""), names).reshape(3, 10, 10, 2)
+    assert names == {"Ok": 1, "ONE": 2, "TWO": 3} and (right[3, 2:5] == 1).all() and (right[6, 6].tolist() in ([-100, 0], [-100, -100]))
+    assert (x[3, 2:5] == 14).all() and (y[3, 2:5] == 14).all() and (x[1:] >= 0).sum() == (y[1:] >= 0).sum() == 6         # 4 * 14: the middle of a patch, in both halves of three
+    assert right[0, 8:].tolist() == [[2, 3], [2, 3]] and y[0, 8].tolist() == [1, 3]                                       # two lines share a patch
+    right[3, 2:5], right[6, 6], right[0, 8:] = 0, 0, 0
     assert not right.any()
 
 
