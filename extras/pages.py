@@ -92,12 +92,14 @@ class Asker:
         The reply may have to begin with certain words, which are told or shown, with another answer behind them: who has never been shown one says that behind them (in play 13, of "for example: click 13")."""
         lines, answer = [before] * bool(before), str(answer)
         lines += [self.words(3, 24, 1) for _ in range(self.draw(1, 3) if self.draw(2) else 0)]
-        ask, told, begin = "" if may_be_silent and self.draw(2) else ask, self.draw(10), self.words(1, 5, 1)
+        ask, told, begin, how = "" if may_be_silent and self.draw(2) else ask, self.draw(10), self.words(1, 5, 1), ""
         if told < 4:
             other = re.sub(r"[A-Za-z]+", lambda word: self.pick(WORDS), re.sub(r"\d+", lambda number: str(self.draw(161)), answer))
             lines += [" or ".join(f"{begin.split()[-1]} {self.words(1, 4, 1)}" for _ in range(self.draw(1, 4)))] * self.draw(2)
-        begin, how = (begin, f"{self.words(2, 9, 2)}, for example: {begin} {other}") if told < 4 else (begin, f"Begin with: {begin}") if told < 6 else ("", "")
-        return kind, "\n".join([*lines, *filter(None, [" ".join(filter(None, [ask, how]))])]), f"{begin} {answer}".strip()
+            how = f"{self.words(2, 9, 2)}, for example: {begin} {other}"
+        elif told < 6:
+            how = f"Begin with: {begin}"
+        return kind, "\n".join(filter(None, [*lines, f"{ask} {how}".strip()])), f"{begin} {answer}" if how else answer
 
     def listing(self):
         """Elements of a page that nobody made: near-twins, pieces without a number, numbers of any size. To find a text among many has to be learned from many."""
