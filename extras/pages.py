@@ -31,7 +31,7 @@ sollicitudin suscipit suspendisse tellus tempus tincidunt tortor tristique turpi
 submit okay ok yes no cancel next previous Submit Okay Ok Yes No Cancel Next Previous OK ONE TWO Close Delete Login Search Section Send Tab
 Agustina Alan Annis Ashlea Augus Beaulah Bernardine Briana Chas Cheree Cierra Cristin Dannie Deneen Dolores Donovan Emile Enola Ignacio Jerald Jess Joye Juan Kanesha Karrie Kasie Keli Kenda Keneth Leonie Livia Lyda Macie
 Marcella Michel Myron Nathalie Nieves Olin Renda Rex Riley Sergio Teodoro Thaddeus Tora Truman Tula Vanda Vina""".split()))
-COMMON = "the a is it to of and or that this now here then so we you I next use end reply with an action for example number place text write click press".split()
+COMMON = "the a is it to of and or that this now here then so we you I next use end reply with an action for example number place text write".split()
 POOLS = (WORDS, list(string.ascii_letters + string.digits + string.punctuation), COMMON, [str(n) for n in range(161)])
 
 # ---- pages ----
@@ -95,6 +95,7 @@ class Asker:
         ask, told, begin, how = "" if may_be_silent and self.draw(2) else ask, self.draw(10), self.words(1, 5, 1), ""
         if told < 4:
             other = re.sub(r"[A-Za-z]+", lambda word: self.pick(WORDS), re.sub(r"\d+", lambda number: str(self.draw(161)), answer))
+            other = other if self.draw(4) else other.split()[0]     # an example is not the shape of every answer
             lines += [" or ".join(f"{begin.split()[-1]} {self.words(1, 4, 1)}" for _ in range(self.draw(1, 4)))] * self.draw(2)
             how = f"{self.words(2, 9, 2)}, for example: {begin} {other}"
         elif told < 6:
