@@ -66,7 +66,7 @@ def test_answers_are_on_the_page():
             assert answer.endswith(f'"{text}"' if "in quotes" in end else text)
             assert "Which number" not in end or f"textbox '' [{answer[:-len(text) - 2].split()[-1]}]" in question
     assert min(kinds[kind] for kind in ("places", "it", "it made", "numbers", "it number", "it number made")) > 100 and len(places) > 40
-    assert shown > 400 and written > 50
+    assert shown > 400 and written > 50 and shown / 10 < cut < shown / 2
     assert all(0.2 * kinds[kind] < silent[kind] < 0.7 * kinds[kind] for kind in ("it", "it made", "it number"))         # at times the goal is question enough
 
 
