@@ -4,7 +4,7 @@ FrozenLake, gymnasium's own with its own pictures, on random 4 x 4 maps: the REA
     pip install -r requirements-envs.txt
     python train.py config/frozenlake.py
 
-Not solved: GoToLocal's settings, to start from. Run once, seed 0, on a base that was first asked about these tiles for 350 updates and had not learned to read them (where the agent is 1 of 9, the way 25 % of 40, what is beside the agent 60 %):
+Not solved: GoToLocal's settings, to start from. Run once, seed 0, on a base that was first asked about these tiles for 350 updates and had not learned to read them (where the agent is 2 of 9, the way 70 % of 40, what is beside the agent 58 % of 50; with the picture hidden 1 of 9, 25 and 60 %):
     python train.py config/pretrain_grids.py --model=tiny-vlm-grids --env=Reading:FrozenLake --out_dir=out/lake --offline_updates=350 --data_episodes=8000 --eval_episodes=200
     python train.py config/frozenlake.py --model=out/lake/model
 Data 40.3 %, offline 18.5 % [13.7, 24.5] of 200 held-out maps, online 19.5 % [14.6, 25.5], greedy 18.5 %, picture hidden 0 %; 356 s on one core beside another run. Its rollouts stood at 28 to 38 %, the last one at 50. A first try with other settings, on an earlier base: 20 to 27 % of 60 maps.
