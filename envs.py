@@ -398,8 +398,8 @@ class Gym(Env):
     def fingerprint(self): return str(zlib.crc32(self.gym.render().tobytes()))      # right where the picture shows the whole state
 
 class FrozenLake(Gym):
-    """Gymnasium's frozen lake, not slippery, on a map that is dealt anew: from the upper left corner to the present in the lower right one."""
-    name, goal, example = "FrozenLake", "Walk over the ice to the present, not into a hole.", "right"
+    """Gymnasium's frozen lake, not slippery, on a map that is dealt anew: from the upper left corner to the flag in the lower right one."""
+    name, goal, example = "FrozenLake", "Walk over the ice to the flag, not into a hole.", "right"
     kinds, max_turns, id = (Words("left", "down", "right", "up"),), 20, "FrozenLake-v1"
 
     def start(self):                                    # draws a start state with self.rng
@@ -410,7 +410,7 @@ class FrozenLake(Gym):
     def fingerprint(self):                              # what was dealt: decides which starts are held out
         return b"".join(self.gym.unwrapped.desc.ravel()).decode()
 
-    def way(self, state):                               # the shortest one to the present, in words
+    def way(self, state):                               # the shortest one to the flag, in words
         ways, seen = [(state, [])], {state}
         for state, words in ways:
             for i, word in enumerate(self.words()):

@@ -67,8 +67,9 @@ def held_out(env, n):
     """n seeds of starts that training never draws (all of them where a game is too small to hold some out), as many different
     ones as there are. A seed is not a state: starts are told apart by `env.fingerprint()`. Of several tasks seed i is task i's, modulo their number."""
     if tasks := getattr(env, "tasks", None):
-        seeds = [held_out(task, -(-n // len(tasks))) for task in tasks]
-        return [seeds[i % len(tasks)][i // len(tasks)] for i in range(n)]
+        named = Counter(task.name for task in tasks)             # who is named twice plays twice as many starts, not the same ones twice
+        seeds = {task.name: iter(held_out(task, named[task.name] * -(-n // len(tasks)))) for task in tasks}
+        return [next(seeds[tasks[i % len(tasks)].name]) for i in range(n)]
     seeds, seen, tries = [], set(), 0
     while len(seeds) < n and tries < (4 * n if env.workers else 500 + 20 * n):     # where starts are slow to draw, some may come twice
         env.reset(seed=TEST_SEEDS + tries, options={"split": "test"})

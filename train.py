@@ -25,7 +25,7 @@ from model import build, gather, latest_checkpoint, load_base
 # --- config ---
 # run
 out_dir = 'out/run'     # everything this run writes
-resume = False          # go on from out_dir's last checkpoint
+resume = False          # go on from out_dir's last checkpoint; with more online_updates than it was begun with, beyond its end: the learning rate then rises to the longer cosine
 overwrite = False       # start anew in an out_dir that holds a run, deleting it
 seed = 0                # every random draw is a function of (seed, what for, step)
 log_interval = 10       # updates between two lines of metrics.jsonl
@@ -166,7 +166,8 @@ def open_run(cfg):
         with open(os.path.join(cfg.out_dir, "config.json")) as f:
             old = json.load(f)
         free = ("out_dir", "resume", "overwrite", "stop_at", "log_interval", "eval_interval", "wandb_project", "device", "reference", "cache_mb", "ckpt_interval", "eval_episodes", "eval_quick", "shard", "timeout")
-        changed = [k for k, v in json.loads(json.dumps(vars(cfg))).items() if k not in free and old.get(k) != v]
+        longer = cfg.online_updates > old["online_updates"] > 0            # without an online phase the table at the end is the offline one
+        changed = [k for k, v in json.loads(json.dumps(vars(cfg))).items() if k not in free and old.get(k) != v and not (longer and k == "online_updates")]
         if changed:
             k = changed[0]
             raise SystemExit(f"{k}={getattr(cfg, k)!r} but the run in {cfg.out_dir!r} has {k}={old.get(k)!r}: resume with the same settings, or start a new out_dir.")

@@ -153,6 +153,14 @@ def path(free, state, goals):
 
 def some(things, draw): return sorted(things, key=lambda _: draw(1 << 30))[:5]       # at most five, in any order
 
+def told(mission, ways, answer, draw):
+    """(question, answer) in the shape of play, without its syntax: what is asked in one form only is not called forth by another."""
+    some_words = lambda n, between: between.join(WORDS[draw(len(WORDS))] for _ in range(n))
+    sign = "({<"[draw(3)] + some_words(1, "") + ")}>"[draw(3)]
+    listed = (f"Ways: {', '.join(ways)}", f"{some_words(1, '')}: {some_words(2 + draw(9), ', ')}", f"{some_words(1, '').capitalize()}: {some_words(4 + draw(9), ' ')}")[draw(3)]
+    end = f"End your {('answer', 'reply')[draw(2)]} with {('a way', 'a word', some_words(2, ' '))[draw(3)]}, for example: {sign} {(ways[draw(len(ways))], some_words(1, ''), some_words(2, ' '))[draw(3)]}"
+    return "\n".join([mission, *[listed] * (draw(4) > 0), end]), f"{sign} {answer}"
+
 def rooms(world, draw):
     """[(kind, question, answer), ...] about a BabyAI level's picture. Places are columns and rows of what is shown, from the upper left."""
     view = world.settings["agent_pov"]
@@ -195,12 +203,7 @@ def rooms(world, draw):
         else:
             answer = way(goals)
         asked += [("mission way", f"{mission}\nWhich way does the shortest path to it begin?", answer)] * 20
-        # in the shape of play, without its syntax: what is asked in one form only is not called forth by another
-        some_words = lambda n, between: between.join(WORDS[draw(len(WORDS))] for _ in range(n))
-        sign, ways = "({<"[draw(3)] + some_words(1, "") + ")}>"[draw(3)], ("ahead", "left", "right", "here", "nowhere")
-        listed = (f"Ways: {', '.join(ways)}", f"{some_words(1, '')}: {some_words(2 + draw(9), ', ')}", f"{some_words(1, '').capitalize()}: {some_words(4 + draw(9), ' ')}")[draw(3)]
-        end = f"End your {('answer', 'reply')[draw(2)]} with {('a way', 'a word', some_words(2, ' '))[draw(3)]}, for example: {sign} {(ways[draw(5)], some_words(1, ''), some_words(2, ' '))[draw(3)]}"
-        asked += [("mission told", "\n".join([mission, *[listed] * (draw(4) > 0), end]), f"{sign} {answer}")] * 60
+        asked += [("mission told", *told(mission, ("ahead", "left", "right", "here", "nowhere"), answer, draw))] * 60
     for thing in sorted(hidden):                                # behind the agent, where it sees its own view only
         asked += [("where", f"Where is the {thing}?", "nowhere"), ("side", f"Is the {thing} left or right of the agent?", "nowhere"), ("way", f"Which way does the shortest path to the {thing} begin?", "nowhere")]
     for thing, i, j in things:
@@ -224,13 +227,17 @@ def rooms(world, draw):
 def lake(world, draw):
     """[(kind, question, answer), ...] about FrozenLake's picture, the agent on any tile from which there is a way. Ways are points of the compass: its actions have other words."""
     lake, compass = world.gym.unwrapped, dict(left="west", down="south", right="east", up="north")
-    n, what = lake.ncol, lambda i, j: dict(F="ice", S="ice", H="hole", G="present")[lake.desc[j, i].decode()] if 0 <= i < n and 0 <= j < n else "nothing"
+    n, what = lake.ncol, lambda i, j: dict(F="ice", S="ice", H="hole", G="flag")[lake.desc[j, i].decode()] if 0 <= i < n and 0 <= j < n else "nothing"
     can = [s for s in range(n * n) if lake.desc.ravel()[s] in b"SF" and world.way(s)]
+    around = [s for s in can if compass[world.way(s)[0]] != ("south" if s // n < n - 1 else "east")]       # where going south as far as that goes is not the way
+    can = around if around and draw(2) else can
     lake.s = can[draw(len(can))]
     (y, x), holes = divmod(lake.s, n), [f"{i} {j}" for j in range(n) for i in range(n) if what(i, j) == "hole"]
     asked = [("picture", SEEN, ", ".join([f"agent {x} {y}", *(f"hole {hole}" for hole in holes)])), ("where", "Where is the agent?", f"{x} {y}"), ("places", "Which places have holes?", ", ".join(holes) or "none")]
-    asked += [("way", f"{goal}Which way does the shortest path to the present begin?", compass[world.way(lake.s)[0]]) for goal in ("", world.goal + "\n")] * 2
-    asked += [("beside", f"What is {where} of the agent?", what(x + dx, y + dy)) for where, (dx, dy) in zip(("east", "south", "west", "north"), STEPS)]
+    way = compass[world.way(lake.s)[0]]
+    asked += [("way", f"{goal}Which way does the shortest path to the flag begin?", way) for goal in ("", world.goal + "\n")] * 2 + [("mission told", *told(world.goal, tuple(compass.values()), way, draw))] * 8
+    for where, (dx, dy) in zip(("east", "south", "west", "north"), STEPS):
+        asked += [("beside", f"What is {where} of the agent?", what(x + dx, y + dy))] * (4 if what(x + dx, y + dy) == "hole" else 1)
     return asked + [("at", f"What is at {i} {j}?", what(i, j)) for i, j in [(draw(n), draw(n))]]
 
 

@@ -242,13 +242,13 @@ def test_the_readmes_example_is_played(tmp_path):
 
 
 def test_questions_about_the_lake():
-    """What is told of a tile is the map's; who follows the points of the compass comes to the present in as few steps as there are, from any tile that has a way."""
+    """What is told of a tile is the map's; who follows the points of the compass comes to the flag in as few steps as there are, from any tile that has a way."""
     env, seen = make("Reading:FrozenLake", size=64), Counter()
     for seed in range(40):
         env.reset(seed=seed)
         world, asked = env.ask_world(env.rng)
         lake = world.gym.unwrapped
-        tile = lambda x, y: dict(F="ice", S="ice", H="hole", G="present")[lake.desc[y, x].decode()]
+        tile = lambda x, y: dict(F="ice", S="ice", H="hole", G="flag")[lake.desc[y, x].decode()]
         steps = len(world.way(lake.s))
         for kind, question, answer in asked:
             if kind == "at":

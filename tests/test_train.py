@@ -130,6 +130,22 @@ def test_stop_and_resume_is_bit_identical(straight, tiny, tmp_path, stop):
     assert content(out, "optimizer.pt", "state.json") == content(straight, "optimizer.pt", "state.json")
 
 
+def test_a_run_that_has_ended_goes_on(straight, tiny, tmp_path):
+    """More online updates than it was begun with: what was logged and played stands, the learning rate rises to the longer cosine, the offline phase's table is kept; interrupted, it goes on as any run."""
+    out = str(tmp_path / "run")
+    shutil.copytree(straight, out)
+    ended, offline = metrics(out), json.load(open(os.path.join(out, "eval_offline.json")))
+    run(out, tiny, resume=True, online_updates=7, stop_at=9)
+    run(out, tiny, resume=True, online_updates=7)
+    rows = metrics(out)
+    assert rows[:8] == ended and [r["step"] for r in rows[8:]] == [9, 10, 11] and rows[8]["lr"] > ended[-1]["lr"] and weights(out) != weights(straight)
+    results = json.load(open(os.path.join(out, "eval.json")))["results"]
+    assert {k: results[k] for k in offline} == offline
+    before = content(out)
+    one_sentence(lambda: run(out, tiny, resume=True, online_updates=4), "online_updates=4", "7")
+    assert content(out) == before
+
+
 @pytest.mark.parametrize("stop", [2, 5])
 def test_resume_after_a_crash(straight, tiny, tmp_path, stop):
     """A run that was killed long after its checkpoint, while writing three files at once and between two renames: what it logged and
@@ -389,6 +405,7 @@ def test_several_tasks_in_one_run(tiny, tmp_path, capsys):
     env = envs.make("NumberLine,EZPoints")
     seeds = held_out(env, 9)
     assert seeds[::2] == held_out(envs.make("NumberLine"), 5) and seeds[1::2] == held_out(envs.make("EZPoints"), 4)
+    assert len(set(held_out(envs.make("EZPoints,NumberLine,EZPoints"), 9)[::3] + held_out(envs.make("EZPoints,NumberLine,EZPoints"), 9)[2::3])) == 6   # the same twice are not more starts
 
 
 def test_recorded_play_counts_turns_an_episode_for_each_task(tiny, tmp_path, capsys):
