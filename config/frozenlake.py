@@ -10,7 +10,7 @@ Not solved: GoToLocal's settings, to start from. Run once, seed 0, on a base tha
 Data 40.3 %, offline 18.5 % [13.7, 24.5] of 200 held-out maps, online 19.5 % [14.6, 25.5], greedy 18.5 %, picture hidden 0 %; 356 s on one core beside another run. Its rollouts stood at 28 to 38 %, the last one at 50. A first try with other settings, on an earlier base: 20 to 27 % of 60 maps.
 """
 out_dir = 'out/frozenlake'
-model = 'tiny-vlm-grids' # has seen rooms of cells, these tiles but briefly
+model = 'tiny-vlm-lake' # reads such tiles (config/pretrain_lake.py)
 env = 'FrozenLake'
 size = 128             # a tile has 32 pixels: 2 x 2 patches
 expert_episodes = 0.4
@@ -19,21 +19,22 @@ data_episodes = 1500
 cache_mb = 2000
 dtype = 'bfloat16'
 offline_updates = 300
-online_updates = 150
+online_updates = 400
 offline_ratio = 0.25
 replay_episodes = 512
-q_weight = 10.0
+q_weight = 1.0
 batch_size = 16
 micro_batch = 8
 max_new_tokens = 12
 gamma = 0.9
-won_share = 0.8
+won_share = 0.9
+critic_coef = 1.0
 penalty = -0.3
 q_init = -0.6
 target_tau = 0.1
 pess_coef = 0.3
 explore = 0.1
-filter_warmup = 150
+filter_warmup = 300
 beta = 0.0
 lr = 2e-3
 min_lr = 0.2

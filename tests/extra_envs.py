@@ -206,9 +206,10 @@ def test_who_follows_the_answers_takes_the_shortest_way(name):
 
 @pytest.mark.parametrize("folder, size, bounds", [
     ("tiny-vlm-grids", 128, {"Finding:BabyAI-GoToLocal-v0:view": 0.9, "Finding:BabyAI-GoToLocal-v0": 0.9, "Facing:BabyAI-GoToLocal-v0:view": 0.85}),
+    ("tiny-vlm-lake", 128, {"Leading:FrozenLake": 0.85}),
     ("tiny-vlm-pages", 160, {"Finding:miniwob/click-tab-v1": 0.75, "Finding:miniwob/click-dialog-2-v1": 0.75})])
 def test_the_shipped_bases_find_what_is_named(folder, size, bounds, monkeypatch):
-    """Greedy: where a thing of the question and of the mission is, on the map and in the agent's view, and what is around it; tabs and dialogs in pages as they are, numbers in their lists; without the picture no place."""
+    """Greedy: where a thing of the question and of the mission is, on the map and in the agent's view, and what is around it; the ways over a lake; tabs and dialogs in pages as they are, numbers in their lists; without the picture no place."""
     monkeypatch.setattr(reading.Page, "scatter", lambda self, draw: None)
     torch.manual_seed(0)
     vlm = model.VLM(*model.load_model(os.path.join(ROOT, folder)), lora_r=0, n_critics=0).eval()
@@ -239,6 +240,12 @@ def test_the_readmes_example_is_played(tmp_path):
         assert env.expert() in best
         both += len(best) == 2
     assert both > 3
+
+
+def test_kill_ends_who_draws_with_pygame():
+    """SDL had caught SIGTERM as soon as a lake was drawn: a run went on after `kill`."""
+    code = "import os, signal, time; from envs import make; e = make('FrozenLake'); e.reset(seed=0); os.kill(os.getpid(), signal.SIGTERM); time.sleep(1)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={k: v for k, v in os.environ.items() if k != "SDL_NO_SIGNAL_HANDLERS"}).returncode == -15
 
 
 def test_questions_about_the_lake():
