@@ -384,9 +384,9 @@ class Gym(Env):
     id, settings = "", {}           # what goes to gymnasium.make, beside the render mode
     def __init__(self, **kw):
         super().__init__(**kw)
+        os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")        # else pygame, which draws some of them, swallows `kill`
         self.open()
     def open(self, **settings):
-        os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")        # else pygame, which draws some of them, swallows `kill`
         self.gym = need(self.name, "gymnasium").make(self.id, render_mode="rgb_array", disable_env_checker=True, **self.settings, **settings)
     def start(self): self.gym.reset(seed=int(self.rng.integers(2 ** 31)))
     def act(self, action):

@@ -165,9 +165,9 @@ def open_run(cfg):
             raise SystemExit(f"out_dir={cfg.out_dir!r} has no checkpoint to resume from: start without --resume.")
         with open(os.path.join(cfg.out_dir, "config.json")) as f:
             old = json.load(f)
-        free = ("out_dir", "resume", "overwrite", "stop_at", "log_interval", "eval_interval", "wandb_project", "device", "reference", "cache_mb", "ckpt_interval", "eval_episodes", "eval_quick", "shard", "timeout")
-        longer = cfg.online_updates > old["online_updates"] > 0            # without an online phase the table at the end is the offline one
-        changed = [k for k, v in json.loads(json.dumps(vars(cfg))).items() if k not in free and old.get(k) != v and not (longer and k == "online_updates")]
+        free = ("out_dir", "resume", "overwrite", "stop_at", "log_interval", "eval_interval", "wandb_project", "device", "reference", "cache_mb", "ckpt_interval", "eval_episodes", "eval_quick", "shard", "timeout",
+                *["online_updates"] * (cfg.online_updates > old["online_updates"] > 0))    # without an online phase the table at the end is the offline one
+        changed = [k for k, v in json.loads(json.dumps(vars(cfg))).items() if k not in free and old.get(k) != v]
         if changed:
             k = changed[0]
             raise SystemExit(f"{k}={getattr(cfg, k)!r} but the run in {cfg.out_dir!r} has {k}={old.get(k)!r}: resume with the same settings, or start a new out_dir.")

@@ -9,7 +9,7 @@ Cloning of won episodes alone, seed 0 (--actor_loss=sft --won_share=0.95 --q_wei
 400 more online updates on seed 0 (--resume=True --online_updates=800) bring nothing: 80.5 % [74.5, 85.4].
 """
 out_dir = 'out/frozenlake'
-model = 'tiny-vlm-lake' # reads such tiles (config/pretrain_lake.py)
+model = 'tiny-vlm-lake' # reads such tiles (config/pretrain_grids.py)
 env = 'FrozenLake'
 size = 128             # a tile has 32 pixels: 2 x 2 patches
 expert_episodes = 0.4

@@ -228,13 +228,13 @@ def lake(world, draw):
     """[(kind, question, answer), ...] about FrozenLake's picture, the agent on any tile from which there is a way. Ways are points of the compass: its actions have other words."""
     lake, compass = world.gym.unwrapped, dict(left="west", down="south", right="east", up="north")
     n, what = lake.ncol, lambda i, j: dict(F="ice", S="ice", H="hole", G="flag")[lake.desc[j, i].decode()] if 0 <= i < n and 0 <= j < n else "nothing"
-    can = [s for s in range(n * n) if lake.desc.ravel()[s] in b"SF" and world.way(s)]
-    around = [s for s in can if compass[world.way(s)[0]] != ("south" if s // n < n - 1 else "east")]       # where going south as far as that goes is not the way
-    can = around if around and draw(2) else can
+    ways = {s: compass[words[0]] for s in range(n * n) if lake.desc.ravel()[s] in b"SF" and (words := world.way(s))}
+    around = [s for s, way in ways.items() if way != ("south" if s // n < n - 1 else "east")]       # where going south as far as that goes is not the way
+    can = around if around and draw(2) else list(ways)
     lake.s = can[draw(len(can))]
     (y, x), holes = divmod(lake.s, n), [f"{i} {j}" for j in range(n) for i in range(n) if what(i, j) == "hole"]
     asked = [("picture", SEEN, ", ".join([f"agent {x} {y}", *(f"hole {hole}" for hole in holes)])), ("where", "Where is the agent?", f"{x} {y}"), ("places", "Which places have holes?", ", ".join(holes) or "none")]
-    way = compass[world.way(lake.s)[0]]
+    way = ways[lake.s]
     asked += [("way", f"{goal}Which way does the shortest path to the flag begin?", way) for goal in ("", world.goal + "\n")] * 2 + [("mission told", *told(world.goal, tuple(compass.values()), way, draw))] * 8
     for where, (dx, dy) in zip(("east", "south", "west", "north"), STEPS):
         asked += [("beside", f"What is {where} of the agent?", what(x + dx, y + dy))] * (4 if what(x + dx, y + dy) == "hole" else 1)
