@@ -39,22 +39,20 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+AWR_TEMPERATURE = 0.3   # awr weighs a token by exp(A / AWR_TEMPERATURE)
+FBC_QUANTILE = 0.7      # fbc clones episodes with a return at or above this quantile
 LOGITS = 2 ** 22        # at most so many logits are alive at once (16 MiB in fp32), and as many Qs of each critic
 
 
-def state_value(logits, q, support=0.0):
-    """V(s) = sum_v pi(v|s) Q(s,v). logits, q (..., V) -> (...). support > 0: over tokens with pi >= support * max pi, renormalised."""
-    pi = logits.softmax(-1)
-    if support > 0:
-        pi = torch.where(pi >= support * pi.amax(-1, keepdim=True), pi, 0.0)
-        pi = pi / pi.sum(-1, keepdim=True)
-    return (pi * q).sum(-1)
+def state_value(logits, q):
+    """V(s) = sum_v pi(v|s) Q(s,v). logits, q (..., V) -> (...)."""
+    return (logits.softmax(-1) * q).sum(-1)
 
 
-def shaped(reward, cfg):
-    """What the critic sees of a reward: cut to +-reward_clip, then scaled."""
+def clip_reward(reward, cfg):
+    """What the critic sees of a reward: cut to +-reward_clip."""
     cut = cfg.reward_clip or math.inf
-    return cfg.reward_scale * max(-cut, min(cut, reward))
+    return max(-cut, min(cut, reward))
 
 
 def token_values(vlm, hidden, a, cfg):
@@ -62,12 +60,12 @@ def token_values(vlm, hidden, a, cfg):
     logits = vlm.logits(hidden)                                                               # (N, V)
     out = dict(logp=-F.cross_entropy(logits, a, reduction="none"))                            # log pi(a|s)
     if len(vlm.heads):
-        q = vlm.q(hidden.detach() if cfg.critic_detach else hidden)                           # (C, N, V)
+        q = vlm.q(hidden)                           # (C, N, V)
         said = lambda q: q.gather(-1, a.expand(*q.shape[:-1])[..., None])[..., 0]
-        out |= dict(qa=said(q), pess=((q - vlm.q_init) ** 2).mean(-1).mean(0), **(dict(lse=q.logsumexp(-1).mean(0)) if cfg.cql_coef else {}))
+        out |= dict(qa=said(q), pess=((q - vlm.q_init) ** 2).mean(-1).mean(0))
         with torch.no_grad():
             q_target = vlm.q(hidden, target=True).amin(0)                                     # the most pessimistic critic
-            out |= dict(v=state_value(logits, q.mean(0), cfg.v_support), v_target=state_value(logits, q_target, cfg.v_support), qa_target=said(q_target))
+            out |= dict(v=state_value(logits, q.mean(0)), v_target=state_value(logits, q_target), qa_target=said(q_target))
     return out
 
 
@@ -88,7 +86,7 @@ def advantages(qa, v, mask, cfg):
     return q - v
 
 
-def td_targets(v, mask, reward, terminated, nexts, gamma, gamma_token=1.0, lam=1.0, q=None, pi=None):
+def td_targets(v, mask, reward, terminated, nexts, gamma, lam=1.0, q=None, pi=None):
     """Targets of every reply token. v (B, R): V' of the state before each token; mask (B, R); reward, terminated (B,); nexts (B,): the row
     of the turn that follows, -1 if it is not here; q, pi (B, R): Q'(s,a) and pi(a|s) of the tokens for the tree backup, without them plain
     TD(lambda). -> y (B, R), known (B,) false where the bootstrap is missing.
@@ -105,9 +103,9 @@ def td_targets(v, mask, reward, terminated, nexts, gamma, gamma_token=1.0, lam=1
         y, out = torch.zeros_like(y_turn), []
         for j in reversed(range(mask.shape[1])):
             if j + 1 < mask.shape[1] and tree:                            # y_j = gamma_token v_{j+1}
-                y = gamma_token * (v[:, j + 1] + lam * pi[:, j + 1] * (y - q[:, j + 1]))
+                y = v[:, j + 1] + lam * pi[:, j + 1] * (y - q[:, j + 1])
             elif j + 1 < mask.shape[1]:                                   # y_j = gamma_token (lam y_{j+1} + (1 - lam) V'(s_{j+1}))
-                y = gamma_token * (lam * y + (1 - lam) * v[:, j + 1])
+                y = lam * y + (1 - lam) * v[:, j + 1]
             y = torch.where(last == j, y_turn, y)
             out.append(y)
         y = torch.stack(out[::-1], 1) * mask
@@ -140,21 +138,20 @@ def compute_loss(vlm, batch, cfg, warm=False, quantile=0.0, tokens=None, critic_
     info = dict(tokens=mask.sum(), nll=-(s.logp * mask).sum())
     if not len(vlm.heads):                                                                    # no critic: 'sft', 'fbc'
         f = filter_weight(torch.zeros_like(s.logp), cfg.actor_loss, good_episode=batch["ep_return"] >= quantile)
-        return -((cfg.bc_coef + cfg.af_coef * f) * s.logp * mask).sum() / n, {k: t.detach() for k, t in info.items()}
+        return -((cfg.bc_coef + f) * s.logp * mask).sum() / n, {k: t.detach() for k, t in info.items()}
 
     with torch.no_grad():
         turn = cfg.mdp == "turn"
-        gamma_token, lam = (1.0, 1.0) if turn else (cfg.gamma_token, cfg.lam)
+        lam = 1.0 if turn else cfg.lam
         tree = () if turn or cfg.trace == "plain" else (s.qa_target, s.logp.exp())
-        y, known = td_targets(s.v_target, mask, batch["reward"], batch["terminated"], batch["next"], cfg.gamma, gamma_token, lam, *tree)
+        y, known = td_targets(s.v_target, mask, batch["reward"], batch["terminated"], batch["next"], cfg.gamma, lam, *tree)
         adv = advantages(s.qa, s.v, mask, cfg)
-        f = filter_weight(adv, cfg.actor_loss, cfg.beta, cfg.awr_temperature, good_episode=batch["ep_return"] >= quantile)
+        f = filter_weight(adv, cfg.actor_loss, cfg.beta, AWR_TEMPERATURE, good_episode=batch["ep_return"] >= quantile)
         f = torch.ones_like(f) if warm else f
     m = mask * known[:, None]
     td = ((s.qa - y) ** 2).mean(0)
-    cql = s.lse - s.qa.mean(0) if cfg.cql_coef else torch.zeros_like(td)
-    actor = -((cfg.bc_coef + cfg.af_coef * f) * s.logp * mask).sum() / n                      # bc_coef L_SFT + af_coef L_AF
-    critic = ((td + cfg.pess_coef * s.pess + cfg.cql_coef * cql) * m).sum() / (critic_tokens if critic_tokens is not None else m.sum()).clamp(min=1)
+    actor = -((cfg.bc_coef + f) * s.logp * mask).sum() / n                      # bc_coef L_SFT + af_coef L_AF
+    critic = ((td + cfg.pess_coef * s.pess) * m).sum() / (critic_tokens if critic_tokens is not None else m.sum()).clamp(min=1)
     span, first = batch["span"] * mask, mask[:, 0]
     info |= dict(critic_tokens=m.sum(), td_error=(td * m).sum(), pess=(s.pess * m).sum(), q=(s.qa.mean(0) * mask).sum(), v=(s.v * mask).sum(), adv_span=(adv * span).sum(),
                  span=span.sum(), pass_span=(f.clamp(max=1) * span).sum(), pass_rest=(f.clamp(max=1) * (mask - span)).sum(), first=first.sum(),

@@ -14,16 +14,17 @@ import torch
 
 import envs
 from agent_rl import compute_loss
-from buffer import Buffer, batch, reply_text
+from buffer import Buffer, make_batch
 from configurator import check_config, configure
-from evaluate import environment, model_agent, play, record, scripted_agent
-from extras.reading import corpus
-from extras.scratch import llava
-from extras.sizes import table
+from evaluate import env_factory, model_agent, play, record, scripted_agent
+from extras.memory import measure_memory
+from extras.sizes import print_sizes
+from pretrain.questions import corpus
+from pretrain.tiny_nets import llava
 from model import build
 
 
-def seconds(*functions, rounds=7):
+def median_seconds(*functions, rounds=7):
     """Median time of each function; they take turns, so that a machine that slows down slows all of them."""
     times = [[] for _ in functions]
     for r in range(rounds + 1):
@@ -38,10 +39,10 @@ def turns_a_second(cfg, episodes=48):
     """A line for each environment: random play, pictures included, with 1, 4 and 16 of them alive. Where stepping waits (a browser), threads step them all."""
     print(f"{'turns a second':<32}{'1':>8}{'4':>8}{'16':>8}")
     for cfg.env in cfg.env.split(","):
-        rates, make_env = [], environment(cfg)
+        rates, make_env = [], env_factory(cfg)
         for n in (1, 4, 16):
-            if make_env().workers:
-                type(make_env()).workers = n                        # the cap is what is measured here
+            if make_env().max_parallel:
+                type(make_env()).max_parallel = n                        # the cap is what is measured here
             for seeds in (range(n), range(episodes)):               # the first ones warm up: caches, browsers
                 began = time.perf_counter()
                 turns = sum(e["turns"] for e in play(make_env, scripted_agent({"random": 1.0}, np.random.default_rng(0)), list(seeds), n, split="train"))
@@ -49,59 +50,9 @@ def turns_a_second(cfg, episodes=48):
         print(f"{cfg.env:<32}" + "".join(f"{rate:8.0f}" for rate in rates), flush=True)
 
 
-def peak_bytes(f, device):
-    """Bytes that tensors take while f() runs, at most, beyond those that were there before. By the allocator's own count on cuda, by the profiler's record on the
-    cpu: what a process holds there says more about its malloc than about the tensors."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        f()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        f()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-    return int(max(np.cumsum([0] + [n for _, n in changes])))
-
-
-def memory(vlm, optimizer, data, cfg, autocast):
-    """train.py --dry_run=True: the longest batch forward, backward, one optimizer step and a rollout of the longest prompts; prints the peak by part -> {part: bytes}."""
-    here = lambda t: t.to_local() if hasattr(t, "to_local") else t                                  # a sharded weight's part on this rank
-    size = lambda tensors: sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in map(here, tensors)}.values())
-    length = lambda i: sum(len(part["text"] or "") for m in data.rows[i]["messages"] for part in m["content"])
-    by_length = sorted(range(len(data)), key=length, reverse=True)
-    longest = (by_length * cfg.batch_size)[:cfg.batch_size]
-    windows = [data.episodes[name][k:][:cfg.window] for name, k in (data.place[i] for i in longest)]
-    def update():
-        for i in range(0, len(windows), cfg.micro_batch):
-            b = batch([(data, windows[i:i + cfg.micro_batch])], vlm, envs.MARKER, cfg.gamma)
-            with autocast():
-                loss = compute_loss(vlm, b, cfg)[0]
-            loss.backward()
-    adapters = [p for p in vlm.net.parameters() if p.requires_grad]
-    vlm.train()
-    parts = dict(weights=size([*vlm.net.parameters(), *vlm.net.buffers()]) - (size(adapters) if vlm.lora else 0), adapters=size(adapters) if vlm.lora else 0,
-                 heads=size([*vlm.heads.parameters(), *vlm.targets.parameters()]))
-    parts["update"] = peak_bytes(update, vlm.device)                                        # activations, and the gradients that stay
-    parts["optimizer"] = peak_bytes(optimizer.step, vlm.device)
-    optimizer.zero_grad(set_to_none=True)
-    rows = [data.rows[i] for i in (longest * cfg.num_envs)[:cfg.num_envs] if reply_text(data.rows[i]) is not None]
-    act = model_agent(vlm, cfg.max_new_tokens, cfg.rollout_temperature, torch.Generator(vlm.device).manual_seed(0))
-    def rollout():
-        with autocast():
-            act(None, rows, [data.image(row["images_file_names"][0]) for row in rows])
-    parts["rollout"] = peak_bytes(rollout, vlm.device)
-    fixed = sum(parts[k] for k in ("weights", "adapters", "heads", "optimizer"))
-    for name, what in dict(weights="the net, frozen or not", adapters="LoRA", heads="critics and their targets", optimizer="AdamW's two moments", update=f"{cfg.batch_size} windows of "
-                           f"{cfg.window} turns, {cfg.micro_batch} at once: activations, gradients", rollout=f"{len(rows)} turns at once, {cfg.max_new_tokens} new tokens").items():
-        print(f"{name:<12}{parts[name] / 2 ** 20:10.1f} MiB   {what}")
-    print(f"{'peak':<12}{(fixed + max(parts['update'], parts['rollout'])) / 2 ** 20:10.1f} MiB   of tensors on {vlm.device}" + (" (the program itself takes about 0.5 GiB more)" if vlm.device.type == "cpu" else
-          f" of {torch.cuda.get_device_properties(0).total_memory / 2 ** 20:,.0f} MiB"))
-    return parts
-
-
 def vocabulary(cfg, words=151_936, hidden=1024):
     """Peak memory of an update with a real model's vocabulary, AFSFT against SFT: a random net of two layers, LoRA, the tied head. -> the ratio."""
-    make_env, peaks = environment(cfg), {}
+    make_env, peaks = env_factory(cfg), {}
     with tempfile.TemporaryDirectory() as folder:
         data = Buffer(folder, create=True)
         record(play(make_env, scripted_agent({"random": 1.0}, np.random.default_rng(0)), list(range(cfg.batch_size)), split="train"), data)
@@ -112,24 +63,24 @@ def vocabulary(cfg, words=151_936, hidden=1024):
             net.resize_token_embeddings(words, mean_resizing=False)
             settings = type(cfg)(**{**vars(cfg), "actor_loss": loss, "model": "random"})
             vlm = build(settings, (net, processor), -1.0)
-            parts = memory(vlm, torch.optim.AdamW([p for p in vlm.parameters() if p.requires_grad]), data, settings, contextlib.nullcontext)
+            parts = measure_memory(vlm, torch.optim.AdamW([p for p in vlm.parameters() if p.requires_grad]), data, settings, contextlib.nullcontext)
             peaks[loss] = sum(parts[k] for k in parts if k != "rollout")
     print(f"\nmemory of an update, AFSFT / SFT  {peaks['afsft'] / peaks['sft']:.2f}")
     return peaks["afsft"] / peaks["sft"]
 
 
 def main(argv):
-    alone = {"envs": turns_a_second, "vocabulary": vocabulary, "sizes": table}.get(argv[0] if argv else "")
+    alone = {"envs": turns_a_second, "vocabulary": vocabulary, "sizes": print_sizes}.get(argv[0] if argv else "")
     cfg = check_config(configure(os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), argv[bool(alone):]))
     if alone:
         return alone(cfg)
-    make_env = environment(cfg)
+    make_env = env_factory(cfg)
     with tempfile.TemporaryDirectory() as folder:
         data, rng = Buffer(folder, create=True), np.random.default_rng(0)
         record(play(make_env, scripted_agent({"expert": 0.5, "random": 0.5}, rng), list(range(100)), split="train"), data)
         vlm = build(cfg, None, -1.0)
         parts = [(data, data.sample(rng, cfg.batch_size, cfg.window))]
-        b = batch(parts, vlm, envs.MARKER, cfg.gamma)
+        b = make_batch(parts, vlm, envs.MARKER, cfg.gamma)
         B, R = b["mask"].shape
         T = b["inputs"]["input_ids"].shape[1]
         print(f"{cfg.model} on {vlm.device}, {torch.get_num_threads()} threads, {cfg.env}: an update is {B} turns of {T} positions, {int(b['mask'].sum())} reply tokens")
@@ -143,22 +94,22 @@ def main(argv):
             vlm.heads = torch.nn.ModuleList()  # no critic at all
             update("sft")
             vlm.heads = heads
-        plain, full = seconds(sft, lambda: update("afsft"))
+        plain, full = median_seconds(sft, lambda: update("afsft"))
         print(f"update      AFSFT / SFT (forward, loss, backward)        {full / plain:5.2f}   {B / full:8.0f} turns/s")
 
         with torch.no_grad():
-            cut, whole = seconds(lambda: vlm(b["inputs"], b["P"], R), lambda: vlm.net(**b["inputs"], use_cache=False).logits.float())
+            cut, whole = median_seconds(lambda: vlm(b["inputs"], b["P"], R), lambda: vlm.net(**b["inputs"], use_cache=False).logits.float())
         print(f"forward     logits everywhere / at reply positions only  {whole / cut:5.2f}")
 
         if cfg.lora_r:
             seen = build(type(cfg)(**{**vars(cfg), "vision_cache_mb": 4096}), None, -1.0)
-            again = batch(parts, seen, envs.MARKER, cfg.gamma)
-            anew, kept = seconds(lambda: update("afsft"), lambda: update("afsft", seen, again))
+            again = make_batch(parts, seen, envs.MARKER, cfg.gamma)
+            anew, kept = median_seconds(lambda: update("afsft"), lambda: update("afsft", seen, again))
             print(f"vision      looked at anew / features from memory, update {anew / kept:5.2f}")
 
         rows, images = [data.rows[i] for i in range(cfg.num_envs)], [data.image(data.rows[i]["images_file_names"][0]) for i in range(cfg.num_envs)]
         act = model_agent(vlm, cfg.max_new_tokens, 1.0, torch.Generator(vlm.device).manual_seed(0))
-        together, alone = seconds(lambda: act(None, rows, images), lambda: [act(None, [r], [im]) for r, im in zip(rows, images)], rounds=3)
+        together, alone = median_seconds(lambda: act(None, rows, images), lambda: [act(None, [r], [im]) for r, im in zip(rows, images)], rounds=3)
         print(f"rollout     one prompt at a time / {cfg.num_envs} at once              {alone / together:5.2f}   {cfg.num_envs / together:8.0f} turns/s")
 
         env = make_env()
@@ -166,7 +117,7 @@ def main(argv):
             env.reset(seed=0)
             for _ in range(20):
                 env.reset() if env.over else env.step(f"{envs.MARKER} {env.sample(rng)}")
-        stepping, = seconds(steps)
+        stepping, = median_seconds(steps)
         print(f"environment a model's turn / an environment's step      {together / cfg.num_envs / (stepping / 21):5.1f}   {21 / stepping:8.0f} steps/s")
     print(f"memory      peak of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB"
           + (f", on the device {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB" if vlm.device.type == "cuda" else ""))

@@ -8,16 +8,12 @@ A row: version, episode, turn, env, seed, images_file_names, messages (user part
 behaviour_logprobs, action, valid, reward, terminated, truncated, success, source (who played). An episode that was cut off by
 a limit ends with one more row that holds the last observation and no reply: its value is the bootstrap.
 The index lives in memory, the pictures do not. `datasets.load_dataset(folder)` opens it as it is.
-
-    python buffer.py chats.json data/chats [pictures]     # conversations of LLaVA's or TRL's form become such a folder
 """
-import functools, hashlib, json, os, shutil, sys
+import functools, hashlib, json, os
 
 import numpy as np
 import torch
 from PIL import Image
-
-import envs
 
 VERSION = 1
 KEYS = ("episode", "turn", "images_file_names", "messages", "reply_ids", "valid", "reward", "terminated", "truncated", "success")
@@ -35,10 +31,10 @@ def make_row(episode, turn, env, seed, obs, reply=None, reply_ids=None, logprobs
     messages = [{"role": "user", "content": content}]
     if reply is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
-    return message_row(episode, turn, env, seed, [image_name(obs["image"])], messages, reply_ids, logprobs, source, **outcome)
+    return make_message_row(episode, turn, env, seed, [image_name(obs["image"])], messages, reply_ids, logprobs, source, **outcome)
 
 
-def message_row(episode, turn, env, seed, images, messages, reply_ids=None, logprobs=None, source="", **outcome):
+def make_message_row(episode, turn, env, seed, images, messages, reply_ids=None, logprobs=None, source="", **outcome):
     """A turn from its messages and the names of the pictures that they show: every row is made here."""
     row = dict(version=VERSION, episode=episode, turn=turn, env=env, seed=seed, images_file_names=images, messages=messages,
                reply_ids=reply_ids or [], behaviour_logprobs=[round(x, 6) for x in logprobs or []], source=source)
@@ -147,14 +143,14 @@ class Buffer:
     def episode_return(self, episode):
         return sum(self.rows[i]["reward"] for i in self.episodes[episode])
 
-    def to_go(self, i, gamma):
+    def return_to_go(self, i, gamma):
         """Discounted sum of shaped rewards from row i to its episode's end."""
         episode, k = self.place[i]
         return sum(gamma ** j * self.shape(self.rows[t]["reward"]) for j, t in enumerate(self.episodes[episode][k:]))
 
     def lowest_return(self, gamma):
         """The lowest discounted return of any recorded turn: where a pessimistic critic starts."""
-        return min(self.to_go(i, gamma) for i in range(len(self.rows)))
+        return min(self.return_to_go(i, gamma) for i in range(len(self.rows)))
 
     def return_quantile(self, share):
         return float(np.quantile([self.episode_return(e) for e in self.episodes], share))
@@ -200,7 +196,7 @@ class Buffer:
         return vlm.encode(row["messages"], [functools.partial(self.image, name) for name in row["images_file_names"]], key=(self.text(i), *row["images_file_names"]))
 
 
-def batch(parts, vlm, marker, gamma):
+def make_batch(parts, vlm, marker, gamma):
     """Windows -> tensors. parts: list of (buffer, windows). Keys, for B turns and replies of up to R tokens:
     inputs, P, reply_ids (B, R), mask (B, R) 1 on reply tokens, span (B, R) 1 on the action behind the marker,
     reward (B,), terminated (B,), next (B,) the row that continues a turn, -1 if it is not in the batch, to_go (B,), ep_return (B,)."""
@@ -214,78 +210,11 @@ def batch(parts, vlm, marker, gamma):
                 replies.append(ids)
                 spans.append(vlm.span(ids, text.rfind(marker) + len(marker) if marker in text else len(text)) if ids else [])
                 nexts.append(len(nexts) + 1 if k + 1 < len(window) else -1)
-                rows.append((buf.shape(row["reward"]), row["terminated"], buf.to_go(i, gamma), buf.episode_return(row["episode"])))
+                rows.append((buf.shape(row["reward"]), row["terminated"], buf.return_to_go(i, gamma), buf.episode_return(row["episode"])))
     inputs, P, reply_ids, mask = vlm.collate(prompts, replies)
     span = torch.zeros_like(mask)
     for b, s in enumerate(spans):
         span[b, :len(s)] = torch.tensor(s, dtype=span.dtype)
-    reward, terminated, to_go, ep_return = (torch.tensor(c, dtype=torch.float32, device=mask.device) for c in zip(*rows))
-    return dict(inputs=inputs, P=P, reply_ids=reply_ids, mask=mask, span=span, reward=reward, terminated=terminated, to_go=to_go, ep_return=ep_return,
+    reward, terminated, return_to_go, ep_return = (torch.tensor(c, dtype=torch.float32, device=mask.device) for c in zip(*rows))
+    return dict(inputs=inputs, P=P, reply_ids=reply_ids, mask=mask, span=span, reward=reward, terminated=terminated, return_to_go=return_to_go, ep_return=ep_return,
                 next=torch.tensor(nexts, device=mask.device))
-
-
-# ---- conversations that others recorded ----
-def chat_rows(chat, name, picture):
-    """One conversation -> (rows, images), an episode whose turns have read all before them. `chat`: LLaVA's {image, conversations: [{from, value}]} or
-    TRL's {images, messages: [{role, content}]}; `reward` and `success`, where given, are its last turn's. picture(path) opens one. ValueError says what is wrong."""
-    said = chat.get("conversations") or chat.get("messages") if isinstance(chat, dict) else None
-    if not isinstance(said, list) or not all(isinstance(m, dict) for m in said):
-        raise ValueError("has neither `conversations` (LLaVA) nor `messages` (TRL)")
-    paths = chat.get("images") or chat.get("image") or []
-    images = [picture(path) for path in (paths if isinstance(paths, list) else [paths])]
-    names, messages = [image_name(image) for image in images], []
-    for m in said:
-        role, content = m.get("role", {"human": "user", "gpt": "assistant"}.get(m.get("from"), m.get("from"))), m.get("content", m.get("value"))
-        if isinstance(content, str):                        # in a question, <image> stands for the next picture
-            pieces = content.split("<image>") if role == "user" else [content]
-            content = [part for k, piece in enumerate(pieces) for part in [{"type": "image"}] * (k > 0) + [{"type": "text", "text": piece.strip("\n")}] * bool(piece.strip())]
-        if role not in ("system", "user", "assistant") or not isinstance(content, list) or not all(isinstance(p, dict) and (p.get("type") == "image" or isinstance(p.get("text"), str)) for p in content):
-            raise ValueError(f"has a message that is neither text nor picture, by nobody known: {json.dumps(m)[:80]}")
-        messages.append(dict(role=role, content=[{"type": "image", "text": None} if p.get("type") == "image" else {"type": "text", "text": p["text"]} for p in content]))
-    shown = lambda ms: sum(part["type"] == "image" for m in ms for part in m["content"])
-    if messages and not shown(messages):                    # no placeholder: the pictures come first
-        messages[0]["content"][:0] = [{"type": "image", "text": None} for _ in images]
-    if shown(messages) != len(images):
-        raise ValueError(f"shows {shown(messages)} pictures in its text but names {len(images)}")
-    replies = [i for i, m in enumerate(messages) if i and m["role"] == "assistant" and m["content"]]
-    if not replies:
-        raise ValueError("has no reply")
-    rows = [message_row(name, turn, "chat", 0, names[:shown(messages[:i])], messages[:i + 1], source="import", terminated=i == replies[-1],
-                        action=envs.parse_agent(messages[i]["content"][0]["text"]) or "") for turn, i in enumerate(replies)]
-    rows[-1] |= dict(reward=float(chat.get("reward") or 0.0), success=bool(chat.get("success")))
-    return rows, dict(zip(names, images))
-
-
-def import_chats(file, folder, pictures=""):
-    """A JSON list or JSON lines of conversations -> a new Buffer in `folder`; paths of pictures are seen from `pictures`, or from where the file is.
-    SystemExit with one sentence if one of them does not fit; then no folder is made."""
-    if os.path.exists(folder):
-        raise SystemExit(f"{folder!r} exists already: import into a new folder.")
-    def picture(path):
-        try:
-            with Image.open(os.path.join(pictures or os.path.dirname(file), path.get("path") if isinstance(path, dict) else path)) as im:
-                return im.convert("RGB")
-        except (OSError, TypeError):
-            raise ValueError(f"names a picture that does not open: {path!r}; say as the third argument which folder its path begins at")
-    try:
-        with open(file, encoding="utf-8") as f:
-            text = f.read()
-        chats = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError) as e:
-        raise SystemExit(f"{file!r} is no JSON list and no JSON lines of conversations: {e}.")
-    shutil.rmtree(folder + ".tmp", ignore_errors=True)
-    out = Buffer(folder + ".tmp", create=True)
-    for n, chat in enumerate(chats, 1):
-        try:
-            out.append(*chat_rows(chat, f"{os.path.basename(file)}-{n}", picture))
-        except ValueError as e:
-            raise SystemExit(f"{file}, conversation {n}, {e}.")
-    os.rename(folder + ".tmp", folder)
-    return Buffer(folder)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4):
-        raise SystemExit("Say what to import and where to: python buffer.py chats.json data/chats [folder of the pictures]")
-    stats = import_chats(*sys.argv[1:]).stats()
-    print(f"{sys.argv[2]}: {stats['episodes']} conversations, {stats['turns']} replies; train on them with --data={sys.argv[2]} --actor_loss=sft")

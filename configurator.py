@@ -135,7 +135,7 @@ def parse_block(path):
         block[name] = key._replace(default=fit(name, key, where, lambda: default))
     return block
 
-def read_config(path, block):
+def read_config_file(path, block):
     """{name: value} of a config file: assignments of literals to known keys, after an optional docstring."""
     if not path.endswith(".py") or not os.path.isfile(path):
         there = sorted(p.replace(os.sep, "/") for p in glob.glob(os.path.join(glob.escape(os.path.dirname(path) or "config"), "*.py")))
@@ -187,19 +187,19 @@ def configure(script, argv, files=True, quiet=False):
         elif not files: raise ConfigError(f"{said}: this script takes no config files here, only --key=value.")
         elif flags: raise ConfigError(f"{said}: config files come before the flags, write it before {next(a for a in argv if a.startswith('--'))}.")
         else:
-            new = read_config(arg, block)
+            new = read_config_file(arg, block)
             values, origin = values | new, origin | {name: arg for name in new}
     for name, key in block.items():
         if values[name] != key.default and not quiet: print(f"  {name} = {show(repr(values[name]))}  (default {show(repr(key.default))}, from {show(origin[name])})")
     return types.SimpleNamespace(**values)
 
 # -- cross-field rules -------------------------------------------------------------------------------------------------
-CHOICES = dict(device=("auto", "cpu", "cuda"), dtype=("auto", "float32", "bfloat16"), weights=("auto", "float32", "bfloat16"), q_head=("full", "tied"), invalid=("penalty", "random"),
+CHOICES = dict(device=("auto", "cpu", "cuda"), dtype=("auto", "float32", "bfloat16"), q_head=("full", "tied"),
                actor_loss=("sft", "afsft", "awr", "fbc"), mdp=("token", "turn"), trace=("tree", "plain"))
-AT_LEAST_1 = "log_interval ckpt_interval n_critics data_episodes batch_size window micro_batch num_envs rollout_episodes updates_per_rollout max_new_tokens eval_episodes eval_quick cache_mb".split()
-AT_LEAST_0 = "seed eval_interval stop_at lora_r vision_cache_mb offline_updates online_updates replay_episodes warmup_updates filter_warmup bc_coef af_coef critic_coef cql_coef pess_coef weight_decay q_weight rollout_temperature".split()
-POSITIVE = "lora_alpha awr_temperature reward_scale lr critic_lr grad_clip timeout".split()
-SHARES = "expert_episodes explore lora_dropout v_support fbc_quantile gamma gamma_token lam target_tau min_lr offline_ratio".split()
+AT_LEAST_1 = "log_interval n_critics data_episodes batch_size window micro_batch num_envs rollout_episodes updates_per_rollout max_new_tokens eval_episodes".split()
+AT_LEAST_0 = "seed eval_interval stop_at lora_r vision_cache_mb offline_updates online_updates replay_episodes warmup_updates filter_warmup bc_coef critic_coef pess_coef q_weight".split()
+POSITIVE = "lr critic_lr grad_clip".split()
+SHARES = "expert_episodes explore gamma lam target_tau min_lr offline_ratio".split()
 
 def check_config(cfg):
     """Every rule about the values of train.py's keys, alone and together; a ConfigError with one sentence, before anything is read or written."""
@@ -217,22 +217,17 @@ def check_config(cfg):
     need(cfg.max_turns is None or cfg.max_turns > 0, f"max_turns={cfg.max_turns} is out of range: it must be at least 1, or None.")
     need(cfg.penalty <= 0, f"penalty={cfg.penalty} is above 0: it is the reward of a reply that does not parse, so it must be 0 or below.")
     need(cfg.offline_updates + cfg.online_updates > 0, "offline_updates and online_updates are both 0: there is nothing to do.")
-    need(cfg.bc_coef + cfg.af_coef > 0, "bc_coef and af_coef are both 0: the policy would not learn, set one of them above 0.")
     need(not cfg.q_weight or cfg.actor_loss in ("afsft", "awr"), f"q_weight={cfg.q_weight} needs a critic, and actor_loss={cfg.actor_loss!r} trains none: set q_weight=0.")
     need(not (cfg.resume and cfg.overwrite), "resume and overwrite are both True: one goes on with the run, the other deletes it; choose one.")
     need(cfg.model != "scratch" or cfg.lora_r == 0, f"model='scratch' has random weights, adapters on them (lora_r={cfg.lora_r}) learn nothing: set lora_r=0.")
-    need(cfg.weights != "bfloat16" or cfg.lora_r > 0, "weights='bfloat16' are too coarse to be trained themselves (lora_r=0): set lora_r above 0, or weights='float32'.")
     need(not cfg.vision_cache_mb or cfg.lora_r > 0, f"vision_cache_mb={cfg.vision_cache_mb} keeps what a frozen vision part sees, and lora_r=0 trains that part too: set lora_r above 0, or vision_cache_mb=0.")
     need(not cfg.shard or cfg.lora_r > 0, "shard=True shards weights that are frozen, and lora_r=0 trains them all: set lora_r above 0, or shard=False.")
     need(not (cfg.dry_run and cfg.resume), "dry_run and resume are both True: a dry run starts from nothing and leaves nothing; choose one.")
-    need(cfg.ckpt_interval % cfg.log_interval == 0, f"ckpt_interval={cfg.ckpt_interval} is no multiple of log_interval={cfg.log_interval}: a resumed run could not repeat its metrics.")
+    need(cfg.eval_interval % cfg.log_interval == 0, f"eval_interval={cfg.eval_interval} is no multiple of log_interval={cfg.log_interval}: a resumed run could not repeat its metrics.")
     need(cfg.stop_at % cfg.log_interval == 0, f"stop_at={cfg.stop_at} is no multiple of log_interval={cfg.log_interval}: a resumed run could not repeat its metrics.")
-    need(not cfg.online_updates or not {name.strip().partition(":")[0] for name in cfg.env.split(",")} & {"Reading", "Captions", "Finding", "Facing"}, f"env={cfg.env!r} is cloned from right answers and has no online phase: set online_updates=0.")
     players = ("expert", "random", "malformed", "biased")
     for name, share in cfg.data_mix.items():
         need(name in players, f"data_mix has a player {name!r}: known are {', '.join(players)}.")
         need(type(share) in (int, float) and share >= 0, f"data_mix gives {name} the share {share!r}: it must be a number, at least 0.")
     need(cfg.data or sum(cfg.data_mix.values()) > 0, "data_mix has no share above 0: say who plays, for instance {'expert': 0.3, 'random': 0.7}.")
-    for name, rates in cfg.reference.items():
-        need(type(rates) in (list, tuple) and len(rates) == 2, f"reference[{name!r}]={rates!r}: give a pair (goal reached, summed reward > 0), None where unknown.")
     return cfg

@@ -22,6 +22,7 @@ from tqdm import tqdm
 import envs
 from buffer import Buffer, make_row
 from configurator import ConfigError, check_config, configure, parse_block
+from worlds.registry import make
 from model import build, gather, latest_checkpoint, ranks
 
 # --- config ---
@@ -58,20 +59,20 @@ def wilson(k, n, z=1.96):
     return max(0.0, (p + z * z / (2 * n) - half) / c), min(1.0, (p + z * z / (2 * n) + half) / c)
 
 
-def environment(run_cfg):
+def env_factory(run_cfg):
     """make_env of a run, for `play`: its environment, or its several."""
-    return lambda: envs.make(run_cfg.env, size=run_cfg.size, penalty=run_cfg.penalty, invalid=run_cfg.invalid, max_turns=run_cfg.max_turns)
+    return lambda: make(run_cfg.env, size=run_cfg.size, penalty=run_cfg.penalty, max_turns=run_cfg.max_turns)
 
 
-def held_out(env, n):
+def held_out_seeds(env, n):
     """n seeds of starts that training never draws (all of them where a game is too small to hold some out), as many different
     ones as there are. A seed is not a state: starts are told apart by `env.fingerprint()`. Of several tasks seed i is task i's, modulo their number."""
     if tasks := getattr(env, "tasks", None):
         named = Counter(task.name for task in tasks)             # who is named twice plays twice as many starts, not the same ones twice
-        seeds = {task.name: iter(held_out(task, named[task.name] * -(-n // len(tasks)))) for task in tasks}
+        seeds = {task.name: iter(held_out_seeds(task, named[task.name] * -(-n // len(tasks)))) for task in tasks}
         return [next(seeds[tasks[i % len(tasks)].name]) for i in range(n)]
     seeds, seen, tries = [], set(), 0
-    while len(seeds) < n and tries < (4 * n if env.workers else 500 + 20 * n):     # where starts are slow to draw, some may come twice
+    while len(seeds) < n and tries < (4 * n if env.max_parallel else 500 + 20 * n):     # where starts are slow to draw, some may come twice
         env.reset(seed=TEST_SEEDS + tries, options={"split": "test"})
         if env.fingerprint() not in seen:
             seen.add(env.fingerprint())
@@ -82,9 +83,9 @@ def held_out(env, n):
 
 
 @functools.lru_cache(maxsize=16)
-def starts(make_env, n):
+def held_out_starts(make_env, n):
     """The held-out starts of a run's environment, drawn once: each evaluation plays the same, and a web page is slow to deal."""
-    return held_out(make_env(), n)
+    return held_out_seeds(make_env(), n)
 
 
 def model_agent(vlm, max_new_tokens, temperature, generator, q_weight=0.0, hide=False):
@@ -105,14 +106,14 @@ def scripted_agent(mix, rng, alone=0.0):
         for env in envs_:
             if not env.turns:
                 env.mix = {"expert": 1.0} if alone and rng.random() < alone else mix
-        return [dict(zip(("reply", "source"), envs.mixture(env.mix, env, rng))) for env in envs_]
+        return [dict(zip(("reply", "source"), envs.mixed_reply(env.mix, env, rng))) for env in envs_]
     return act
 
 
-def exploring(act, share, rng):
+def exploring_agent(act, share, rng):
     """A player for `play`: `act`, but for a share of the turns, which are played at random: whoever learns off-policy may look beside its way."""
     def mixed(envs_, rows, images):
-        return [dict(reply=envs.player("random", env, rng), source="random") if rng.random() < share else r for env, r in zip(envs_, act(envs_, rows, images))]
+        return [dict(reply=envs.scripted_reply("random", env, rng), source="random") if rng.random() < share else r for env, r in zip(envs_, act(envs_, rows, images))]
     return mixed
 
 
@@ -122,12 +123,12 @@ def play(make_env, act, seeds, num_envs=32, split="test", prefix="", bar=None, s
     An episode whose environment is lost (a dead browser), or a reply in it, is played once more, then dropped, counted and reported. share=(rank, ranks): every ranks-th episode."""
     todo, live, lost = list(enumerate(seeds))[share[0]::share[1]][::-1], [], Counter()
     spare = [make_env()]
-    spare += [make_env() for _ in range(min(num_envs, len(todo), spare[0].workers or num_envs) - 1)]
+    spare += [make_env() for _ in range(min(num_envs, len(todo), spare[0].max_parallel or num_envs) - 1)]
     def begin(job):
         env, n, seed = job
         return SimpleNamespace(env=env, obs=env.reset(seed=seed, options={"split": split, "task": n})[0], seed=seed, n=n, name=f"{prefix}{n}", rows=[], images={})
-    with tqdm(total=len(todo), desc=bar, disable=None if bar else True, leave=False) as progress, ThreadPoolExecutor(spare[0].workers or 1) as pool:
-        at_once = pool.map if spare[0].workers else map             # threads pay where a step waits for another process
+    with tqdm(total=len(todo), desc=bar, disable=None if bar else True, leave=False) as progress, ThreadPoolExecutor(spare[0].max_parallel or 1) as pool:
+        at_once = pool.map if spare[0].max_parallel else map             # threads pay where a step waits for another process
         while todo or live:
             live += at_once(begin, [(spare.pop(), *todo.pop()) for _ in range(min(len(spare), len(todo)))])
             pending = [make_row(e.name, len(e.rows), e.env.name, e.seed, e.obs) for e in live]
@@ -172,7 +173,7 @@ def record(episodes, buffer, chunk=200):
     return n
 
 
-def summary(episodes):
+def episode_summary(episodes):
     """Episodes -> one dictionary of numbers; success rates with their Wilson 95 % intervals, by tag too where the environment has some, and
     by_env where several were played."""
     if not episodes:
@@ -183,7 +184,7 @@ def summary(episodes):
     for key in ("success", "success_return"):
         out[key], out[key + "_95"] = share(key, episodes) / n, [round(x, 4) for x in wilson(share(key, episodes), n)]
     if len(names := dict.fromkeys(e["env"] for e in episodes)) > 1:
-        return out | dict(by_env={name: summary([e for e in episodes if e["env"] == name]) for name in names})
+        return out | dict(by_env={name: episode_summary([e for e in episodes if e["env"] == name]) for name in names})
     tags = sorted({e["tag"] for e in episodes} - {""})
     if tags:
         groups = {t: [e for e in episodes if e["tag"] == t] for t in tags}
@@ -191,35 +192,35 @@ def summary(episodes):
     return out
 
 
-def of_all_ranks(played):
+def gather_episodes(played):
     """Episodes that every rank played, for `summary`: without their rows and pictures, which stay where they are."""
     return [e for part in gather([e | dict(rows=[], images={}) for e in played]) for e in part]
 
 
-def evaluate(vlm, make_env, episodes, max_new_tokens, temperature=1.0, seed=0, q_weight=0.0, hide=False, num_envs=64, bar=None, buffer=None):
+def evaluate_policy(vlm, make_env, episodes, max_new_tokens, temperature=1.0, seed=0, q_weight=0.0, hide=False, num_envs=64, bar=None, buffer=None):
     """Play the held-out starts, each rank its share -> summary. Its random stream is its own: evaluation never perturbs training."""
     rank, world = ranks()
     generator = torch.Generator(vlm.device).manual_seed(seed + 10 ** 6 * rank)
     act = model_agent(vlm, max_new_tokens, temperature, generator, q_weight, hide)
-    played = list(play(make_env, act, starts(make_env, episodes), num_envs, prefix=f"eval{seed}-", bar=None if rank else bar, share=(rank, world)))
+    played = list(play(make_env, act, held_out_starts(make_env, episodes), num_envs, prefix=f"eval{seed}-", bar=None if rank else bar, share=(rank, world)))
     vlm.finish()
     if buffer is not None:
         record(played, buffer)
-    return summary(of_all_ranks(played))
+    return episode_summary(gather_episodes(played))
 
 
 def full_evaluation(vlm, make_env, episodes, max_new_tokens, temperature=1.0, seed=0, q_weight=0.0, buffer=None, only=("greedy", "sampled", "hidden"), prefix=""):
     """The rows of the table: {name: summary}."""
     ways = dict(greedy=("greedy", dict(temperature=0.0)), sampled=(f"sampled, T={temperature:g}", dict(temperature=temperature, buffer=buffer)),
                 hidden=("picture hidden, greedy", dict(temperature=0.0, hide=True)))
-    return {prefix + name: evaluate(vlm, make_env, episodes, max_new_tokens, seed=seed, q_weight=q_weight, bar=name, **kw) for name, kw in (ways[k] for k in only)}
+    return {prefix + name: evaluate_policy(vlm, make_env, episodes, max_new_tokens, seed=seed, q_weight=q_weight, bar=name, **kw) for name, kw in (ways[k] for k in only)}
 
 
-def recorded(stats):
+def recorded_summary(stats):
     """Buffer.stats() as a row of the table: turns an episode, with intervals, and so for each environment of several."""
     n = stats["episodes"]
     row = stats | dict(turns=stats["turns"] / n) | {k + "_95": wilson(round(stats[k] * n), n) for k in ("success", "success_return")}
-    return row | dict(by_env={name: recorded(of) for name, of in stats["by_env"].items()}) if "by_env" in stats else row
+    return row | dict(by_env={name: recorded_summary(of) for name, of in stats["by_env"].items()}) if "by_env" in stats else row
 
 
 def offline_results(run):
@@ -231,7 +232,7 @@ def offline_results(run):
         return json.load(f)
 
 
-def table(results):
+def format_table(results):
     """{name: summary} -> text, one aligned line each."""
     rows = [row for name, s in results.items() for row in ((name, s), *((f"  {env}", of) for env, of in s.get("by_env", {}).items()))]
     wide = max([28, *(len(name) + 1 for name, _ in rows)])
@@ -243,7 +244,7 @@ def table(results):
     return "\n".join(lines)
 
 
-def read_config(run):
+def read_run_config(run):
     """A run's settings, as it was trained."""
     file = os.path.join(run, "config.json")
     if not os.path.exists(file):
@@ -253,7 +254,7 @@ def read_config(run):
         return SimpleNamespace(**defaults | json.load(f))      # a run from before a key existed has that key's default
 
 
-def trained(run, run_cfg):
+def load_run(run, run_cfg):
     """A run's VLM as its last checkpoint has it -> (vlm, folder of the checkpoint)."""
     folder = latest_checkpoint(run)
     if run_cfg.model == "scratch":  # its tokenizer was trained by the run: take the whole model from there
@@ -270,10 +271,10 @@ def report_data(folder, cfg):
     buf, around, vlm, run_cfg = Buffer(folder), os.path.normpath(os.path.join(folder, "..")), None, None
     run = cfg.critic or (around if os.path.exists(os.path.join(around, "config.json")) and latest_checkpoint(around, must=False) else None)
     if run:
-        run_cfg = read_config(run)
-        vlm, _ = trained(run, run_cfg)
-    results = {"the recorded episodes": recorded(buf.stats())}
-    print(table(results))
+        run_cfg = read_run_config(run)
+        vlm, _ = load_run(run, run_cfg)
+    results = {"the recorded episodes": recorded_summary(buf.stats())}
+    print(format_table(results))
     from extras.report import write_report
     write_report(folder, buf, results, vlm, run, run_cfg, cfg.report_episodes)
 
@@ -290,7 +291,7 @@ def play_agent(cfg, make_env, n, buffer, aside):
     if cfg.save:                    # data to train on: no held-out starts
         seeds, split = np.random.default_rng([cfg.seed, 4]).integers(2 ** 31, size=n).tolist(), "train"
     else:
-        seeds, split = starts(make_env, n), "test"
+        seeds, split = held_out_starts(make_env, n), "test"
     episodes = (played.append(e) or e for e in play(make_env, act, seeds, 1 if human else cfg.num_envs, split, prefix, None if human else who))
     try:
         list(episodes) if buffer is None else record(episodes, buffer, 1 if human or server else 200)
@@ -301,7 +302,7 @@ def play_agent(cfg, make_env, n, buffer, aside):
     finally:
         if counts:
             print(f"{cfg.base_url}: {', '.join(f'{k:,.0f} {what}' for what, k in counts.most_common())}; {len(played)} of {n} episodes")
-    return {who: summary(played)}
+    return {who: episode_summary(played)}
 
 
 def main(argv):
@@ -324,13 +325,13 @@ def main(argv):
         raise ConfigError("--base_url and --model are a server's and its model's: they need --agent=openai.")
     if game and not no_run:
         raise ConfigError(f"{run!r} is played as it was trained: leave {' and '.join(game)} out, or name no run.")
-    run_cfg = check_config(configure(TRAIN, [run] * bool(run) + game, quiet=True)) if no_run else read_config(run)
+    run_cfg = check_config(configure(TRAIN, [run] * bool(run) + game, quiet=True)) if no_run else read_run_config(run)
     n = run_cfg.eval_episodes if cfg.episodes is None else cfg.episodes
     if n < 1 or cfg.temperature < 0:
         raise ConfigError("--episodes must be at least 1 and --temperature at least 0.")
     if min(cfg.num_envs, cfg.max_tokens) < 1 or cfg.timeout <= 0 or cfg.retries < 0:
         raise ConfigError("--num_envs and --max_tokens must be at least 1, --timeout above 0, and --retries at least 0.")
-    make_env = environment(run_cfg)
+    make_env = env_factory(run_cfg)
     try:
         split = make_env().split
     except ValueError as e:
@@ -341,7 +342,7 @@ def main(argv):
     if cfg.agent:
         results = play_agent(cfg, make_env, n, buffer, aside.name)
     else:
-        vlm, folder = trained(run, run_cfg)
+        vlm, folder = load_run(run, run_cfg)
         cfg.q_weight = run_cfg.q_weight if cfg.q_weight is None else cfg.q_weight
         if cfg.q_weight and not len(vlm.heads):
             raise ConfigError(f"--q_weight={cfg.q_weight} needs a critic, and actor_loss={run_cfg.actor_loss!r} trains none: leave it at 0.")
@@ -349,9 +350,9 @@ def main(argv):
         with open(os.path.join(run, "eval.json"), "w") as f:
             json.dump(dict(checkpoint=folder, argv=argv, seed=cfg.seed, q_weight=cfg.q_weight, results=results), f, indent=1)
     where = "training starts" if cfg.agent and cfg.save else "held-out starts" if split else "starts that training also draws"
-    print(f"{run_cfg.env}, {run or cfg.agent}: {list(results.values())[-1]['episodes']} episodes on {where}, Wilson 95 % intervals\n{table(results)}")
+    print(f"{run_cfg.env}, {run or cfg.agent}: {list(results.values())[-1]['episodes']} episodes on {where}, Wilson 95 % intervals\n{format_table(results)}")
     if cfg.report:
-        vlm = vlm or (trained(run, run_cfg)[0] if latest_checkpoint(run, must=False) else None)
+        vlm = vlm or (load_run(run, run_cfg)[0] if latest_checkpoint(run, must=False) else None)
         from extras.report import write_report
         write_report(run, buffer, results, vlm, run, run_cfg, cfg.report_episodes, start)
     aside.cleanup()

@@ -21,11 +21,15 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
+
+from extras.model_folders import first_sentence, open_folder, rehearse
+from pretrain.tiny_nets import llava
 
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+ROOT = os.path.dirname(os.path.abspath(__file__))
 IMAGE_KEYS = ("image_token_id", "image_token_index", "image_token")  # the names that libraries gave the placeholder
 FEATURES = ("pooler_output", "deepstack_features")  # what language models read of `get_image_features`; the second, a list for each layer: Qwen3-VL
 
@@ -103,7 +107,7 @@ class QHead(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------ the model
 
-class Kept(OrderedDict):
+class LRUCache(OrderedDict):
     """Dicts of tensors by key, at most so many MiB of them: the one that was asked for the longest ago goes first."""
     def __init__(self, mb):
         super().__init__()
@@ -135,7 +139,7 @@ class VLM(nn.Module):
     """
 
     def __init__(self, net, processor, lora_r=16, lora_alpha=32, lora_dropout=0.0, lora_targets=".*", q_head="full",
-                 n_critics=1, q_init=0.0, cache_mb=512, vision_cache_mb=0, name=""):
+                 n_critics=1, q_init=0.0, cache_mb=4096, vision_cache_mb=0, name=""):
         super().__init__()
         self.net, self.processor, self.tokenizer, self.name = net, processor, processor.tokenizer, name
         self.lora, self.lora_config = {}, dict(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
@@ -150,15 +154,15 @@ class VLM(nn.Module):
         self.heads = nn.ModuleList(QHead(hidden, vocab, q_head, q_init, unembed.weight) for _ in range(n_critics)).to(device)
         self.targets, self.q_init = copy.deepcopy(self.heads).requires_grad_(False), q_init
         net.generation_config = GenerationConfig()  # a checkpoint's own top_k, penalties ... would bend the behaviour policy
-        self.eos = end_of_turn(processor, net.config)
+        self.eos = find_end_of_turn(processor, net.config)
         # Placeholders and other special tokens may be read but never said: sampled, they would break the next forward pass.
-        banned = (set(special_tokens(self.tokenizer)) | {placeholder(net, processor)} | set(range(len(self.tokenizer), vocab))) - {self.eos}
+        banned = (set(special_tokens(self.tokenizer)) | {find_image_token(net, processor)} | set(range(len(self.tokenizer), vocab))) - {self.eos}
         self.register_buffer("banned", torch.tensor([i in banned for i in range(vocab)], device=device), persistent=False)
         self.image_token = str(getattr(processor, "image_token", ""))
         self.neutral = sorted({*special_tokens(self.tokenizer).values(), self.tokenizer.decode([self.eos]), self.image_token} - {""}, key=len)[::-1]
         self._watch, self._hidden = None, None
         unembed.register_forward_pre_hook(self._cut)
-        self._cache, self._features, self._seen = Kept(cache_mb), Kept(vision_cache_mb), None
+        self._cache, self._features, self._seen = LRUCache(cache_mb), LRUCache(vision_cache_mb), None
         if vision_cache_mb:
             eyes = [m for m in net.modules() if hasattr(m, "get_image_features")][-1:]      # the innermost: a whole model hands the call on to its part
             if not eyes:
@@ -207,7 +211,7 @@ class VLM(nn.Module):
         try:
             enc = Inputs(self.processor(text=[text], images=[images] if images else None, return_tensors="pt", **extra))
         except ValueError as e:  # PaliGemma's, for one, wants a picture in every prompt
-            raise SystemExit(f"model={self.name!r} cannot read a prompt with {len(images)} pictures: {brief(e)}.")
+            raise SystemExit(f"model={self.name!r} cannot read a prompt with {len(images)} pictures: {first_sentence(e)}.")
         enc.pop("labels", None)  # some processors add them to every prompt; the loss is ours
         if self._features.limit:    # by content, and whatever else the vision part reads: sizes, masks, the question (InstructBLIP's)
             seen = {k: enc[k] for k in self._looks_at if k in enc}
@@ -398,7 +402,7 @@ class VLM(nn.Module):
             try:
                 return load_file(file)
             except (OSError, SafetensorError) as e:
-                raise SystemExit(f"{file} does not load: {brief(e)}.")
+                raise SystemExit(f"{file} does not load: {first_sentence(e)}.")
         file = os.path.join(folder, "adapter_model.safetensors" if self.lora else "model.safetensors")
         if self.lora:
             tensors, config = read(file), os.path.join(folder, "adapter_config.json")
@@ -406,7 +410,7 @@ class VLM(nn.Module):
                 with open(config) as f:
                     alpha = json.load(f)["lora_alpha"]
             except (OSError, ValueError, KeyError) as e:
-                raise SystemExit(f"{config} does not load: {brief(e)}.")
+                raise SystemExit(f"{config} does not load: {first_sentence(e)}.")
             if alpha != self.lora_config["lora_alpha"]:     # the shapes would fit, the function would not
                 raise SystemExit(f"{config} says lora_alpha={alpha}, these settings say {self.lora_config['lora_alpha']}: use the one it was trained with.")
             fill({f"base_model.model.{path}.{ab}.weight": getattr(m, ab) for path, m in self.lora.items() for ab in ("lora_A", "lora_B")}, tensors, file)
@@ -441,24 +445,19 @@ def nbytes(tensors):
     return sum(t.numel() * t.element_size() for t in tree_leaves(dict(tensors)))
 
 
-def brief(error):
-    """The first sentence of a library's error, on one line."""
-    return " ".join(str(error).split()).split(". ")[0].rstrip(".")[:200]
-
-
 def special_tokens(tokenizer):
     """{id: text} of the control tokens: the named ones (pad, eos, ...) and all others that the tokenizer's file marks as special."""
     return {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special} | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
 
 
-def placeholder(net, processor):
+def find_image_token(net, processor):
     """Id of the token that stands for an image in the text, by the config's or the processor's word; None if there is none."""
     ids = [getattr(net.config, k, None) for k in IMAGE_KEYS] + [getattr(processor, k, None) for k in IMAGE_KEYS]
     ids = [processor.tokenizer.convert_tokens_to_ids(str(getattr(i, "content", i))) if isinstance(i, str) or hasattr(i, "content") else i for i in ids]
     return next((i for i in ids if isinstance(i, int)), None)
 
 
-def end_of_turn(processor, config):
+def find_end_of_turn(processor, config):
     """Id of the token that ends an assistant's turn: the first token behind its text in the chat template that is special, or that
     the config of the language model names as its end (MiniGPT-4's `##` is a plain one); else the tokenizer's eos."""
     tok = processor.tokenizer
@@ -476,52 +475,28 @@ def end_of_turn(processor, config):
 
 
 def load_model(path, texts=(), dtype=torch.float32, device="cpu", trust_remote_code=False, image_size=80):
-    """A hub id, a local folder, or 'scratch' (the tiny LLaVA with random weights) -> (net, processor).
-    SystemExit with one sentence if it does not exist, is no image-text model, its processor knows no image token, or code of its own lacks a piece."""
+    """Open a hub id, a local folder, or 'scratch' (the tiny LLaVA with random weights) -> (net, processor).
+
+    The shipped bases are found by name from any working directory, with or without bases/ before it.
+    SystemExit with one sentence if the folder does not hold a model that can act here, see extras/model_folders.py.
+    """
     if path == "scratch":
-        from extras.scratch import llava
         net, processor = llava(texts, image_size=image_size)
         return net.to(device), processor
-    if not os.path.isdir(path):  # the shipped model is found from any working directory
-        beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
-        path = beside if os.path.isdir(beside) else path
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as e:
-        from extras.own_code import permission
-        permission(path, e)
-        raise SystemExit(f"model={path!r} cannot be opened: no such folder with a config.json here, and the hub did not give it ({brief(e)}).")
-    known = type(config) in AutoModelForImageTextToText._model_mapping.keys()
-    own = {} if known and type(config).__module__.startswith("transformers.") else getattr(config, "auto_map", None) or {}
-    # a model that brings its code names it by one auto class or another (xGen-MM by one that is gone, Moondream as a language model): {ours: file.class}
-    own = {"AutoModelForImageTextToText": own[k] for k in ("AutoModel", "AutoModelForCausalLM", "AutoModelForVision2Seq", "AutoModelForImageTextToText") if k in own}
-    if not known and not own:
-        raise SystemExit(f"model={path!r} is a {config.model_type!r} model, which takes no image and text: choose an image-text-to-text model such as LLaVA or Qwen2-VL.")
-    if any(getattr(c, "is_encoder_decoder", False) for c in (config, getattr(config, "text_config", None))):
-        raise SystemExit(f"model={path!r} writes with an encoder-decoder, and here prompt and reply are one sequence: choose its sister with a decoder only, such as blip2-opt for blip2-flan-t5.")
-    try:
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-        if own:
-            config.auto_map |= own
-        net, report = AutoModelForImageTextToText.from_pretrained(path, **dict(config=config) if own else {}, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True)
-    except Exception as e:  # a library has many words for a torn folder, and ImportError for a processor that needs torchvision
-        from extras.own_code import permission
-        permission(path, e)
-        raise SystemExit(f"model={path!r} does not load: {brief(e)}" + (" (in code of its own, perhaps written for another version of transformers)." if own else "."))
-    if report["missing_keys"]:
-        raise SystemExit(f"model={path!r} lacks {len(report['missing_keys'])} weights, {sorted(report['missing_keys'])[0]} for one: the folder is incomplete.")
-    if not hasattr(processor, "tokenizer") or placeholder(net, processor) is None:
+    for folder in (path, os.path.join(ROOT, path), os.path.join(ROOT, "bases", path)):
+        if os.path.isdir(folder):
+            path = folder
+            break
+    net, processor = open_folder(path, dtype, trust_remote_code)
+    if not hasattr(processor, "tokenizer") or find_image_token(net, processor) is None:
         raise SystemExit(f"model={path!r} has a processor without an image token, so no picture can be shown to it: its folder needs the model's own processor files.")
-    if own:
-        from extras.own_code import pieces
-        pieces(net, path)
     return net.to(device), processor
 
 
 def load_base(cfg, texts=()):
     """(net, processor) that a config asks for."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    half = cfg.lora_r > 0 and (cfg.weights == "bfloat16" or cfg.weights == "auto" and device == "cuda")
+    half = cfg.lora_r > 0 and device == "cuda" and cfg.dtype != "float32"
     home = "cpu" if cfg.shard and ranks()[1] > 1 else device                              # what is to be sharded may fit no device
     net, processor = load_model(cfg.model, texts, torch.bfloat16 if half else torch.float32, home, cfg.trust_remote_code, cfg.size)
     if cfg.grad_checkpointing:
@@ -535,10 +510,9 @@ def load_base(cfg, texts=()):
 def build(cfg, base=None, q_init=0.0):
     """The VLM that a config asks for: its base with adapters and critics, as they are before training."""
     critics = cfg.n_critics if cfg.actor_loss in ("afsft", "awr") else 0
-    vlm = VLM(*(base or load_base(cfg)), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.q_head, critics, q_init, cfg.cache_mb, cfg.vision_cache_mb, cfg.model)
+    vlm = VLM(*(base or load_base(cfg)), cfg.lora_r, lora_targets=cfg.lora_targets, q_head=cfg.q_head, n_critics=critics, q_init=q_init, vision_cache_mb=cfg.vision_cache_mb, name=cfg.model)
     vlm.bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and vlm.device.type == "cuda"
     if cfg.trust_remote_code:
-        from extras.own_code import rehearse
         rehearse(vlm)
     return vlm.shard("cpu" if cfg.device == "cpu" or not torch.cuda.is_available() else "cuda") if cfg.shard and ranks()[1] > 1 else vlm
 

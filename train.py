@@ -16,10 +16,11 @@ import transformers
 from tqdm import tqdm
 
 import envs
-from agent_rl import compute_loss, shaped, summarise
-from buffer import Buffer, batch
+from agent_rl import FBC_QUANTILE, clip_reward, compute_loss, summarise
+from buffer import Buffer, make_batch
 from configurator import check_config, configure
-from evaluate import environment, evaluate, exploring, full_evaluation, model_agent, of_all_ranks, offline_results, play, record, recorded, scripted_agent, summary, table
+from evaluate import env_factory, evaluate_policy, exploring_agent, full_evaluation, model_agent, gather_episodes, offline_results, play, record, recorded_summary, scripted_agent, episode_summary, format_table
+from worlds.registry import make, reading_names
 from model import build, gather, latest_checkpoint, load_base
 
 # --- config ---
@@ -30,33 +31,25 @@ overwrite = False       # start anew in an out_dir that holds a run, deleting it
 seed = 0                # every random draw is a function of (seed, what for, step)
 log_interval = 10       # updates between two lines of metrics.jsonl
 eval_interval = 100     # updates between two short evaluations; 0: at the end only
-ckpt_interval = 100     # updates between two checkpoints
 stop_at = 0             # stop cleanly after this update, for machines with a time limit; 0: do not
 dry_run = False         # only show what it takes: the longest batch forward, backward and in a rollout, peak memory by part
-wandb_project = ''      # log to Weights & Biases too (needs the package); '': do not
 # model
-model = 'tiny-vlm'      # a hub id or local folder of any image-text-to-text model; 'scratch': the tiny one with random weights
+model = 'bases/tiny-vlm'      # a hub id or local folder of any image-text-to-text model; 'scratch': the tiny one with random weights
 trust_remote_code = False # run Python files that come with the model folder
 device = 'auto'         # auto: cuda if there is one, else cpu
 dtype = 'auto'          # float32 | bfloat16 (autocast); auto: bfloat16 on cuda, float32 on the cpu
-weights = 'auto'        # of a frozen base: float32 | bfloat16; auto: bfloat16 on cuda, float32 on the cpu. Adapters and critics are float32 always
 grad_checkpointing = False # keep only the layers' inputs and compute the rest once more on the way back: less memory, about a third more time
 shard = False           # torchrun: spread the frozen weights of the language model's layers over the ranks (FSDP2), for models that one device cannot hold
-timeout = 30.0          # torchrun: minutes that a rank waits for the others before the job fails; evaluations and rollouts of theirs may differ by that much
 lora_r = 16             # rank; 0 trains all weights
-lora_alpha = 32         # the adapters' output is scaled by lora_alpha / lora_r
-lora_dropout = 0.0
 lora_targets = '.*'     # regex over the full paths of the language model's linear layers
 q_head = 'tied'         # tied: 2 H^2 parameters through the frozen unembedding: words that the model reads alike are valued alike | full: H x V
 n_critics = 1           # of several the targets take the minimum: one more pessimism, against what is rare too
-cache_mb = 512          # memory for encoded prompts
 vision_cache_mb = 0     # memory for what the frozen vision part makes of each different picture: it is then looked at once, in updates and rollouts together; 0: every time
 # environment
 env = 'NumberLine'      # NumberLine | EZPoints | Points24 | Blackjack | FrozenLake | BabyAI-GoToLocal-v0 | miniwob/click-test-v1 | ..., or pre-training's
                         # Captions | Reading; several, played in turn: 'NumberLine,EZPoints', in a file also ['NumberLine', 'EZPoints']
 size = 80               # side of the picture, pixels
 penalty = -1.0          # reward of a reply that does not parse; the environment does not move
-invalid = 'penalty'     # penalty | random: RL4VLM's rule, a random action without a penalty
 max_turns: int = None   # an episode is cut off after so many turns; None: the environment's own limit
 # data
 data = ''               # folder of recorded episodes; '': record data_episodes by data_mix into out_dir/data
@@ -67,23 +60,15 @@ data_episodes = 600
 actor_loss = 'afsft'    # sft: clone all | afsft: clone where A > beta | awr: weigh by exp(A / awr_temperature) | fbc: clone the better episodes
 mdp = 'token'           # token: an advantage a token | turn: one a reply
 bc_coef = 0.0           # plain cloning, always on
-af_coef = 1.0           # value-corrected cloning
 critic_coef = 10.0      # the critic has to tell states apart before the filter can: it leads
 pess_coef = 0.5         # pulls Q of the whole vocabulary to q_init: tokens that no data shows here stay low; 0: off
-cql_coef = 0.0          # CQL's conservative term, an alternative; 0: off
 q_init: float = None    # where the head starts; None: the lowest discounted return in the data
-v_support = 0.0         # V over tokens with pi >= v_support * max pi only; 0: the whole vocabulary
 beta = -0.05            # a token passes if A > beta
-awr_temperature = 0.3
-fbc_quantile = 0.7      # fbc clones episodes with a return at or above this quantile
 filter_warmup = 50      # updates in which everything passes
 gamma = 0.9             # discount a turn
-gamma_token = 1.0       # discount a token
 trace = 'tree'          # how a turn's outcome reaches its tokens. tree: as far as the policy would have said what was said | plain: TD(lambda)
 lam = 1.0               # the trace's decay a token; 0: one-token TD
 reward_clip: float = None # the critic sees rewards cut to +-reward_clip: a rare win of 10 would drown the slips of -1 that come before it; None: as they are
-reward_scale = 1.0      # and multiplied by this
-critic_detach = False   # stop the critic's gradient at the trunk
 target_tau = 0.05       # EMA of the target heads
 # optimisation
 offline_updates = 600
@@ -96,7 +81,6 @@ lr = 4e-3               # of the adapters (or of all weights)
 critic_lr = 2e-3        # of the Q heads
 min_lr = 0.1            # where the cosine ends, as a share of lr
 warmup_updates = 20
-weight_decay = 0.0
 grad_clip = 1.0
 # online phase
 num_envs = 32           # environments that play at once
@@ -104,14 +88,11 @@ rollout_episodes = 64   # whole episodes in a rollout
 updates_per_rollout = 20
 replay_episodes = 0     # an online batch draws from the last so many of its own episodes; 0: from all, what the policy has since left behind too
 offline_ratio = 0.25    # share of an online batch that comes from the recorded data
-rollout_temperature = 1.0
 q_weight = 0.0          # rollouts and evaluations sample from pi * exp(q_weight * A): the critic knows better before the filter has taught the policy; 0: the policy alone
 explore = 0.0           # share of a rollout's turns that are played at random: what the policy never says, the filter cannot let pass
 max_new_tokens = 20     # of a reply
 # evaluation
 eval_episodes = 300     # of each row of the final table
-eval_quick = 60         # of the short evaluations on the way
-reference = {}          # success rates to show beside ours in the last table, {name: (goal reached or None, summed reward > 0 or None)}
 # --- end of config ---
 
 OURS = ("config.json", "metrics.jsonl", "eval.json", "eval_offline.json", "meta.json", "ckpt", "ckpt.old", "ckpt.tmp", "data", "replay", "model", "report.html", "curves.svg")  # what `overwrite` may delete
@@ -128,7 +109,7 @@ def join_ranks(cfg):
         return
     if cfg.batch_size % WORLD:
         raise SystemExit(f"batch_size={cfg.batch_size} windows cannot be dealt evenly to {WORLD} ranks: set a multiple of {WORLD}.")
-    for key in ("eval_episodes", "eval_quick") + ("num_envs", "rollout_episodes") * (cfg.online_updates > 0):
+    for key in ("eval_episodes",) + ("num_envs", "rollout_episodes") * (cfg.online_updates > 0):
         if getattr(cfg, key) < WORLD:
             raise SystemExit(f"{key}={getattr(cfg, key)} is too few for {WORLD} ranks, which share them: set at least {WORLD}.")
     if cfg.device != 'cpu' and torch.cuda.is_available():
@@ -136,7 +117,7 @@ def join_ranks(cfg):
             raise SystemExit(f"torchrun started more ranks on this machine than it has GPUs: --nproc_per_node={torch.cuda.device_count()}.")
         torch.cuda.set_device(LOCAL_RANK)
     if not dist.is_initialized():
-        dist.init_process_group(timeout=datetime.timedelta(minutes=cfg.timeout))               # NCCL for tensors on GPUs, gloo for others
+        dist.init_process_group(timeout=datetime.timedelta(minutes=30))               # NCCL for tensors on GPUs, gloo for others
 
 
 def all_sum(tensors):
@@ -165,7 +146,7 @@ def open_run(cfg):
             raise SystemExit(f"out_dir={cfg.out_dir!r} has no checkpoint to resume from: start without --resume.")
         with open(os.path.join(cfg.out_dir, "config.json")) as f:
             old = json.load(f)
-        free = ("out_dir", "resume", "overwrite", "stop_at", "log_interval", "eval_interval", "wandb_project", "device", "reference", "cache_mb", "ckpt_interval", "eval_episodes", "eval_quick", "shard", "timeout",
+        free = ("out_dir", "resume", "overwrite", "stop_at", "log_interval", "eval_interval", "device", "eval_episodes", "shard",
                 *["online_updates"] * (cfg.online_updates > old["online_updates"] > 0))    # without an online phase the table at the end is the offline one
         changed = [k for k, v in json.loads(json.dumps(vars(cfg))).items() if k not in free and old.get(k) != v]
         if changed:
@@ -230,7 +211,7 @@ def main(argv):
     if cfg.dry_run:
         nowhere = tempfile.TemporaryDirectory()                            # gone with this function
         cfg.out_dir, cfg.data_episodes = nowhere.name, min(cfg.data_episodes, 64)
-    make_env = environment(cfg)
+    make_env = env_factory(cfg)
     try:
         make_env()
     except ValueError as e:
@@ -241,10 +222,10 @@ def main(argv):
     torch.manual_seed(int(rng(INIT).integers(2 ** 31)))
     texts = ()
     if cfg.model == 'scratch':
-        from extras.reading import corpus                                  # what its tokenizer is made of
-        texts = corpus(20_000, env=cfg.env)
+        from pretrain.questions import corpus               # what its tokenizer is made of
+        texts = corpus(20_000, readings=[make(name) for name in reading_names(cfg.env)])
     base = load_base(cfg, texts)                                           # what can fail by a user's mistake comes before anything is written
-    shape = lambda reward: shaped(reward, cfg)
+    shape = lambda reward: clip_reward(reward, cfg)
     offline = Buffer(cfg.data, shape=shape) if cfg.data else None
     if RANK == 0 or cfg.dry_run:
         open_run(cfg)
@@ -262,12 +243,12 @@ def main(argv):
             time.sleep(0.2)
     offline = offline or Buffer(path("data"), shape=shape)
     stats = offline.stats()
-    lowest, quantile = offline.lowest_return(cfg.gamma), offline.return_quantile(cfg.fbc_quantile)
+    lowest, quantile = offline.lowest_return(cfg.gamma), offline.return_quantile(FBC_QUANTILE)
 
     # -- model
     vlm = build(cfg, base, lowest if cfg.q_init is None else cfg.q_init)
     actor, critic = [p for p in vlm.net.parameters() if p.requires_grad], list(vlm.heads.parameters())
-    optimizer = torch.optim.AdamW([dict(params=actor, lr=cfg.lr, base=cfg.lr), dict(params=critic, lr=cfg.critic_lr, base=cfg.critic_lr)][:2 if critic else 1], betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW([dict(params=actor, lr=cfg.lr, base=cfg.lr), dict(params=critic, lr=cfg.critic_lr, base=cfg.critic_lr)][:2 if critic else 1], betas=(0.9, 0.99), weight_decay=0.0 if cfg.lora_r else 0.01)
     autocast = lambda: torch.autocast(vlm.device.type, torch.bfloat16, enabled=vlm.bf16)
 
     start, saved = 0, ()
@@ -304,18 +285,19 @@ def main(argv):
     for name, content in (("config.json", vars(cfg)), ("meta.json", meta)) if RANK == 0 else ():
         with open(path(name), "w") as f:
             json.dump(content, f, indent=1)
-    if cfg.wandb_project and RANK == 0:
+    wandb = None
+    if os.environ.get("WANDB_PROJECT") and RANK == 0:
         try:
             import wandb
         except ImportError:
-            raise SystemExit(f"wandb_project={cfg.wandb_project!r} needs the package wandb: pip install wandb, or leave it empty.")
-        wandb.init(project=cfg.wandb_project, config=vars(cfg), dir=cfg.out_dir)
+            raise SystemExit("WANDB_PROJECT is set, which needs the package wandb: pip install wandb, or unset WANDB_PROJECT.")
+        wandb.init(config=vars(cfg), dir=cfg.out_dir)
 
     if cfg.dry_run:
-        from bench import memory
+        from extras.memory import measure_memory
         cfg.batch_size, cfg.num_envs = cfg.batch_size // WORLD, max(1, cfg.num_envs // WORLD)
         with contextlib.redirect_stdout(sys.stdout if RANK == 0 else None):
-            return memory(vlm, optimizer, offline, cfg, autocast)
+            return measure_memory(vlm, optimizer, offline, cfg, autocast)
 
     # -- the loop
     clock, infos, vlm_began = dict(rollout=0.0, update=0.0, eval=0.0), [], time.time()
@@ -329,12 +311,12 @@ def main(argv):
         if online and (step - cfg.offline_updates) % cfg.updates_per_rollout == 0:
             t = time.time()
             seeds = rng(ROLLOUT, step).integers(2 ** 31, size=cfg.rollout_episodes).tolist()
-            act = model_agent(vlm, cfg.max_new_tokens, cfg.rollout_temperature, torch.Generator(vlm.device).manual_seed(seeds[RANK]), cfg.q_weight)
-            act = exploring(act, cfg.explore, np.random.default_rng(seeds[RANK])) if cfg.explore else act
+            act = model_agent(vlm, cfg.max_new_tokens, 1.0, torch.Generator(vlm.device).manual_seed(seeds[RANK]), cfg.q_weight)
+            act = exploring_agent(act, cfg.explore, np.random.default_rng(seeds[RANK])) if cfg.explore else act
             played = list(play(make_env, act, seeds, cfg.num_envs // WORLD, split="train", prefix=f"{step}-", share=(RANK, WORLD)))
             vlm.finish()
             record(played, replay)
-            s = summary(of_all_ranks(played))
+            s = episode_summary(gather_episodes(played))
             if not len(replay):                                            # its browsers died, the other ranks' did not
                 print(f"Rank {RANK} has no episode of its own yet: it learns from recorded ones.")
             extra = logged("rollout", s)
@@ -350,7 +332,7 @@ def main(argv):
             windows += [(own, w) for w in own.sample(rng(SAMPLE, step, RANK) if RANK else draw, n, cfg.window, cfg.won_share, last)]
         if len(windows) > cfg.micro_batch:                                 # like beside like: less padding
             windows.sort(key=lambda part: max(len(part[0].text(i)) for i in part[1]))
-        micro = [batch([(b, [w]) for b, w in windows[i:i + cfg.micro_batch]], vlm, envs.MARKER, cfg.gamma) for i in range(0, len(windows), cfg.micro_batch)]
+        micro = [make_batch([(b, [w]) for b, w in windows[i:i + cfg.micro_batch]], vlm, envs.MARKER, cfg.gamma) for i in range(0, len(windows), cfg.micro_batch)]
         tokens = sum(m["mask"].sum() for m in micro)                       # of the whole update: gradients do not depend on the split
         critic_tokens = sum((m["mask"] * ((m["terminated"] > 0) | (m["next"] >= 0))[:, None]).sum() for m in micro)
         if WORLD > 1:
@@ -381,7 +363,7 @@ def main(argv):
         last = done == total or done == cfg.stop_at
         if cfg.eval_interval and done % cfg.eval_interval == 0 and not done == total:
             t = time.time()
-            s = evaluate(vlm, make_env, cfg.eval_quick, cfg.max_new_tokens, seed=cfg.seed, q_weight=cfg.q_weight)
+            s = evaluate_policy(vlm, make_env, min(60, cfg.eval_episodes), cfg.max_new_tokens, seed=cfg.seed, q_weight=cfg.q_weight)
             extra |= logged("eval", s)
             timed("eval", t)
         if done == cfg.offline_updates and done < total:                   # what the recorded data alone gave
@@ -396,7 +378,7 @@ def main(argv):
                        **{f"time/{k}": round(v, 2) for k, v in clock.items()})
             with open(path("metrics.jsonl"), "a") as f:
                 f.write(json.dumps(row) + "\n")
-            if cfg.wandb_project:
+            if wandb:
                 wandb.log(row, step=done)
             infos = []
             if extra or done % (5 * cfg.log_interval) == 0:
@@ -404,7 +386,7 @@ def main(argv):
                 tqdm.write(f"{done:6d} {row['phase']:7s} nll {row['nll']:.3f}" + show("td_error", "td") + show("v_mean", "V") + show("pass_action", "pass", 100, "4.0f") + show("pass_syntax", "syntax", 100, "4.0f")
                            + show("rollout/success", "| played", 100, "5.1f") + show("rollout/success_return", "clean", 100, "5.1f") + show("eval/success", "| eval", 100, "5.1f")
                            + show("eval/success_return", "clean", 100, "5.1f") + show("eval/valid", "valid", 100, "5.1f") + "  | s " + " ".join(f"{k} {v:.0f}" for k, v in clock.items()))
-        if done % cfg.ckpt_interval == 0 or last:
+        if cfg.eval_interval and done % cfg.eval_interval == 0 or last:
             agree()
             rows = gather(len(replay))
             if RANK == 0:
@@ -422,12 +404,10 @@ def main(argv):
     with open(path("eval.json"), "w") as f:
         json.dump(dict(checkpoint=path("ckpt"), argv=argv, seed=cfg.seed, q_weight=cfg.q_weight, results=results), f, indent=1)
     print(f"\n{cfg.env}, {cfg.actor_loss}, seed {cfg.seed}: {time.time() - vlm_began:.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in clock.items())}); {'held-out starts' if make_env().split else 'starts that training also draws'}, Wilson 95 % intervals")
-    print(table({"the recorded data": recorded(stats), **results}))
+    print(format_table({"the recorded data": recorded_summary(stats), **results}))
     if not vlm.lora:
         vlm.net.half().save_pretrained(path("model"))                      # a model folder to share, two bytes a weight
         vlm.processor.save_pretrained(path("model"))
-    for name, shares in cfg.reference.items():
-        print(f"{name:<28}" + "".join(f"{'' if x is None else f'{100 * x:.1f} %':>{w}}" for x, w in zip(shares, (24, 26))))
 
 
 def launch(argv):

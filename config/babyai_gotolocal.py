@@ -15,14 +15,13 @@ Harder, seed 0, --online_updates=120, 100 rooms, not learned: --env=BabyAI-OpenD
 q_weight corrects the policy in rollouts and in these numbers.
 """
 out_dir = 'out/babyai_gotolocal'
-model = 'tiny-vlm-grids' # has read such rooms; the cards' tiny-vlm has not
+model = 'bases/tiny-vlm-grids' # has read such rooms; the cards' tiny-vlm has not
 env = 'BabyAI-GoToLocal-v0:view'   # what the agent sees; without :view the whole map
 size = 128             # a cell has 16 pixels: a patch
 max_turns = 24         # a level's own limit of 64 turns is long enough for chance
 expert_episodes = 0.4  # the bot's from the first turn to the last: what it did last, which the prompt says, then makes sense
 data_mix = {'random': 0.75, 'malformed': 0.25}
 data_episodes = 2000
-cache_mb = 4000
 dtype = 'bfloat16'     # fast where the CPU has avx512_bf16 or amx; float32 elsewhere
 offline_updates = 300
 online_updates = 500

@@ -10,7 +10,7 @@ Tasks of clicks: offline and online 91.7 / 93.9 / 90.6 % (92.0 % [89.4, 94.0]; g
 README has every task: links in running text are not read in the picture (20 %), text is not entered (0 %), and the online phase adds nothing. filter_warmup, online_updates and the base were chosen on seed 0's pages.
 """
 out_dir = 'out/miniwob'
-model = 'tiny-vlm-pages' # see README for what it reads and does not
+model = 'bases/tiny-vlm-pages' # see README for what it reads and does not
 env = ['miniwob/click-test-v1:element', 'miniwob/click-test-2-v1:element', 'miniwob/click-button-v1:element', 'miniwob/click-dialog-v1:element', 'miniwob/click-dialog-2-v1:element',
        'miniwob/click-tab-v1:element', 'miniwob/click-link-v1:element', 'miniwob/click-collapsible-v1:element', 'miniwob/focus-text-2-v1:element', 'miniwob/enter-text-v1:element',
        'miniwob/click-test-v1:coordinate', 'miniwob/click-test-2-v1:coordinate', 'miniwob/click-button-v1:coordinate', 'miniwob/click-dialog-v1:coordinate', 'miniwob/click-dialog-2-v1:coordinate',
@@ -20,7 +20,6 @@ max_turns = 3          # entering a text by place needs three; many more, and ch
 expert_episodes = 0.32
 data_mix = {'random': 0.8, 'malformed': 0.2}
 data_episodes = 1400
-cache_mb = 4000
 vision_cache_mb = 1000
 offline_updates = 300
 online_updates = 160
@@ -40,5 +39,4 @@ lr = 1e-3
 min_lr = 0.2
 max_new_tokens = 24
 eval_episodes = 200
-eval_interval = 0
-eval_quick = 60
+eval_interval = 100

@@ -13,4 +13,3 @@ data_episodes = 600
 offline_updates = 300
 online_updates = 100
 gamma = 0.5
-reference = {'SFT of a 7B (RL4VLM)': (None, 0.248), 'PPO of a 7B (RL4VLM)': (None, 0.894), 'optimum': (1.0, 1.0)}

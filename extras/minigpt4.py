@@ -1,7 +1,7 @@
 """
 MiniGPT-4 as a model folder: BLIP-2's eyes and Q-Former, MiniGPT-4's projection, a LLaMA behind it.
 
-    $ python extras/minigpt4.py --blip2=blip2-flan-t5-xxl --llama=vicuna-7b --minigpt4=prerained_minigpt4_7b.pth --out=minigpt4-7b
+    python -m extras.minigpt4 --blip2=blip2-flan-t5-xxl --llama=vicuna-7b --minigpt4=prerained_minigpt4_7b.pth --out=minigpt4-7b
     $ python train.py config/numberline.py --model=minigpt4-7b
 
 The published checkpoint (Zhu et al., arXiv 2304.10592) is one linear layer, `llama_proj`; all else is BLIP-2's and Vicuna v0's own.
@@ -12,11 +12,8 @@ import os, pickle, re, sys
 
 import torch
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
 from configurator import configure
-from model import brief
+from extras.model_folders import first_sentence
 
 # --- config ---
 blip2: str = None    # folder of BLIP-2, Salesforce/blip2-flan-t5-xxl for the published checkpoints; any type of weight file
@@ -38,7 +35,7 @@ def tried(what, remedy, load):
     try:
         return load()
     except Exception as e:  # a torn or foreign folder has many words in the library
-        raise SystemExit(f"{what} does not load: {remedy} ({brief(e)}).")
+        raise SystemExit(f"{what} does not load: {remedy} ({first_sentence(e)}).")
 
 
 def projection(file):
@@ -48,7 +45,7 @@ def projection(file):
     except FileNotFoundError:
         raise SystemExit(f"minigpt4={file!r}: there is no such file, download the checkpoint first.")
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
-        raise SystemExit(f"minigpt4={file!r} does not load as plain tensors: give the published .pth file, whole ({brief(e)}).")
+        raise SystemExit(f"minigpt4={file!r} does not load as plain tensors: give the published .pth file, whole ({first_sentence(e)}).")
     tensors = tensors.get("model", tensors) if isinstance(tensors, dict) else None
     tensors = tensors if isinstance(tensors, dict) else {}
     names = ("llama_proj.weight", "llama_proj.bias")
@@ -140,5 +137,5 @@ if __name__ == "__main__":
     cfg = configure(__file__, sys.argv[1:], files=False, quiet=True)
     for key, value in vars(cfg).items():
         if not value:
-            raise SystemExit(f"--{key} is missing: python extras/minigpt4.py --blip2=FOLDER --llama=FOLDER --minigpt4=FILE.pth --out=FOLDER.")
+            raise SystemExit(f"--{key} is missing: python -m extras.minigpt4 --blip2=FOLDER --llama=FOLDER --minigpt4=FILE.pth --out=FOLDER.")
     convert(**vars(cfg))

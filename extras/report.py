@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import envs
-from agent_rl import advantages, filter_weight, shaped, state_value
-from buffer import batch, reply_text
+from agent_rl import AWR_TEMPERATURE, advantages, clip_reward, filter_weight, state_value
+from buffer import make_batch, reply_text
 
 
 def choose(buf, n, start=0):
@@ -33,7 +33,7 @@ def inspect(buf, rows, vlm, run_cfg, top=10, chunk=8):
     seen, vlm = {}, vlm.eval()
     short = lambda x: float(f"{x:.5g}") if math.isfinite(x) else None                    # JSON has no nan
     for i in tqdm(range(0, len(rows), chunk), desc="critic", disable=None, leave=False):
-        b = batch([(buf, [[row] for row in rows[i:i + chunk]])], vlm, envs.MARKER, run_cfg.gamma)
+        b = make_batch([(buf, [[row] for row in rows[i:i + chunk]])], vlm, envs.MARKER, run_cfg.gamma)
         a, mask = b["reply_ids"], b["mask"]
         logits, hidden = vlm(b["inputs"], b["P"], a.shape[1])
         pi = logits.softmax(-1)
@@ -42,9 +42,9 @@ def inspect(buf, rows, vlm, run_cfg, top=10, chunk=8):
         said, other = [pi.gather(-1, a[..., None])[..., 0]], [pi.gather(-1, likely)]
         if len(vlm.heads):
             q = vlm.q(hidden)
-            qa, v = q.gather(-1, a.expand(len(q), *a.shape)[..., None])[..., 0], state_value(logits, q.mean(0), run_cfg.v_support)
+            qa, v = q.gather(-1, a.expand(len(q), *a.shape)[..., None])[..., 0], state_value(logits, q.mean(0))
             adv = advantages(qa, v, mask, run_cfg)
-            said += [qa.mean(0), v, adv, filter_weight(adv, run_cfg.actor_loss, run_cfg.beta, run_cfg.awr_temperature)]
+            said += [qa.mean(0), v, adv, filter_weight(adv, run_cfg.actor_loss, run_cfg.beta, AWR_TEMPERATURE)]
             other += [q.mean(0).gather(-1, likely)]
         said, other = torch.stack(said, -1).tolist(), torch.stack(other, -1).tolist()
         full = lambda x, n: [*map(short, x), *[None] * (n - len(x))]
@@ -92,7 +92,7 @@ def page_data(buf, chosen, vlm=None, run_cfg=None, limit=25e6):
             size += weight(prompt) if prompt not in texts else 0
             words |= {w for t in tokens or [] for w in [t[0], *(x[0] for x in t[-1])]}
             turns.append(dict(pics=[places[file] for file in row["images_file_names"]], prompt=texts.setdefault(prompt, len(texts)), reply=reply_text(row), tokens=tokens, v=v,
-                              go=round(buf.to_go(i, run_cfg.gamma), 4) if run_cfg else None, **{k: row.get(k) for k in ("action", "valid", "reward", "source")}))
+                              go=round(buf.return_to_go(i, run_cfg.gamma), 4) if run_cfg else None, **{k: row.get(k) for k in ("action", "valid", "reward", "source")}))
             if v is not None and tokens:
                 points.append((v, turns[-1]["go"], stands_for))
         last = buf.rows[buf.episodes[name][-1]]
@@ -227,7 +227,7 @@ def write_report(folder, buf, results, vlm=None, run=None, run_cfg=None, n=100, 
     """Write folder/report.html about n of the episodes from row `start` on, judged by the VLM of a run if there is one. A run's own folder also gets
     curves.svg and <game>.gif; a folder of data does not, a picture in there would be data."""
     if run_cfg:
-        buf.shape = lambda reward: shaped(reward, run_cfg)
+        buf.shape = lambda reward: clip_reward(reward, run_cfg)
     chosen, total = choose(buf, n, start), sum(turns[0] >= start for turns in buf.episodes.values())
     data, points = page_data(buf, chosen, vlm, run_cfg)
     own, games, written = run == folder, list(dict.fromkeys(e["env"] for e in data["episodes"])), []

@@ -47,7 +47,7 @@ def published(name):
     return net
 
 
-def kept(net, B, T, half=True):
+def saved_bytes(net, B, T, half=True):
     """Bytes that autograd keeps of the language model's forward pass of (B, T) tokens, each storage once, weights not counted."""
     decoder, seen = net.get_decoder(), {}
     own = {p.untyped_storage()._cdata for p in net.parameters()}
@@ -70,13 +70,13 @@ def parts(net, r, B, T):
     adapters = [p for m in add_lora(net, r, 2 * r, 0.0, ".*").values() for p in (m.lora_A, m.lora_B)]
     unembed = net.get_output_embeddings().weight
     head = size(QHead(unembed.shape[1], unembed.shape[0], "tied", 0.0, unembed).parameters())
-    trained = size(adapters) + head
-    out |= dict(adapters=size(adapters), head=2 * head, gradients=trained, optimizer=2 * trained, activations=kept(net, B, T))
+    load_run = size(adapters) + head
+    out |= dict(adapters=size(adapters), head=2 * head, gradients=load_run, optimizer=2 * load_run, activations=saved_bytes(net, B, T))
     layers = max((m for m in net.get_decoder().modules() if isinstance(m, torch.nn.ModuleList)), key=len)
     return out | dict(checkpointed=len(layers) * B * T * unembed.shape[1] * unembed.element_size() + out["activations"] // len(layers))
 
 
-def table(cfg):
+def print_sizes(cfg):
     """Prints the README's table."""
     r, B = cfg.lora_r, cfg.window * cfg.micro_batch
     print(f"computed, not measured; GiB; lora_r={r}, {B} turns at once ({cfg.micro_batch} x {cfg.window}), one picture of 336 x 336 and {WORDS} other tokens each\n")

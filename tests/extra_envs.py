@@ -14,9 +14,10 @@ from PIL import Image
 import envs
 import model
 from buffer import Buffer
-from envs import MARKER, make, mixture
-from evaluate import held_out, play, record, scripted_agent, summary
-from extras import reading
+from envs import MARKER, mixed_reply
+from worlds.registry import make
+from evaluate import held_out_seeds, play, record, scripted_agent, episode_summary
+from pretrain import questions as reading
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TASKS = "click-test click-test-2 click-button click-dialog click-dialog-2 click-link click-tab click-checkboxes click-option click-collapsible enter-text enter-password login-user " \
@@ -33,7 +34,7 @@ def episodes(name, mix, n, split="train", **kw):
 def test_the_expert_wins(name, wins, capsys, tmp_path):
     """Through the whole path: played, recorded, read back. minigrid's own talk about rejected levels is not heard."""
     played = episodes(name, {"expert": 1.0}, 12, size=56)
-    s = summary(played)
+    s = episode_summary(played)
     assert s["success"] == wins and s["valid"] == 1.0 and "rejected" not in capsys.readouterr().out
     buf = Buffer(str(tmp_path / "data"), create=True)
     record(played, buf)
@@ -45,7 +46,7 @@ def test_the_expert_wins(name, wins, capsys, tmp_path):
 @pytest.mark.parametrize("name", ["BabyAI-GoToLocal-v0", "BabyAI-PickupLoc-v0", "BabyAI-OpenDoor-v0"])
 def test_the_bot_copes_with_moves_of_others(name):
     """Turns by a random and a malformed player in between: it still gets there, far more often than random play does."""
-    assert summary(episodes(name, MIXED, 20, size=56))["success"] >= 0.8
+    assert episode_summary(episodes(name, MIXED, 20, size=56))["success"] >= 0.8
 
 
 def test_a_bot_that_goes_in_circles_is_stopped():
@@ -65,7 +66,7 @@ def test_babyai_says_its_mission_and_holds_starts_out():
     assert obs["text"].startswith("go to ") and "turn left, turn right, go forward, pick up, drop, toggle" in obs["text"] and env.max_turns == 64
     assert make("BabyAI-GoToLocal-v0", max_turns=9).reset(seed=0) and envs.held_out(env.fingerprint())
     starts = set()
-    for seed in held_out(env, 40):
+    for seed in held_out_seeds(env, 40):
         env.reset(seed=seed, options={"split": "test"})
         starts.add(env.fingerprint())
     assert len(starts) == 40
@@ -282,11 +283,11 @@ def test_the_scripted_player_solves_every_task(way, tmp_path):
     """16 tasks in one run of several tasks, 3 episodes each, in real browsers; recorded and read back."""
     name = ",".join(f"miniwob/{task}-v1{way}" for task in TASKS)
     played = list(play(lambda: make(name, size=160), scripted_agent({"expert": 1.0}, np.random.default_rng(0)), list(range(3 * len(TASKS))), 16, split="train"))
-    by_env = summary(played)["by_env"]
+    by_env = episode_summary(played)["by_env"]
     assert {k: of["success"] for k, of in by_env.items()} == {f"miniwob/{task}-v1{way}": 1.0 for task in TASKS}
     buf = Buffer(str(tmp_path / "data"), create=True)
     record(played, buf)
-    assert len(Buffer(buf.folder).episodes) == 3 * len(TASKS) and len(envs.MiniWoB.idle) <= envs.MiniWoB.workers
+    assert len(Buffer(buf.folder).episodes) == 3 * len(TASKS) and len(envs.MiniWoB.idle) <= envs.MiniWoB.max_parallel
 
 
 def test_a_page_is_its_seeds():
@@ -296,7 +297,7 @@ def test_a_page_is_its_seeds():
         obs, _ = env.reset(seed=seed, options={"split": split})
         out = obs["image"].tobytes(), obs["text"], env.fingerprint()
         while not env.over:
-            env.step(mixture(MIXED, env, rng)[0])
+            env.step(mixed_reply(MIXED, env, rng)[0])
         return out
     first = [deal(seed) for seed in (1, 2, 3)]
     assert first == [deal(seed) for seed in (1, 2, 3)] and len(set(first)) == 3
@@ -329,7 +330,7 @@ def test_a_killed_browser_does_not_end_the_run(what, capsys):
                 os.kill(pid, signal.SIGKILL)
         return expert(envs_, rows, images)
     played = list(play(lambda: make("miniwob/enter-password-v1"), act, list(range(6)), split="train"))
-    assert killed and summary(played)["success"] == 1.0 and len(played) == 6 and "dropped" not in capsys.readouterr().out
+    assert killed and episode_summary(played)["success"] == 1.0 and len(played) == 6 and "dropped" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("end", ["raise KeyboardInterrupt", "os.kill(os.getpid(), 15); time.sleep(9)"])

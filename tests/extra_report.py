@@ -14,6 +14,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 import envs, evaluate
+from worlds.registry import make
 from buffer import Buffer, image_name, make_row
 from evaluate import play, record, scripted_agent
 from test_report import HOSTILE
@@ -31,7 +32,7 @@ def page(straight, tmp_path_factory):
     buf.append([make_row("hostile", 0, "NumberLine", 0, obs, HOSTILE, source="<b>x</b>", valid=False, reward=-1.0, terminated=True)], {image_name(obs["image"]): obs["image"]})
     for name, n in GAMES.items():
         players = scripted_agent({"expert": 0.4, "random": 0.4, "malformed": 0.2}, np.random.default_rng(0))
-        record(play(lambda: envs.make(name), players, list(range(n - (name == "NumberLine"))), split="train", prefix=f"{name}-"), buf)
+        record(play(lambda: make(name), players, list(range(n - (name == "NumberLine"))), split="train", prefix=f"{name}-"), buf)
     run = shutil.copytree(straight, tmp_path_factory.mktemp("run") / "run")
     (run / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text()) | dict(beta=0.0)))    # after four updates A is next to 0
     evaluate.main([folder, "--report", "--report_episodes=200", f"--critic={run}"])

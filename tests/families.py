@@ -25,7 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from extras.scratch import llava as tiny_llava
+from pretrain.tiny_nets import llava as tiny_llava
 
 for own in LlavaOnevisionProcessor, InternVLProcessor:  # all that they do with text and pictures is theirs
     own.get_attributes = classmethod(lambda cls: ["image_processor", "tokenizer"])

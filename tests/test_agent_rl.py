@@ -58,7 +58,7 @@ def random_batch(seed=0, windows=5, R=6):
     mask = t([[float(j < n) for j in range(R)] for n in length])
     span = mask * t((rng.random((B, R)) < 0.5).astype(float))
     return dict(inputs=dict(x=t(rng.normal(size=(B, R, D)))), P=3, mask=mask, span=span, reply_ids=torch.tensor(rng.integers(0, V, (B, R))), reward=t(reward),
-                terminated=t(terminated), next=torch.tensor(nexts), to_go=t(rng.normal(size=B)), ep_return=t(rng.normal(size=B)))
+                terminated=t(terminated), next=torch.tensor(nexts), return_to_go=t(rng.normal(size=B)), ep_return=t(rng.normal(size=B)))
 
 
 def rows(batch, a, b):
@@ -405,7 +405,7 @@ def test_the_story_of_pessimism(q_init, support, learns):
     replies, reward = torch.tensor([[0, 1], [0, 2]]).repeat(n // 2, 1), torch.tensor([-1.0, -0.5]).repeat(n // 2)
     ones = torch.ones(n, 2)
     batch = dict(inputs=dict(x=torch.zeros(n, 2)), P=3, mask=ones, span=ones * torch.tensor([0.0, 1.0]), reply_ids=replies, reward=reward,
-                 terminated=torch.ones(n), next=torch.full((n,), -1), to_go=reward, ep_return=reward)
+                 terminated=torch.ones(n), next=torch.full((n,), -1), return_to_go=reward, ep_return=reward)
     cfg = settings(trace="plain", bc_coef=0.0, af_coef=1.0, cql_coef=0.0, pess_coef=0.0, lam=1.0, gamma_token=1.0, beta=-0.02, v_support=support)
     optimizer, syntax = torch.optim.SGD(vlm.parameters(), lr=0.5), []
     for step in range(60):                                                # at first cloned as in filter_warmup; then it is up to the filter
@@ -428,7 +428,7 @@ def test_pessimism_has_a_floor():
     ones = torch.ones(n, 2)
     vlm.table.data[:, 3:] = 2.0
     batch = dict(inputs=dict(x=torch.zeros(n, 2)), P=3, mask=ones, span=ones, reply_ids=torch.tensor([[0, 1]] * n), reward=torch.full((n,), 0.5), terminated=torch.ones(n),
-                 next=torch.full((n,), -1), to_go=torch.zeros(n), ep_return=torch.zeros(n))
+                 next=torch.full((n,), -1), return_to_go=torch.zeros(n), ep_return=torch.zeros(n))
     cfg = settings(trace="plain", cql_coef=0.0, pess_coef=0.2, lam=1.0, gamma_token=1.0, critic_coef=1.0)
     optimizer = torch.optim.SGD([vlm.table], lr=1.0)
     for _ in range(500):

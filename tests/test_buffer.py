@@ -12,8 +12,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import buffer as module
 import model
-from extras import scratch
-from buffer import KEYS, VERSION, Buffer, batch, image_name, make_row, reply_text
+from pretrain import tiny_nets as scratch
+from buffer import KEYS, VERSION, Buffer, make_batch, image_name, make_row, reply_text
 
 MARKER = "[action]"
 
@@ -171,7 +171,7 @@ def test_batch(tmp_path, vlm):
     other = filled(tmp_path / "two", episode("z", 3))
     parts = [(buf, [[0, 1, 2], [3], [4, 5, 6], [5]]), (other, [[1, 2]])]
     buf.shape = other.shape = lambda reward: 2 * reward
-    b = batch(parts, vlm, MARKER, gamma=0.5)
+    b = make_batch(parts, vlm, MARKER, gamma=0.5)
     flat = [(which, i) for which, windows in parts for w in windows for i in w]
     B, R = b["mask"].shape
     assert B == len(flat) == 10 and b["reply_ids"].shape == b["span"].shape == (B, R)
@@ -206,7 +206,7 @@ def test_stored_ids_are_used(tmp_path, vlm):
     rows, images = episode("a", 1, replies=[text])
     rows[0]["reply_ids"] = spelled                                         # cut off by max_new_tokens: no end of turn either
     buf = filled(tmp_path, (rows, images))
-    b = batch([(buf, [[0]])], vlm, MARKER, 0.9)
+    b = make_batch([(buf, [[0]])], vlm, MARKER, 0.9)
     assert b["reply_ids"][0, :len(spelled)].tolist() == spelled and b["mask"].sum() == len(spelled)
     assert b["span"][0, :len(spelled)].tolist() == [0] * (len(spelled) - 3) + [1] * 3
 
@@ -268,7 +268,7 @@ def test_every_key_that_is_read_is_asked_for(tmp_path, vlm):
     filled(tmp_path, ([GOOD], {image_name(picture(0)): picture(0)}))
     write(row)
     buf = Buffer(str(tmp_path))
-    assert buf.stats()["episodes"] == 1 and batch([(buf, buf.sample(np.random.default_rng(0), 2, 2))], vlm, MARKER, 0.9)["mask"].sum() > 0
+    assert buf.stats()["episodes"] == 1 and make_batch([(buf, buf.sample(np.random.default_rng(0), 2, 2))], vlm, MARKER, 0.9)["mask"].sum() > 0
     for key in KEYS:
         write({k: v for k, v in row.items() if k != key})
         with pytest.raises(SystemExit) as e:
@@ -319,9 +319,9 @@ def test_rewind_keeps_what_the_critic_sees_of_a_reward(tmp_path):
     """The story: a resumed run with reward_scale rewound its replay, and from then on learned from unscaled rewards."""
     filled(tmp_path)
     buf = Buffer(str(tmp_path), shape=lambda reward: 3 * reward)
-    before = buf.to_go(0, 0.5)
+    before = buf.return_to_go(0, 0.5)
     buf.rewind(8)
-    assert buf.to_go(0, 0.5) == before != Buffer(str(tmp_path)).to_go(0, 0.5)
+    assert buf.return_to_go(0, 0.5) == before != Buffer(str(tmp_path)).return_to_go(0, 0.5)
 
 
 def test_stats(tmp_path):
@@ -334,7 +334,7 @@ def test_stats(tmp_path):
     pictures = images | episode("slow", 2)[1] | episode("lucky", 3, cut=True)[1] | episode("lost", 1)[1]
     buf = filled(tmp_path, (won + slow + lucky + lost, pictures))
     assert buf.stats() == dict(episodes=4, turns=9, success=0.5, success_return=0.5, episode_return=pytest.approx(0.1875), valid=pytest.approx(8 / 9))
-    assert [buf.to_go(i, 0.5) for i in buf.episodes["won"]] == [-1 + 0.125 + 0.5, 1.25, 2.0] and buf.to_go(buf.episodes["lucky"][3], 0.5) == 0
+    assert [buf.return_to_go(i, 0.5) for i in buf.episodes["won"]] == [-1 + 0.125 + 0.5, 1.25, 2.0] and buf.return_to_go(buf.episodes["lucky"][3], 0.5) == 0
     assert buf.lowest_return(0.5) == -1.0 and buf.return_quantile(1.0) == 1.25 and buf.return_quantile(0.0) == -1.0
     assert buf.return_quantile(0.5) == pytest.approx(0.25)
 
@@ -389,7 +389,7 @@ def test_imported_conversations_train(chats, tmp_path):
     vlm = model.VLM(*model.load_model("tiny-vlm"), n_critics=0)
     text = vlm.render(buf.rows[1]["messages"])
     assert "What?" in text and "first" in text and "Again?" in text and "second" not in text
-    b = batch([(buf, [[0, 1]])], vlm, MARKER, 0.9)
+    b = make_batch([(buf, [[0, 1]])], vlm, MARKER, 0.9)
     assert b["mask"].sum(1).tolist() == [len(vlm.reply_ids("first")), len(vlm.reply_ids("second"))]
     assert (b["inputs"]["input_ids"] == vlm.tokenizer.convert_tokens_to_ids("<image>")).sum(1).tolist() == [25, 25]
 

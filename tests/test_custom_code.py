@@ -7,7 +7,7 @@ import transformers.dynamic_module_utils as dynamic
 
 import families, model
 from agent_rl import compute_loss
-from extras.own_code import rehearse
+from extras.model_folders import rehearse
 from test_model import ask, picture, refuses
 
 CONFIGURATION = '''
@@ -134,7 +134,7 @@ def test_trains_plays_and_saves(tmp_path, auto, lora_r):
         logp = vlm(inputs, P, reply_ids.shape[1])[0].log_softmax(-1).gather(2, reply_ids[..., None])[..., 0]
     assert all((logp[b, :len(row)] - torch.tensor(row)).abs().max() < 1e-4 for b, row in enumerate(kept))
     zero = torch.zeros(2)
-    batch = dict(inputs=inputs, P=P, reply_ids=reply_ids, mask=mask, span=mask, reward=zero + 1, terminated=zero + 1, next=torch.tensor([-1, -1]), to_go=zero, ep_return=zero)
+    batch = dict(inputs=inputs, P=P, reply_ids=reply_ids, mask=mask, span=mask, reward=zero + 1, terminated=zero + 1, next=torch.tensor([-1, -1]), return_to_go=zero, ep_return=zero)
     before = {k: v.clone() for k, v in vlm.state_dict().items()}
     loss, _ = compute_loss(vlm, batch, types.SimpleNamespace(**CFG))
     loss.backward()

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import envs
-from extras import scratch
-from extras.reading import corpus
-from envs import ENVS, MARKER, Command, Env, Text, Words, best_play, canonical, evaluate, held_out, make, mixture, parse_agent, player
+from pretrain import tiny_nets as scratch
+from pretrain.questions import corpus
+from envs import ENVS, MARKER, Command, Env, Text, Words, best_play, format_action, formula_value, is_held_out, make, mixed_reply, parse_agent, scripted_reply
 
 GAMES = list(ENVS)
 
@@ -47,7 +47,7 @@ def play(env, who, rng, episodes, seed=0, **options):
         env.reset(seed=seed if i == 0 else None, **options)
         over, total = False, 0
         while not over:
-            _, reward, terminated, truncated, info = env.step(player(who, env, rng))
+            _, reward, terminated, truncated, info = env.step(scripted_reply(who, env, rng))
             over, total = terminated or truncated, total + reward
         rows.append((total, info["success"], info["success_return"], env.turns))
         assert info["success_return"] == (total > 0)
@@ -75,7 +75,7 @@ def test_action_kinds_document_parse_sample_and_enumerate():
     for kind in (words, click, at, write, text, Command("wait")):
         for _ in range(50):
             sample = kind.sample(rng)
-            assert canonical(kind.parse(sample)) == sample
+            assert format_action(kind.parse(sample)) == sample
     assert {words.sample(rng) for _ in range(50)} == {"hit", "stand"}
 
 
@@ -108,7 +108,7 @@ def test_five_values_and_their_types(name):
     while not over:
         assert isinstance(info, dict) and set(obs) == {"image", "text"} and obs["text"] == env.prompt()
         assert obs["image"].size == (64, 64) and obs["image"].mode == "RGB"
-        obs, reward, terminated, truncated, info = env.step(player("random", env, rng))
+        obs, reward, terminated, truncated, info = env.step(scripted_reply("random", env, rng))
         assert type(reward) is float and type(terminated) is bool and type(truncated) is bool and not (terminated and truncated)
         assert set(info) == {"valid", "action", "success", "success_return"} and all(type(info[k]) is bool for k in ("valid", "success", "success_return"))
         over = terminated or truncated
@@ -127,7 +127,7 @@ def test_stepping_before_reset_and_wrong_arguments_say_so():
     with pytest.raises(ValueError, match="split='val'"):
         make("EZPoints").reset(options={"split": "val"})
     with pytest.raises(ValueError, match="player='best'"):
-        player("best", fresh("EZPoints"), np.random.default_rng(0))
+        scripted_reply("best", fresh("EZPoints"), np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("name", GAMES)
@@ -149,7 +149,7 @@ def test_a_seed_decides_everything(name):
             over = False
             while not over:
                 log.append((obs["image"].tobytes(), obs["text"]))
-                obs, reward, terminated, truncated, info = env.step(player("random", env, rng))
+                obs, reward, terminated, truncated, info = env.step(scripted_reply("random", env, rng))
                 log.append((reward, terminated, truncated, str(info)))
                 over = terminated or truncated
         return log
@@ -165,10 +165,10 @@ def test_train_and_test_starts_are_disjoint(name):
         for _ in range(300):
             env.reset(options={"split": split})
             seen[split].add(env.fingerprint())
-            assert held_out(env.fingerprint()) == (split == "test")
+            assert is_held_out(env.fingerprint()) == (split == "test")
     assert not seen["train"] & seen["test"] and len(seen["test"]) > 30
     env.reset(seed=0)
-    share = np.mean([held_out((env.reset(), env.fingerprint())[1]) for _ in range(1000)])
+    share = np.mean([is_held_out((env.reset(), env.fingerprint())[1]) for _ in range(1000)])
     assert 0.05 < share < 0.16
 
 
@@ -284,21 +284,21 @@ def by_python(node):
 @pytest.mark.parametrize("text, value", [("8/(3-8/3)", 24), ("3*8", 24), ("1+2*3", 7), ("(1+2)*3", 9), ("2-3-4", -5), ("8/2/2", 2), ("2*-3", -6), ("-(2+3)*4", -20), ("+-+5", -5),
                                          ("12", 12), ("1 + 2", 3), (" 3", 3), ("3 ", 3), ("3- -4", 7), ("((7))", 7), ("1/3", Fraction(1, 3)), ("6/(1-3/4)", 24), ("0*(1-1)", 0)])
 def test_evaluator_values(text, value):
-    assert evaluate(text) == value
+    assert formula_value(text) == value
     assert by_python(ast.parse(text.strip(), mode="eval")) == value
 
 
 @pytest.mark.parametrize("text", ["", "+", "3+", "*3", "2**3", "8//2", "9**9**9**9", "(", ")", "()", "(3", "3)", "1)+(2", "3(4)", "(3)4", "(3)(4)", "1 2", "1/0", "1/(2-2)", "3/0+", "1+*2",
                                   "3.5", "a", "٣", "²", "1" * 65])
 def test_evaluator_malformed(text):
-    assert evaluate(text) is None
+    assert formula_value(text) is None
 
 
 def test_evaluator_is_bounded():
     """None of these may hang, overflow the stack or build a number of a thousand digits: Python's own eval does one or the other."""
-    assert evaluate("9**9**9**9") is None and evaluate("9" * 10_000) is None
-    assert evaluate("(" * 60 + "1" + ")" * 60) == 1 and evaluate("(" * 2_000 + "1" + ")" * 2_000) is None
-    assert evaluate("-" * 10_000 + "1") == 1 and evaluate("1" + "+1" * 2_000) == 2_001
+    assert formula_value("9**9**9**9") is None and formula_value("9" * 10_000) is None
+    assert formula_value("(" * 60 + "1" + ")" * 60) == 1 and formula_value("(" * 2_000 + "1" + ")" * 2_000) is None
+    assert formula_value("-" * 10_000 + "1") == 1 and formula_value("1" + "+1" * 2_000) == 2_001
 
 
 def test_evaluator_agrees_with_python_on_random_formulas():
@@ -309,7 +309,7 @@ def test_evaluator_agrees_with_python_on_random_formulas():
             expected = by_python(ast.parse(text.strip(), mode="eval"))
         except (SyntaxError, ZeroDivisionError, ValueError):
             expected = None
-        ours = evaluate(text)
+        ours = formula_value(text)
         assert ours == expected, text
         checked += expected is not None
     assert checked > 300
@@ -430,7 +430,7 @@ def test_points24_expert_solves_exactly_the_solvable_deals():
     env = fresh("Points24")
     share = 0
     for k, points in enumerate(combinations_with_replacement(range(1, 11), 4)):
-        can = 24 in envs.makeable(points, "+-*/")
+        can = 24 in envs.reachable_values(points, "+-*/")
         share += can * np.prod([(4 if p == 10 else 1) / 13 for p in points]) * factorial(4) / np.prod([factorial(c) for c in Counter(points).values()])
         if k % 24 == 0:
             env.cards, env.formula = [(p, 0) for p in points], []
@@ -452,7 +452,7 @@ def test_expert_goes_on_from_any_half_written_formula(name):
             word = env.expert() if rng.random() < 0.6 else env.sample(rng)
             if word != "=":
                 env.act((word,))
-        alive = env.expert() != "=" or evaluate(env.formula) == env.wanted
+        alive = env.expert() != "=" or formula_value(env.formula) == env.wanted
         over, rewards = False, []
         while not over:
             reward, terminated, truncated = env.act((env.expert(),))
@@ -501,10 +501,10 @@ def outcome(policy):
     """Exact (win, tie, lose) of a policy(points, ace, up) -> probability to hit."""
     @lru_cache(maxsize=None)
     def go(points, ace, up):
-        total = envs.best(points, ace)
+        total = envs.hand_value(points, ace)
         if total > 21:
             return np.array([0, 0, 1.0])
-        ends, p = envs.dealer_ends(up, up == 1), policy(points, ace, up)
+        ends, p = envs.dealer_totals(up, up == 1), policy(points, ace, up)
         stand = np.array([sum(q for e, q in ends.items() if total > e), ends.get(total, 0), sum(q for e, q in ends.items() if total < e)])
         return (1 - p) * stand + (p * sum(q * go(points + d, ace or d == 1, up) for d, q in envs.DRAWS) if p else 0)
     return sum(p * q * r * go(a + b, 1 in (a, b), up) for a, p in envs.DRAWS for b, q in envs.DRAWS for up, r in envs.DRAWS)
@@ -516,7 +516,7 @@ def test_blackjack_exact_yardsticks():
     wins = outcome(lambda *s: best_play(*s, lose=0.0)[1] == "hit")
     assert np.abs(wins - [0.432, 0.087, 0.482]).max() < 0.0006
     assert abs(outcome(lambda *s: 0)[0] - 0.381) < 0.0006
-    assert abs(outcome(lambda points, ace, up: envs.best(points, ace) < 17)[0] - 0.408) < 0.0006
+    assert abs(outcome(lambda points, ace, up: envs.hand_value(points, ace) < 17)[0] - 0.408) < 0.0006
     assert abs(outcome(lambda *s: 0.5 if s[0] <= 21 else 0)[0] - 0.281) < 0.0006
 
 
@@ -537,7 +537,7 @@ def walk(name, n, seed=0):
         if over:
             env.reset()
         yield env, rng
-        _, _, terminated, truncated, _ = env.step(player(["random", "expert"][rng.integers(2)], env, rng))
+        _, _, terminated, truncated, _ = env.step(scripted_reply(["random", "expert"][rng.integers(2)], env, rng))
         over = terminated or truncated
 
 
@@ -545,7 +545,7 @@ def walk(name, n, seed=0):
 def test_malformed_never_parses_and_varies(name):
     seen = set()
     for env, rng in walk(name, 300):
-        reply = player("malformed", env, rng)
+        reply = scripted_reply("malformed", env, rng)
         assert env.parse(reply) is None, reply
         seen.add(reply.replace(MARKER, "M").split(" ")[0] + str(len(reply.split())))
     assert name == "Reading" or len(seen) >= 5
@@ -555,13 +555,13 @@ def test_malformed_never_parses_and_varies(name):
 def test_every_other_player_is_valid(name):
     for env, rng in walk(name, 150):
         for who in ("expert", "random", "biased"):
-            assert env.parse(player(who, env, rng)) is not None
+            assert env.parse(scripted_reply(who, env, rng)) is not None
 
 
 @pytest.mark.parametrize("name", GAMES)
 def test_biased_majority_is_one_wrong_action(name):
     for env, rng in walk(name, 25):
-        counts = Counter(player("biased", env, rng) for _ in range(120))
+        counts = Counter(scripted_reply("biased", env, rng) for _ in range(120))
         (common, n), *rest = counts.most_common()
         expert = f"{MARKER} {env.expert()}"
         assert common != expert and 60 <= n <= 108 and [reply for reply, _ in rest] == [expert]
@@ -572,18 +572,18 @@ def test_biased_majority_is_one_wrong_action(name):
 def test_random_is_uniform_and_leaves_the_game_alone(name):
     env, rng = fresh(name), np.random.default_rng(0)
     before = env.rng.bit_generator.state
-    counts = Counter(env.parse(player("random", env, rng))[0] for _ in range(4000))
+    counts = Counter(env.parse(scripted_reply("random", env, rng))[0] for _ in range(4000))
     assert set(counts) == set(env.words()) and max(counts.values()) < 1.35 * min(counts.values())
     for who in ("expert", "biased", "malformed"):
-        player(who, env, rng)
+        scripted_reply(who, env, rng)
     assert env.rng.bit_generator.state == before
 
 
 def test_mixture_follows_its_shares():
     env, rng = fresh("NumberLine"), np.random.default_rng(0)
-    counts = Counter(mixture({"expert": 1, "malformed": 3}, env, rng)[1] for _ in range(2000))
+    counts = Counter(mixed_reply({"expert": 1, "malformed": 3}, env, rng)[1] for _ in range(2000))
     assert set(counts) == {"expert", "malformed"} and abs(counts["expert"] / 2000 - 0.25) < 0.04
-    assert mixture({"expert": 1.0}, env, rng) == (f"{MARKER} {env.expert()}", "expert")
+    assert mixed_reply({"expert": 1.0}, env, rng) == (f"{MARKER} {env.expert()}", "expert")
 
 
 # ---------------------------------------------------------------- pictures
@@ -646,7 +646,7 @@ def test_reading_is_answered_by_its_expert_only():
     for i in range(100):
         obs, _ = env.reset()
         assert obs["text"] == env.question
-        _, reward, terminated, truncated, info = env.step(f" {player('expert', env, rng)}\n")
+        _, reward, terminated, truncated, info = env.step(f" {scripted_reply('expert', env, rng)}\n")
         assert (reward, terminated, truncated) == (1.0, True, False) and info["success"] and info["valid"]
         env.reset()
         assert env.step("something else")[1] == 0.0
@@ -779,7 +779,7 @@ def test_gym_wraps_any_environment_with_a_picture_and_names(monkeypatch):
     env.reset(seed=1)
     assert env.gym.seed == seed and env.fingerprint() != before
     env.reset(seed=2)
-    assert env.gym.seed != seed and player("expert", env, np.random.default_rng(0)) == f"{MARKER} right"
+    assert env.gym.seed != seed and scripted_reply("expert", env, np.random.default_rng(0)) == f"{MARKER} right"
 
 
 @pytest.mark.parametrize("name", ["FrozenLake", "BabyAI-GoToLocal-v0", "miniwob/click-test-v1", "NumberLine,FrozenLake"])
@@ -802,7 +802,7 @@ FORM = node(1, "BODY", node(2, "DIV", node(3, "LABEL", node(4, "INPUT_checkbox",
 
 def test_a_page_as_lines():
     """What says something or takes input, with its number; what is there for the layout only is left out."""
-    assert [envs.element_line(e) for e in envs.elements(FORM)] == ["checkbox off [4]", "'nThOE'", "textbox 'ab' [5]", "button 'Close' [6]", "div 'two lines' [8]",
+    assert [envs.format_element(e) for e in envs.page_elements(FORM)] == ["checkbox off [4]", "'nThOE'", "textbox 'ab' [5]", "button 'Close' [6]", "div 'two lines' [8]",
                                                                    "div 'rgb(255, 0, 0)' [10]", "button \"it's\" [11]"]
 
 
@@ -823,7 +823,7 @@ class Stand:
                 raise OSError("gone")
             self.log.append(args[0])
             self.over = args[0] == 6
-        elif script.startswith(envs.DEAL):
+        elif script.startswith(envs.START_SCRIPT):
             self.over, self.seed = False, args[0]
         return [True, self.over, 1 if self.over else 0, f"Click {self.seed % 7}.", None if self.over else FORM]
 
@@ -875,9 +875,9 @@ def test_miniwob_by_one_way_only(page, way, yes, no):
     env, rng = page(f"miniwob/click-test-v1:{way}"), np.random.default_rng(0)
     assert ("checkbox" in env.prompt()) == (way == "element") and env.parse(f"{MARKER} {env.example}")
     assert all(env.parse(f"{MARKER} {a}") for a in yes + ["press Tab"]) and not any(env.parse(f"{MARKER} {a}") for a in no)
-    samples = [env.parse(player("random", env, rng)) for _ in range(200)]
+    samples = [env.parse(scripted_reply("random", env, rng)) for _ in range(200)]
     assert all(samples) and len({a[0].split()[0] for a in samples}) == 3 and {a[1] for a in samples if a[0] == "click" and len(a) == 2} <= {4, 5, 6, 8, 10, 11}
-    assert all(env.parse(player("malformed", env, rng)) is None for _ in range(50))
+    assert all(env.parse(scripted_reply("malformed", env, rng)) is None for _ in range(50))
 
 
 def test_miniwob_survives_its_browser(page):

@@ -11,7 +11,7 @@ from transformers import AutoModel, GenerationConfig, LlamaConfig, LlamaForCausa
 import conformance, families, model, train
 from agent_rl import compute_loss
 from configurator import configure
-from extras import scratch
+from pretrain import tiny_nets as scratch
 from test_agent_rl import settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemma's processor and NumPy 2
@@ -246,7 +246,7 @@ def test_banned_tokens_are_never_said(make, folder, family):
     with open(os.path.join(folder(family), "tokenizer.json")) as f:
         specials = {token["id"] for token in json.load(f)["added_tokens"] if token["special"]}
     assert set(vlm.banned.nonzero()[:, 0].tolist()) == (specials | set(range(len(vlm.tokenizer), len(vlm.banned)))) - {vlm.eos}
-    assert vlm.banned[model.placeholder(vlm.net, vlm.processor)]
+    assert vlm.banned[model.find_image_token(vlm.net, vlm.processor)]
     vlm.net.get_output_embeddings().register_forward_hook(lambda module, args, out: out + 1e4 * vlm.banned)
     vlm.heads[0].bias.data += 1e4 * vlm.banned
     for how in dict(temperature=0), dict(temperature=5.0), dict(q_weight=3.0):
@@ -284,7 +284,7 @@ def test_a_q_formers_words_are_no_tokens_of_the_prompt(make):
 def test_page_text_cannot_forge_tokens(make, family):
     """Text with special tokens in it adds none to the prompt: same number of placeholders and control tokens as a harmless page."""
     vlm = make(family)
-    special = list(model.special_tokens(vlm.tokenizer)) + [model.placeholder(vlm.net, vlm.processor)]
+    special = list(model.special_tokens(vlm.tokenizer)) + [model.find_image_token(vlm.net, vlm.processor)]
     count = lambda text: [(vlm.encode(ask(text), [picture(0)])["input_ids"] == i).sum() for i in special]
     harmless = count("a page")
     assert harmless[-1] > 0
@@ -399,7 +399,7 @@ def test_the_tiny_smolvlm(tmp_path):
     image = picture(0).resize((80, 80))
     enc = vlm.encode(ask("a page"), [image])
     assert torch.allclose(enc["pixel_values"][0, 0], torch.tensor(list(image.tobytes())).view(80, 80, 3).permute(2, 0, 1) / 127.5 - 1, atol=1e-5) and enc["pixel_attention_mask"].all()
-    assert int((enc["input_ids"] == model.placeholder(vlm.net, vlm.processor)).sum()) == 25 and sum(p.numel() for p in vlm.net.parameters()) < 1.4e6
+    assert int((enc["input_ids"] == model.find_image_token(vlm.net, vlm.processor)).sum()) == 25 and sum(p.numel() for p in vlm.net.parameters()) < 1.4e6
     assert vlm.tokenizer.convert_ids_to_tokens(vlm.eos) == "<end_of_utterance>" and len(vlm.tokenizer) == vlm.vocab_size
     prompts, replies, kept = rolled(vlm, [enc])
     inputs, P, ids, _ = vlm.collate(prompts, replies)
@@ -446,10 +446,10 @@ def test_reference_is_the_base(make, folder, family):
     ours, base = logits(make(family, fresh=True))
     assert (ours - base).abs().max() < 1e-6
     fresh, vlm = ours, make(family)
-    trained, _ = logits(vlm)
+    load_run, _ = logits(vlm)
     with vlm.reference():
         assert torch.equal(logits(vlm)[0], fresh)
-    assert torch.equal(logits(vlm)[0], trained) and (trained - base).abs().max() > 1e-2
+    assert torch.equal(logits(vlm)[0], load_run) and (load_run - base).abs().max() > 1e-2
     with torch.no_grad():
         for path, m in vlm.lora.items():
             net.get_submodule(path).weight += 8 / 4 * m.lora_B @ m.lora_A
@@ -465,7 +465,7 @@ def test_one_step_moves_adapters_and_heads(make, family):
     before = {k: v.clone() for k, v in vlm.state_dict().items()}
     inputs, P, ids, mask = vlm.collate(prompts, replies)
     of = lambda *values: torch.tensor(values)
-    batch = dict(inputs=inputs, P=P, reply_ids=ids, mask=mask, span=mask, reward=of(1., 0., -1.), terminated=of(0., 1., 1.), next=of(1, -1, -1), to_go=of(1., 0., -1.), ep_return=of(1., 1., -1.))
+    batch = dict(inputs=inputs, P=P, reply_ids=ids, mask=mask, span=mask, reward=of(1., 0., -1.), terminated=of(0., 1., 1.), next=of(1, -1, -1), return_to_go=of(1., 0., -1.), ep_return=of(1., 1., -1.))
     optimizer = torch.optim.AdamW([p for p in vlm.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
     loss, _ = compute_loss(vlm, batch, settings())
     loss.backward()

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from envs import MARKER, MiniWoB, element_line
-from extras.pages import Asker, Page, Sight, answers_loss, labels, new_tower, respelled, shown_as
-from extras.scratch import llava
+from envs import MARKER, MiniWoB, format_element
+from extras.pages import Asker, Page, Sight, answers_loss, labels, new_tower, retokenize, visible_features
+from pretrain.tiny_nets import llava
 
 WORDS = {"ONE": (255, 0, 0), "TWO": (0, 160, 0), "Ok": (0, 0, 255), "Cancel": (0, 0, 0)}      # each a colour, to be told apart in seconds
 where = lambda e: MiniWoB.places(None, e)
@@ -21,7 +21,7 @@ def page(seed):
         x, y = int(rng.integers(100)), int(80 * i + rng.integers(40))
         sheet.paste(WORDS[word], (x, y, x + 60, y + 40))
         elements.append(dict(ref=i + 1, role="button", text=word, value=None, box=[x, y, 60, 40]))
-    return Page(where, f"Click button {elements[0]['text']}.", elements, (1, ""), "\n".join(map(element_line, elements)), "", sheet, "")
+    return Page(where, f"Click button {elements[0]['text']}.", elements, (1, ""), "\n".join(map(format_element, elements)), "", sheet, "")
 
 
 def test_answers_are_on_the_page():
@@ -117,7 +117,7 @@ def test_a_tower_learns_which_word_stands_where():
         shown = [page(seed) for seed in seeds]
         pixels = processor.image_processor([p.picture() for p in shown], return_tensors="pt")["pixel_values"]
         with torch.autocast("cpu", torch.bfloat16):
-            features = shown_as(net, pixels)
+            features = visible_features(net, pixels)
         return sight.loss(features.float(), shown)
     with torch.no_grad():
         assert loss(range(10 ** 6, 10 ** 6 + 32))[1] < 0.6
@@ -139,7 +139,7 @@ def test_answers_are_scored_as_the_library_scores_them():
     asked = [("What?", "Ok"), ("And what is in the picture?", "Cancel ONE")]
     pixels = torch.randn(2, 3, 160, 160)
     for show in (False, True):
-        features = shown_as(net, pixels) if show else None
+        features = visible_features(net, pixels) if show else None
         expected = 0.0
         for i, (question, answer) in enumerate(asked):
             prompt, reply = tok("<image>" * 100 * show + f"{question}\n>").input_ids, tok(answer).input_ids + [tok.eos_token_id]
@@ -153,7 +153,7 @@ def test_a_word_of_three_pieces_becomes_one():
     torch.manual_seed(0)
     net, processor = llava(["x"], image_size=160, vocab_size=300)
     old = processor.tokenizer("consectetur", add_special_tokens=False).input_ids
-    net, processor = respelled(net, processor, ["consectetur 12"] * 50)
+    net, processor = retokenize(net, processor, ["consectetur 12"] * 50)
     [new] = processor.tokenizer("consectetur", add_special_tokens=False).input_ids
     assert len(old) > 3 and net.get_input_embeddings().weight.shape[0] == net.lm_head.weight.shape[0] == len(processor.tokenizer) == net.config.text_config.vocab_size
     assert processor.tokenizer.decode([new]) == "consectetur" and processor.tokenizer.eos_token_id == 1 and torch.equal(net.lm_head.weight, net.get_input_embeddings().weight)

@@ -14,7 +14,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import envs, evaluate
 from agent_rl import compute_loss
-from buffer import Buffer, batch, image_name, make_row, reply_text
+from worlds.registry import make
+from buffer import Buffer, make_batch, image_name, make_row, reply_text
 from evaluate import play, record, scripted_agent
 from extras.report import choose, gif, inspect, page_data, write_report
 from test_train import one_sentence, run, straight, tiny  # noqa: F401  (fixtures)
@@ -44,9 +45,9 @@ def opened(folder):
     return page, json.loads(Scripts(page).scripts[0])
 
 
-def recorded(folder, mix, n=12, name="NumberLine"):
+def recorded_summary(folder, mix, n=12, name="NumberLine"):
     buf = Buffer(str(folder), create=True)
-    record(play(lambda: envs.make(name), scripted_agent(mix, np.random.default_rng(0)), list(range(n)), split="train", prefix=f"{name}-"), buf)
+    record(play(lambda: make(name), scripted_agent(mix, np.random.default_rng(0)), list(range(n)), split="train", prefix=f"{name}-"), buf)
     return buf
 
 
@@ -93,14 +94,14 @@ def test_nothing_is_loaded_from_anywhere(own):
 def test_the_page_shows_what_the_loss_sees(straight, changes):
     """p, Q, V, A and f of the page add up to compute_loss's own sums over the same tokens."""
     cfg = SimpleNamespace(**{**json.load(open(os.path.join(straight, "config.json"))), **changes})
-    vlm, _ = evaluate.trained(straight, cfg)
+    vlm, _ = evaluate.load_run(straight, cfg)
     torch.manual_seed(0)
     for p in vlm.heads.parameters():                                        # a critic of four updates has no opinions yet
         p.data += 0.2 * torch.randn_like(p)
     buf = Buffer(os.path.join(straight, "data"))
     rows = [i for turns in list(buf.episodes.values())[:5] for i in turns]
     seen = inspect(buf, rows, vlm, cfg, chunk=3)
-    b = batch([(buf, [rows])], vlm, envs.MARKER, cfg.gamma)
+    b = make_batch([(buf, [rows])], vlm, envs.MARKER, cfg.gamma)
     with torch.no_grad():
         info = {k: float(x) for k, x in compute_loss(vlm, b, cfg)[1].items()}
     tokens = [(t, float(s)) for row, span in zip(rows, b["span"]) for t, s in zip(seen[row][1], span)]
@@ -173,9 +174,9 @@ def test_mistakes_are_one_sentence(own, tmp_path):
 
 def test_which_episodes_are_shown(tmp_path):
     """Evenly from every game's reached and missed ones, never more than asked for, and together they stand for all of them."""
-    buf = recorded(tmp_path / "x", {"expert": 1.0}, 30)
+    buf = recorded_summary(tmp_path / "x", {"expert": 1.0}, 30)
     for name, mix, n in (("EZPoints", {"expert": 0.8, "random": 0.2}, 20), ("Blackjack", {"random": 1.0}, 3)):
-        record(play(lambda: envs.make(name), scripted_agent(mix, np.random.default_rng(0)), list(range(n)), split="train", prefix=f"{name}-"), buf)
+        record(play(lambda: make(name), scripted_agent(mix, np.random.default_rng(0)), list(range(n)), split="train", prefix=f"{name}-"), buf)
     for n in (1, 2, 7, 12, 40, 500):
         chosen = choose(buf, n)
         assert len(chosen) == min(n, 53) and [e for e in buf.episodes if e in chosen] == list(chosen)
@@ -186,7 +187,7 @@ def test_which_episodes_are_shown(tmp_path):
 
 def test_a_page_never_grows_too_large(tmp_path):
     """Above its limit episodes are left out, and it says so."""
-    buf = recorded(tmp_path / "x", {"random": 1.0}, 40)
+    buf = recorded_summary(tmp_path / "x", {"random": 1.0}, 40)
     data, points = page_data(buf, choose(buf, 40), limit=20e3)
     assert 1 < len(data["episodes"]) < 40 and len(json.dumps(data)) < 30e3 and points == []
     assert len(data["pictures"]) == len(set(data["pictures"]))              # each picture once
@@ -195,7 +196,7 @@ def test_a_page_never_grows_too_large(tmp_path):
 def test_gif_has_a_frame_for_every_row(tmp_path):
     """Each turn, and the last picture of an episode that was cut off; the last frame of an episode stays longer; pictures of all sizes."""
     for name, mix in (("NumberLine", {"malformed": 1.0}), ("EZPoints", {"expert": 1.0})):
-        buf = recorded(tmp_path / name, mix, 4, name)
+        buf = recorded_summary(tmp_path / name, mix, 4, name)
         gif(buf, list(buf.episodes), str(tmp_path / f"{name}.gif"))
         with Image.open(tmp_path / f"{name}.gif") as im:
             times = [im.seek(k) or im.info["duration"] for k in range(im.n_frames)]
@@ -209,8 +210,8 @@ def test_gif_has_a_frame_for_every_row(tmp_path):
 
 def test_several_games(tmp_path):
     """A run that played two games: a GIF each, an episode's game is its row's."""
-    buf = recorded(tmp_path / "x", {"expert": 1.0}, 4)
-    record(play(lambda: envs.make("EZPoints"), scripted_agent({"random": 1.0}, np.random.default_rng(0)), [1, 2, 3], prefix="ez-"), buf)
+    buf = recorded_summary(tmp_path / "x", {"expert": 1.0}, 4)
+    record(play(lambda: make("EZPoints"), scripted_agent({"random": 1.0}, np.random.default_rng(0)), [1, 2, 3], prefix="ez-"), buf)
     write_report(buf.folder, buf, {"both": buf.stats() | dict(turns=2.0, by_tag={"NumberLine": dict(success=1.0, episodes=4)})}, run=buf.folder, n=6)
     page, data = opened(buf.folder)
     assert {(e["env"], e["name"].split("-")[0]) for e in data["episodes"]} == {("NumberLine", "NumberLine"), ("EZPoints", "ez")}

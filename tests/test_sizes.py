@@ -11,11 +11,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bench, envs, families, model
-from buffer import Buffer, batch
+from buffer import Buffer, make_batch
 from configurator import configure
-from evaluate import environment, play, record, scripted_agent
+from evaluate import env_factory, play, record, scripted_agent
 from extras import sizes
-from extras.scratch import llava
+from pretrain.tiny_nets import llava
 
 
 def test_a_published_model_has_its_published_size(monkeypatch):
@@ -36,8 +36,8 @@ def test_fake_and_real_nets_keep_the_same():
     (real, net), (double, _) = parts(2), parts(4)
     with FakeTensorMode():
         assert sizes.parts(sizes.AutoModelForImageTextToText.from_config(net.config, dtype=torch.bfloat16), 4, 2, 24) == pytest.approx(real, rel=0.02)    # CPU kernels lay some out in another way
-    trained = sum(p.numel() * 4 for p in net.parameters() if p.requires_grad)
-    assert real["adapters"] == trained and real["optimizer"] == 2 * real["gradients"] == 2 * (trained + real["head"] // 2)
+    load_run = sum(p.numel() * 4 for p in net.parameters() if p.requires_grad)
+    assert real["adapters"] == load_run and real["optimizer"] == 2 * real["gradients"] == 2 * (load_run + real["head"] // 2)
     assert 1.9 < double["activations"] / real["activations"] < 2.1 and real["checkpointed"] < 0.5 * real["activations"]
 
 
@@ -45,11 +45,11 @@ def test_activations_are_those_of_a_dry_run(tmp_path):
     """Against the measured peak of an update, in float32 on the CPU; the peak has the eyes' features, logits and Qs too."""
     cfg = configure(os.path.join(ROOT, "train.py"), ["--batch_size=4", "--micro_batch=4", "--num_envs=2", "--max_new_tokens=2", "--device=cpu"], quiet=True)
     data = Buffer(str(tmp_path), create=True)
-    record(play(environment(cfg), scripted_agent({"random": 1.0}, np.random.default_rng(0)), list(range(8)), split="train"), data)
+    record(play(env_factory(cfg), scripted_agent({"random": 1.0}, np.random.default_rng(0)), list(range(8)), split="train"), data)
     torch.manual_seed(0)
     vlm, shapes, collate = model.build(cfg, llava(families.TEXTS, vocab_size=300, hidden=128, layers=4), -1.0), [], model.VLM.collate
     with pytest.MonkeyPatch.context() as m, contextlib.redirect_stdout(None):
         m.setattr(model.VLM, "collate", lambda *args: shapes.append(collate(*args)) or shapes[-1])
-        measured = bench.memory(vlm, torch.optim.AdamW([p for p in vlm.parameters() if p.requires_grad]), data, cfg, contextlib.nullcontext)["update"]
-    computed = sizes.kept(vlm.net, *shapes[0][0]["input_ids"].shape, half=False) + sum(4 * p.numel() for p in vlm.parameters() if p.requires_grad)
+        measured = bench.measure_memory(vlm, torch.optim.AdamW([p for p in vlm.parameters() if p.requires_grad]), data, cfg, contextlib.nullcontext)["update"]
+    computed = sizes.saved_bytes(vlm.net, *shapes[0][0]["input_ids"].shape, half=False) + sum(4 * p.numel() for p in vlm.parameters() if p.requires_grad)
     assert 0.8 < computed / measured < 1.05

@@ -9,6 +9,7 @@ from PIL import Image
 from test_train import content, one_sentence, run, tiny  # noqa: F401 (tiny is a fixture)
 import envs, evaluate
 from extras import teachers
+from worlds.registry import make
 from buffer import Buffer, image_name, reply_text
 
 KEY = "sk-test/0123456789+abcdefghijklmnopqrstuvwxyz="
@@ -122,7 +123,7 @@ def test_a_teacher_plays_and_its_play_trains(serve, tiny, tmp_path, capsys):  # 
 
 def test_data_comes_from_training_starts_tables_from_held_out_ones(serve, tmp_path, capsys):
     """The story: --agent=expert --save had recorded the held-out starts, and who trained on them was tested on what they had learned by heart."""
-    env = envs.make("EZPoints")
+    env = make("EZPoints")
     def held(folder):
         rows = [row for row in Buffer(str(folder)).rows if row["turn"] == 0]
         found = set()

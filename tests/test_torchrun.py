@@ -9,8 +9,8 @@ sys.path.insert(0, ROOT)
 import pytest
 import torch
 import envs, evaluate, model, train
-from extras import scratch
-from extras.reading import corpus
+from pretrain import tiny_nets as scratch
+from pretrain.questions import corpus
 from buffer import Buffer
 from safetensors.torch import load_file
 

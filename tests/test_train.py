@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import envs, evaluate, model, train
+from worlds.registry import make
 from buffer import Buffer, reply_text
 from configurator import check_config, configure, parse_block
-from extras import reading, scratch
-from extras.reading import corpus
-from evaluate import exploring, held_out, play, record, scripted_agent, summary, wilson
+from pretrain import questions as reading, tiny_nets as scratch
+from pretrain.questions import corpus
+from evaluate import exploring_agent, held_out_seeds, play, record, scripted_agent, episode_summary, wilson
 
 CORE = "configurator envs model buffer agent_rl evaluate train".split()     # who may import whom: only what stands before it
 SMALL = dict(vocab_size=320, hidden=32, layers=1, vision_hidden=32, vision_layers=1)
@@ -339,12 +340,12 @@ def test_expert_records_a_folder(straight, tmp_path, capsys):
 def test_expert_is_perfect_and_malformed_runs_out(name, tmp_path):
     """What is played, what is recorded and what is summed up agree: an expert always wins, a player without syntax is cut off, and its
     last observation is stored behind its last turn."""
-    make_env = lambda: envs.make(name)
+    make_env = lambda: make(name)
     for mix, wins in (({"expert": 1.0}, 1.0), ({"malformed": 1.0}, 0.0)):
         played = list(play(make_env, scripted_agent(mix, np.random.default_rng(0)), list(range(12)), num_envs=5, split="train"))
         buf = Buffer(str(tmp_path / str(wins)), create=True)
         assert record(iter(played), buf, chunk=5) == 12
-        s, stats = summary(played), Buffer(buf.folder).stats()
+        s, stats = episode_summary(played), Buffer(buf.folder).stats()
         assert s["success"] == stats["success"] == s["valid"] == wins and s["episodes"] == stats["episodes"] == 12
         assert s["episode_return"] == pytest.approx(stats["episode_return"]) and s["turns"] * 12 == stats["turns"]
         for turns in buf.episodes.values():
@@ -369,17 +370,17 @@ def test_wilson():
 def test_held_out_starts():
     """NumberLine: all 30 starts, each once. Card games: different starts as long as there are some, and none is ever dealt in training."""
     starts = {}
-    env = envs.make("NumberLine")
-    for seed in (seeds := held_out(env, 30)):
+    env = make("NumberLine")
+    for seed in (seeds := held_out_seeds(env, 30)):
         env.reset(seed=seed, options={"split": "test"})
         starts[env.fingerprint()] = starts.get(env.fingerprint(), 0) + 1
-    assert len(starts) == 30 and set(starts.values()) == {1} and held_out(env, 65)[:30] == seeds == held_out(env, 65)[30:60]
+    assert len(starts) == 30 and set(starts.values()) == {1} and held_out_seeds(env, 65)[:30] == seeds == held_out_seeds(env, 65)[30:60]
     for name in ("EZPoints", "Points24", "Blackjack"):
-        env, test, seen, n = envs.make(name), [], set(), 20
+        env, test, seen, n = make(name), [], set(), 20
         def act(envs_, rows, images):                                     # what `play` really deals from these seeds
             test.extend(e.fingerprint() for e, row in zip(envs_, rows) if row["turn"] == 0)
             return [dict(reply="[action] =" if name != "Blackjack" else "[action] stand", source="x")] * len(rows)
-        assert len(list(play(lambda: envs.make(name), act, held_out(env, n)))) == n
+        assert len(list(play(lambda: make(name), act, held_out_seeds(env, n)))) == n
         for seed in range(400):
             env.reset(seed=seed, options={"split": "train"})
             seen.add(env.fingerprint())
@@ -402,17 +403,17 @@ def test_several_tasks_in_one_run(tiny, tmp_path, capsys):
     assert capsys.readouterr().out.count("\n  EZPoints ") == 6
     evaluate.main([out, "--agent=expert", "--episodes=7"])
     assert "NumberLine,EZPoints" in capsys.readouterr().out
-    env = envs.make("NumberLine,EZPoints")
-    seeds = held_out(env, 9)
-    assert seeds[::2] == held_out(envs.make("NumberLine"), 5) and seeds[1::2] == held_out(envs.make("EZPoints"), 4)
-    assert len(set(held_out(envs.make("EZPoints,NumberLine,EZPoints"), 9)[::3] + held_out(envs.make("EZPoints,NumberLine,EZPoints"), 9)[2::3])) == 6   # the same twice are not more starts
+    env = make("NumberLine,EZPoints")
+    seeds = held_out_seeds(env, 9)
+    assert seeds[::2] == held_out_seeds(make("NumberLine"), 5) and seeds[1::2] == held_out_seeds(make("EZPoints"), 4)
+    assert len(set(held_out_seeds(make("EZPoints,NumberLine,EZPoints"), 9)[::3] + held_out_seeds(make("EZPoints,NumberLine,EZPoints"), 9)[2::3])) == 6   # the same twice are not more starts
 
 
 def test_recorded_play_counts_turns_an_episode_for_each_task(tiny, tmp_path, capsys):
     """The report of a folder of several tasks had shown each task's turns in total beside the turns an episode of all."""
     out = run(tmp_path / "run", tiny, env="NumberLine,EZPoints", eval_episodes=5)
     stats = Buffer(os.path.join(out, "data")).stats()
-    row = evaluate.recorded(stats)
+    row = evaluate.recorded_summary(stats)
     assert row["turns"] == stats["turns"] / stats["episodes"]
     for name, of in row["by_env"].items():
         assert of["turns"] == stats["by_env"][name]["turns"] / stats["by_env"][name]["episodes"] <= 10 and of["success_95"][0] <= of["success"] <= of["success_95"][1]
@@ -421,10 +422,10 @@ def test_recorded_play_counts_turns_an_episode_for_each_task(tiny, tmp_path, cap
 def test_held_out_starts_are_drawn_once_a_run(monkeypatch):
     """Each evaluation had dealt them anew: seconds each where a start is a web page."""
     drawn = []
-    monkeypatch.setattr(evaluate, "held_out", lambda env, n: drawn.append(n) or held_out(env, n))
-    one, two = (lambda: envs.make("EZPoints")), (lambda: envs.make("NumberLine"))
-    assert evaluate.starts(one, 9) == evaluate.starts(one, 9) == held_out(one(), 9) and drawn == [9]
-    assert evaluate.starts(two, 9) == held_out(two(), 9) and evaluate.starts(one, 4) == held_out(one(), 4) and drawn == [9, 9, 4]
+    monkeypatch.setattr(evaluate, "held_out", lambda env, n: drawn.append(n) or held_out_seeds(env, n))
+    one, two = (lambda: make("EZPoints")), (lambda: make("NumberLine"))
+    assert evaluate.held_out_starts(one, 9) == evaluate.held_out_starts(one, 9) == held_out_seeds(one(), 9) and drawn == [9]
+    assert evaluate.held_out_starts(two, 9) == held_out_seeds(two(), 9) and evaluate.held_out_starts(one, 4) == held_out_seeds(one(), 4) and drawn == [9, 9, 4]
 
 
 class Flaky(envs.NumberLine):
@@ -451,7 +452,7 @@ def test_lost_episodes_are_played_again_then_dropped_and_reported(capsys, monkey
     assert sorted(e["rows"][0]["seed"] for e in played) == [150, 300, 301] and all(e["success"] for e in played)
     said = capsys.readouterr().out
     assert "seed 7: dropped, broken on purpose; 1 of 4 episodes" in said and said.count("dropped") == 1
-    one_sentence(lambda: summary(list(play(Flaky, expert(), [1]))), "No episode")
+    one_sentence(lambda: episode_summary(list(play(Flaky, expert(), [1]))), "No episode")
 
 
 def test_threads_step_what_waits(monkeypatch):
@@ -459,8 +460,8 @@ def test_threads_step_what_waits(monkeypatch):
     monkeypatch.setattr(Flaky, "broken", set())
     monkeypatch.setattr(Flaky, "most", 0)
     agent = lambda: scripted_agent({"expert": 1.0}, np.random.default_rng(0))
-    def outcome(workers, cls=Flaky):
-        monkeypatch.setattr(cls, "workers", workers)
+    def outcome(max_parallel, cls=Flaky):
+        monkeypatch.setattr(cls, "workers", max_parallel)
         return {e["rows"][0]["episode"]: [(row["seed"], row["action"], row["reward"], row["images_file_names"]) for row in e["rows"]] for e in play(cls, agent(), list(range(300, 330)), num_envs=8)}
     alone = outcome(None)
     assert Flaky.most == 1
@@ -506,9 +507,9 @@ def test_configs_parse(file):
     cfg = configure(os.path.join(ROOT, "train.py"), [file], quiet=True)
     check_config(cfg)
     try:
-        evaluate.environment(cfg)()
+        evaluate.env_factory(cfg)()
     except SystemExit as e:                                               # an environment whose package is optional says so
-        assert re.search("requirements-envs.txt|apt-get install", str(e)) and cfg.env.startswith(("BabyAI-", "miniwob/", "FrozenLake", *envs.READINGS))
+        assert re.search("requirements-envs.txt|apt-get install", str(e)) and cfg.env.startswith(("BabyAI-", "miniwob/", "FrozenLake", *envs.QUESTIONS))
     assert re.search(rf"python train.py .*{os.path.basename(file)}", open(file).read()), "its docstring says how to run it"
 
 
@@ -532,12 +533,12 @@ def test_the_expert_plays_a_share_of_the_episodes_alone():
     """expert_episodes: whole episodes are its own, the others are the mixture's, in one environment behind several names, too; without it nothing is drawn."""
     for name in "NumberLine", "NumberLine,EZPoints":
         rng = np.random.default_rng(0)
-        played = list(play(lambda: envs.make(name), scripted_agent({"random": 0.5, "malformed": 0.5}, rng, 0.3), list(range(200)), 8, split="train"))
+        played = list(play(lambda: make(name), scripted_agent({"random": 0.5, "malformed": 0.5}, rng, 0.3), list(range(200)), 8, split="train"))
         players = [{row["source"] for row in e["rows"] if reply_text(row) is not None} for e in played]
         assert all(p == {"expert"} or p <= {"random", "malformed"} for p in players) and 0.2 < np.mean([p == {"expert"} for p in players]) < 0.4
     streams = [np.random.default_rng(0) for _ in range(2)]
     for rng, alone in zip(streams, ((), (0.0,))):
-        list(play(lambda: envs.make("NumberLine"), scripted_agent({"random": 1.0}, rng, *alone), [1, 2], split="train"))
+        list(play(lambda: make("NumberLine"), scripted_agent({"random": 1.0}, rng, *alone), [1, 2], split="train"))
     assert len({rng.random() for rng in streams}) == 1
 
 
@@ -545,8 +546,8 @@ def test_who_explores_plays_a_share_of_the_turns_at_random():
     """A player sure of one action never sees what another would bring; off-policy learning may look."""
     always = lambda envs_, rows, images: [dict(reply="[action] +", reply_ids=[1], logprobs=[0.0], source="model") for _ in envs_]
     for share, low, high in ((0.0, 0, 0), (0.3, 0.2, 0.4), (1.0, 1, 1)):
-        act = exploring(always, share, np.random.default_rng(0))
-        rows = [row for e in play(lambda: envs.make("NumberLine"), act, list(range(60)), 8) for row in e["rows"] if row["source"] != "end"]
+        act = exploring_agent(always, share, np.random.default_rng(0))
+        rows = [row for e in play(lambda: make("NumberLine"), act, list(range(60)), 8) for row in e["rows"] if row["source"] != "end"]
         assert low <= np.mean([row["source"] == "random" for row in rows]) <= high
         assert all((row["reply_ids"] == [1]) == (row["source"] == "model") and row["valid"] for row in rows)
         assert share == 0 or {row["action"] for row in rows} == {"+", "-"}

@@ -1,9 +1,9 @@
 """
-Tiny vision-language models with random weights, to be pre-trained here (config/pretrain_tiny.py): 1.3 M parameters, 25 image tokens for a picture of 80 x 80.
+Tiny vision-language models with random weights, to be pre-trained here (pretrain/config_tiny.py): 1.3 M parameters, 25 image tokens for a picture of 80 x 80.
 
-    python extras/scratch.py smolvlm out/smolvlm        # llava (what model='scratch' is) | smolvlm: a complete folder, like one from the hub
-    python train.py config/pretrain_tiny.py --env=Captions --model=out/smolvlm --out_dir=out/smolvlm_captions --offline_updates=600 --data_episodes=30000
-    python train.py config/pretrain_tiny.py --model=out/smolvlm_captions/model --out_dir=out/smolvlm_tiny --offline_updates=2000 --data_episodes=40000
+    python -m pretrain.tiny_nets smolvlm out/smolvlm        # llava (what model='scratch' is) | smolvlm: a complete folder, like one from the hub
+    python train.py pretrain/config_tiny.py --env=Captions --model=out/smolvlm --out_dir=out/smolvlm_captions --offline_updates=600 --data_episodes=30000
+    python train.py pretrain/config_tiny.py --model=out/smolvlm_captions/model --out_dir=out/smolvlm_tiny --offline_updates=2000 --data_episodes=40000
     python train.py config/numberline.py --model=out/smolvlm_tiny/model
 """
 import inspect, os, sys
@@ -32,7 +32,7 @@ def writer(vocab, hidden, layers):
                 num_key_value_heads=hidden // 32, max_position_embeddings=4096, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None)
 
 
-def awake(net):
+def rescale_weights(net):
     """Larger random weights: at the library's std of 0.02, meant for large models, a small one needs thousands of updates before it tells places and digits apart."""
     with torch.no_grad():
         for name, p in net.named_parameters():
@@ -56,7 +56,7 @@ def llava(texts, vocab_size=768, hidden=128, layers=4, vision_hidden=96, vision_
                               image_size=image_size, patch_size=patch, projection_dim=vision_hidden)
     config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**writer(len(tok), hidden, layers)), image_token_index=2, vision_feature_layer=-1,
                          vision_feature_select_strategy="default", tie_word_embeddings=True)
-    return awake(LlavaForConditionalGeneration(config)), processor
+    return rescale_weights(LlavaForConditionalGeneration(config)), processor
 
 
 def smolvlm(texts, vocab_size=768, hidden=128, layers=4, vision_hidden=96, vision_layers=3, image_size=80, patch=16):
@@ -70,7 +70,7 @@ def smolvlm(texts, vocab_size=768, hidden=128, layers=4, vision_hidden=96, visio
     vision = dict(hidden_size=vision_hidden, intermediate_size=3 * vision_hidden, num_hidden_layers=vision_layers, num_attention_heads=vision_hidden // 32,
                   image_size=image_size, patch_size=patch)
     config = SmolVLMConfig(vision_config=vision, text_config=writer(len(tok), hidden, layers), scale_factor=1, image_token_id=2, pad_token_id=0, tie_word_embeddings=True)
-    return awake(SmolVLMForConditionalGeneration(config)), processor
+    return rescale_weights(SmolVLMForConditionalGeneration(config)), processor
 
 
 FAMILIES = dict(llava=llava, smolvlm=smolvlm)
@@ -78,12 +78,11 @@ FAMILIES = dict(llava=llava, smolvlm=smolvlm)
 if __name__ == "__main__":
     make, sizes = FAMILIES.get((sys.argv + [""])[1]), dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[3:])
     if len(sys.argv) < 3 or not make or not set(sizes) <= set(inspect.signature(make).parameters) - {"texts"} or not all(n.isdigit() for n in sizes.values()):
-        raise SystemExit(f"Say which, where to, and sizes if they should be others: python extras/scratch.py {'|'.join(FAMILIES)} FOLDER [--hidden=128 --layers=4 --vision_hidden=96 --vision_layers=3]")
+        raise SystemExit(f"Say which, where to, and sizes if they should be others: python -m pretrain.tiny_nets {'|'.join(FAMILIES)} FOLDER [--hidden=128 --layers=4 --vision_hidden=96 --vision_layers=3]")
     if os.path.exists(sys.argv[2]):
         raise SystemExit(f"{sys.argv[2]!r} exists already: name a new folder.")
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     import transformers
-    from extras.reading import corpus
+    from pretrain.questions import corpus
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     net, processor = make(corpus(20_000), **{k: int(n) for k, n in sizes.items()})

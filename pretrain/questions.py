@@ -7,12 +7,19 @@ from collections import Counter
 
 import numpy as np
 
-from envs import ENVS, MARKER, RANKS, READINGS, SEEN, BabyAI, Env, FrozenLake, MiniWoB, Text, best, deal, hand, held_out, make
-from extras.pages import Asker, Page, alone, meant
+from envs import MARKER, Env, NumberLine, Text, is_held_out
+from pretrain.page_questions import Asker, Page, alone, meant
+from worlds.cards import RANKS, Blackjack, EZPoints, Points24, hand_value, deal_cards, hand_points
+from worlds.gym import BabyAI, FrozenLake
+from worlds.miniwob import MiniWoB
+
+SEEN = "What is in the picture?"
+# The games of the first base's questions. A new world is not one of them: it would change the texts of pre-training.
+GAMES = {"NumberLine": NumberLine, "EZPoints": EZPoints, "Points24": Points24, "Blackjack": Blackjack}
 
 ASKED = f"{SEEN} What is the target number? current Which larger, difference? are cards? first second third fourth card? values sum product of dealer " \
         "show? your cards? Is there a soft ace? How many do you have? last item? value Repeat: yes no empty blank A J Q K End reply with an action, for example:"
-ATOMS = [sorted({w for c in ENVS.values() for w in f"{ASKED} {c.goal} Formula: Actions: {c.kinds[0].doc()}".split()}), [str(n) for n in range(100)],
+ATOMS = [sorted({w for c in GAMES.values() for w in f"{ASKED} {c.goal} Formula: Actions: {c.kinds[0].doc()}".split()}), [str(n) for n in range(100)],
          list(string.ascii_letters + string.digits + string.punctuation), "th he in er an re on at en nd ti es or te of ed is it al ar".split()]
 
 WORDS = [word for word in sorted({*ATOMS[0], *"turn left right go forward pick up drop toggle".split()}) if word.isalpha()]
@@ -20,18 +27,18 @@ WORDS = [word for word in sorted({*ATOMS[0], *"turn left right go forward pick u
 class Reading(Env):
     """One question a turn about a random state of a random game, a sum, or a text to repeat. The reply is the answer, no marker."""
     name, kinds, marker, split, max_turns, only, pages = "Reading", (Text(),), False, False, 1, (), {}
-    def __init__(self, world="", **kw):             # Reading:BabyAI-GoToLocal-v0 asks about that world, not about the games
+    def __init__(self, world=None, **kw):             # Reading:BabyAI-GoToLocal-v0 asks about that world, not about the games
         super().__init__(**kw)
-        self.world, self.atoms = make(world, size=self.size) if world else None, ATOMS
+        self.world, self.atoms = world, ATOMS
         if self.world and not isinstance(self.world, (BabyAI, FrozenLake, MiniWoB)):
-            raise ValueError(f"env={f'{self.name}:{world}'!r}: there are questions about BabyAI's levels, FrozenLake and MiniWoB++'s pages, and, without a world behind the name, about the card games.")
+            raise ValueError(f"env={f'{self.name}:{world.name}'!r}: there are questions about BabyAI's levels, FrozenLake and MiniWoB++'s pages, and, without a world behind the name, about the card games.")
         if self.world:
-            self.name, self.workers = f"{self.name}:{world}", self.world.workers
+            self.name, self.max_parallel = f"{self.name}:{world.name}", self.world.max_parallel
             self.atoms = [sorted({word for kind in self.world.kinds for word in kind.doc().replace(",", "").split()}), *ATOMS[1:]]
     def start(self):
         draw = lambda *args: self.rng.integers(*args).tolist()
-        name, which = "" if self.world else list(ENVS)[self.rng.integers(4)], self.rng.random()
-        self.game, asked = self.ask_world(self.rng) if self.world else self.ask(name, ENVS[name](self.size), draw)      # also draws the game's state
+        name, which = "" if self.world else list(GAMES)[self.rng.integers(4)], self.rng.random()
+        self.game, asked = self.ask_world(self.rng) if self.world else self.ask(name, GAMES[name](self.size), draw)      # also draws the game's state
         if isinstance(self.game, Page):
             [(self.kind, self.question, self.answer)] = asked
             return
@@ -52,7 +59,7 @@ class Reading(Env):
         self.kind, self.answer = f"{name} {kind}".strip(), str(answer)
     def ask_world(self, rng):
         """A state a few random moves after a start that is not held out, and questions about it."""
-        if self.world.workers:
+        if self.world.max_parallel:
             asked = [""]
             while asked[0] == "" or self.only and asked[0] not in self.only:
                 page = self.page(rng)
@@ -75,7 +82,7 @@ class Reading(Env):
         world.rng, world.over = rng, True
         while world.over:
             world.start()
-            world.over, to_the_point = held_out(world.fingerprint(), world.one_in), isinstance(world, BabyAI) and rng.random() < 0.5
+            world.over, to_the_point = is_held_out(world.fingerprint(), world.one_in), isinstance(world, BabyAI) and rng.random() < 0.5
             for _ in range(0 if world.over else rng.integers(8 if to_the_point else 4)):             # who is on its way has other last actions than who walks at random
                 world.over = world.over or any(world.act(world.parse_env(world.expert() if to_the_point else world.sample(rng)))[1:])     # it ended: back to a start
     def close(self):
@@ -88,12 +95,12 @@ class Reading(Env):
             return game, [("picture", SEEN, game.caption()), ("target", "What is the target number?", game.target), ("current", "What is the current number?", game.current),
                     ("larger", "Which is larger, target or current?", larger), ("difference", "What is the difference?", abs(game.target - game.current))]
         if name == "Blackjack":
-            game.player, game.dealer, game.stood = deal(self.rng, draw(2, 6)), deal(self.rng, 2), bool(draw(2))
-            points, total = hand(game.player)[0], best(*hand(game.player))
+            game.player, game.dealer, game.stood = deal_cards(self.rng, draw(2, 6)), deal_cards(self.rng, 2), bool(draw(2))
+            points, total = hand_points(game.player)[0], hand_value(*hand_points(game.player))
             return game, [("picture", SEEN, game.caption()), ("dealer", "What does the dealer show?", RANKS[game.dealer[0][0]]), *[("your sum", "What is the sum of your cards?", total)] * 3,
                     ("your cards", "What are your cards?", game.caption().split(" you ")[1]),
                     ("soft ace", "Is there a soft ace?", "no" if total == points else "yes"), ("count", "How many cards do you have?", len(game.player))]
-        game.cards, items = deal(self.rng, 2 if name == "EZPoints" else 4), [*game.words()[:-1], "blank"]
+        game.cards, items = deal_cards(self.rng, 2 if name == "EZPoints" else 4), [*game.words()[:-1], "blank"]
         game.formula = [items[i] for i in draw(0, len(items), draw(game.limit + 2) if draw(2) else draw(5))]    # half short: as in real play
         ranks, points, i = [RANKS[rank] for rank, _ in game.cards], game.points(), draw(len(game.cards))
         nth = ('first', 'second', 'third', 'fourth')[i]
@@ -241,12 +248,11 @@ def lake(world, draw):
     return asked + [("at", f"What is at {i} {j}?", what(i, j)) for i, j in [(draw(n), draw(n))]]
 
 
-def corpus(n, seed=0, env="Reading"):
-    """Texts to train a tokenizer on: n questions and answers, with some of the games' prompts less the line that shows the marker. env: whose questions,
-    of the names in it that are Reading or a part of it."""
-    names = [":".join(["Reading", *parts[1:]]) for name in env.split(",") if (parts := name.strip().split(":"))[0] in READINGS]
-    rng, readings = np.random.default_rng(seed), [make(name) for name in dict.fromkeys(names or ["Reading"])]
-    for i in range(n // 10 if any(reading.workers for reading in readings) else n):     # pages are slow to come by
+def corpus(n, seed=0, readings=()):
+    """Texts to train a tokenizer on: n questions and answers, with some of the games' prompts less the line that shows the marker.
+    readings: the Reading environments whose questions they are; none: those about the card games."""
+    rng, readings = np.random.default_rng(seed), list(readings) or [Reading()]
+    for i in range(n // 10 if any(reading.max_parallel for reading in readings) else n):     # pages are slow to come by
         reading = readings[i % len(readings)]
         reading.rng = rng
         reading.start()
