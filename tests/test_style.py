@@ -1,13 +1,13 @@
 """
 Checks the rules of style: how the code reads, how the tree is laid out, how long the texts are.
 
-    python -m pytest tests/test_style.py        # one test per rule, over all files that git does not ignore
-    python tests/test_style.py FILE...          # every violation in these files, and one line of figures per file
-    python tests/test_style.py                  # the same for all files, then the rules about the tree
+    python -m pytest tests/test_style.py    # one test per rule, over all files that git does not ignore
+    python tests/test_style.py FILE...      # every violation in these files, and one line of figures per file
+    python tests/test_style.py              # the same for all files, then the rules about the tree
 
-A rule is a generator. A file rule takes a Source and yields (line, what to do). A tree rule takes a list of Sources
-and yields (path, line, what to do). `FIRES` and `PASSES` hold a small source per rule and case: a rule that cannot
-fail is noticed. Only `ast` and `tokenize` are needed, so the command works without the project's dependencies.
+A rule is a generator. A file rule takes a Source and yields (line, what to do). A tree rule takes a list of
+Sources and yields (path, line, what to do). `FIRES` and `PASSES` hold small sources for each rule, because a
+rule that cannot fail is worth nothing. The rules need `ast` and `tokenize` only; they import no file of ours.
 """
 import ast
 import io
@@ -93,7 +93,7 @@ BLOCKS = (
 )
 
 
-# -- sources -----------------------------------------------------------------------------------------------------
+# -- sources ----------------------------------------------------------------------------------------
 
 
 class Source(NamedTuple):
@@ -167,7 +167,8 @@ def docstring_lines(source):
         body = getattr(node, "body", None)
         first = body[0] if isinstance(body, list) and body else None
         value = getattr(first, "value", None)
-        if isinstance(first, ast.Expr) and isinstance(value, ast.Constant) and isinstance(value.value, str):
+        text = getattr(value, "value", None)
+        if isinstance(first, ast.Expr) and isinstance(value, ast.Constant) and isinstance(text, str):
             found.update(range(first.lineno, first.end_lineno + 1))
     return found
 
@@ -215,7 +216,7 @@ def config_block(source):
     return range(marks.get(BEGIN, 0) + 1, marks.get(END, 0))
 
 
-# -- rules about one file ----------------------------------------------------------------------------------------
+# -- rules about one file ---------------------------------------------------------------------------
 
 
 def columns(source):
@@ -318,7 +319,7 @@ def is_elif(parent, child):
 
 
 def deepest_level(node, level=0):
-    """Return the deepest level of blocks below a node. Functions and classes inside it count for themselves."""
+    """Return the deepest level of blocks below a node. Functions inside it count for themselves."""
     deepest = level
     for child in ast.iter_child_nodes(node):
         if isinstance(child, DEFINITIONS):
@@ -333,7 +334,8 @@ def nesting(source):
     for node in nodes(source, *FUNCTIONS):
         level = deepest_level(node)
         if level > NESTING:
-            yield node.lineno, f"{node.name} nests {level} levels: leave early or move a part out ({NESTING})"
+            message = f"{node.name} nests {level} levels, {NESTING} are allowed"
+            yield node.lineno, f"{message}: leave early, or move a part out"
 
 
 def density(source):
@@ -447,7 +449,7 @@ FILE_RULES = [
 ]
 
 
-# -- rules about the tree ----------------------------------------------------------------------------------------
+# -- rules about the tree ---------------------------------------------------------------------------
 
 
 def module_name(source):
@@ -473,7 +475,7 @@ def imported_from(node, package):
 
 
 def imports(source):
-    """Yield (dotted name, line) for every import, importlib.import_module("...") and "module:Class" string."""
+    """Yield (dotted name, line) of every import, import_module("...") and "module:Class" string."""
     for node in ast.walk(source.tree):
         names = []
         if isinstance(node, ast.Import):
@@ -549,7 +551,9 @@ def repeated_names(sources):
     tests = top_level_names(source for source in sources if is_test(source))
     ours.pop("main", None)
     repeated = [(name, found) for name, found in ours.items() if len(found) > 1]
-    repeated += [(name, found) for name, found in tests.items() if name.startswith("test_") and len(found) > 1]
+    for name, found in tests.items():
+        if name.startswith("test_") and len(found) > 1:
+            repeated.append((name, found))
     for name, found in repeated:
         places = ", ".join(f"{path}:{line}" for path, line, _ in found)
         path, line, _ = found[0]
@@ -569,7 +573,7 @@ def module_names(sources):
 TREE_RULES = [import_cycles, repeated_names, module_names]
 
 
-# -- rules about single files: they take text or numbers and yield sentences -------------------------------------
+# -- rules about single files: they take text or numbers and yield sentences ------------------------
 
 
 def config_keys(source):
@@ -636,7 +640,8 @@ def readme_faults(text):
         yield f"README.md has {words} words, {README_WORDS} are allowed: move the rest to docs/"
     before = words_before_command(text)
     if before is None or before > WORDS_BEFORE_COMMAND:
-        yield f"README.md has {before} words before the first command, {WORDS_BEFORE_COMMAND} are allowed"
+        allowed = WORDS_BEFORE_COMMAND
+        yield f"README.md has {before} words before the first command, {allowed} are allowed"
 
 
 def docs_faults(name, text):
@@ -669,7 +674,7 @@ def subject_faults(subjects):
             yield f"{commit}: subject of {len(subject)} columns, {SUBJECT_COLUMNS} are allowed: {subject}"
 
 
-# -- the command for writers -------------------------------------------------------------------------------------
+# -- the command for writers ------------------------------------------------------------------------
 
 
 def file_findings(source, rules=FILE_RULES):
@@ -704,7 +709,7 @@ def figures(source):
 
 
 def main(paths):
-    """Print the findings and the figures of some files, of the whole tree without any; return the exit status."""
+    """Print the findings and figures of some files, or of the whole tree. Return the exit status."""
     found = []
     sources = []
     for path in paths or [name for name in tree_files(ROOT) if name.endswith(".py")]:
@@ -714,7 +719,7 @@ def main(paths):
             sources.append(parse(location.read_text(encoding="utf-8"), path))
         except (SyntaxError, tokenize.TokenError) as error:
             found.append(f"{path}:{getattr(error, 'lineno', 1)}: this is not Python: {error}")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             found.append(f"{path}:1: this file cannot be read: {error}")
     for source in sources:
         found += file_findings(source)
@@ -725,7 +730,7 @@ def main(paths):
     return int(bool(found))
 
 
-# -- the tests over the tree -------------------------------------------------------------------------------------
+# -- the tests over the tree ------------------------------------------------------------------------
 
 
 def fail_on(findings):
@@ -799,7 +804,7 @@ def test_commit_subjects_are_short():
     fail_on(subject_faults(line.split("\t", 1) for line in answer.stdout.splitlines()))
 
 
-# -- the tests of the rules --------------------------------------------------------------------------------------
+# -- the tests of the rules -------------------------------------------------------------------------
 
 # Sources that a rule must report, by rule.
 FIRES = {
@@ -991,7 +996,8 @@ def test_repeated_names_are_reported():
     assert report(repeated_names, {"a.py": "def f():\n    pass", "b.py": "class f:\n    pass"})
     assert report(repeated_names, {"tests/a.py": "def test_f():\n    pass\n" * 2})
     assert not report(repeated_names, {"a.py": "def main():\n    pass", "b.py": "def main():\n    pass"})
-    assert not report(repeated_names, {"tests/a.py": "def f():\n    pass", "tests/b.py": "def f():\n    pass"})
+    helper = "def f():\n    pass"
+    assert not report(repeated_names, {"tests/a.py": helper, "tests/b.py": helper})
     assert not report(repeated_names, {"a.py": "class A:\n    def f():\n        pass", "b.py": "f = 1"})
     evaluate = "def evaluate():\n    pass"
     assert report(module_names, {"evaluate.py": evaluate})
@@ -1001,7 +1007,17 @@ def test_repeated_names_are_reported():
 
 
 def test_the_config_block_of_train_is_measured():
-    block = f"{BEGIN}\n# run\na = 1  # one\n       # and more\nb: int = 2\n# model\nc = 3  # {'c' * 101}\n{END}\n"
+    lines = [
+        BEGIN,
+        "# run",
+        "a = 1  # one",
+        "       # and more",
+        "b: int = 2",
+        "# model",
+        "c = 3  # " + "c" * 101,
+        END,
+    ]
+    block = "\n".join(lines) + "\n"
     source = parse(block + "def main():\n" + "    x = 1\n" * 60)
     assert config_keys(source) == {"a": "one and more", "b": "", "c": "c" * 101}
     faults = "\n".join(train_faults(source))
@@ -1041,7 +1057,7 @@ def test_the_command_reports_and_returns_a_status(tmp_path, capsys):
     bad.write_text("'''Hold one number.'''\nx = 1; y = 2\n")
     broken.write_text("x = (\n")
     assert main([str(good)]) == 0
-    assert capsys.readouterr().out.startswith(f"{good}: 2 lines, 1 code lines, 3.0 tokens per code line")
+    assert capsys.readouterr().out.startswith(f"{good}: 2 lines, 1 code lines, 4.0 tokens per code line")
     assert main([str(good), str(bad), str(broken), str(tmp_path / "missing.py")]) == 1
     printed = capsys.readouterr().out
     assert f"{bad}:2: one_statement: semicolon" in printed
