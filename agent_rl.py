@@ -82,9 +82,10 @@ def all_token_values(vlm, hidden, a):
     chunks = []
     for h, x in zip(states.split(size), actions.split(size)):
         if len(states) > size:
-            chunks.append(checkpoint(token_values, vlm, h, x, use_reentrant=False))
+            chunk = checkpoint(token_values, vlm, h, x, use_reentrant=False)
         else:
-            chunks.append(token_values(vlm, h, x))
+            chunk = token_values(vlm, h, x)
+        chunks.append(chunk)
 
     out = {}
     for key in chunks[0]:
@@ -212,7 +213,8 @@ def actor_loss(logp, f, mask, tokens, cfg):
     """
     weight = cfg.bc_coef + f
     loss = -(weight * logp * mask).sum() / tokens
-    info = dict(tokens=mask.sum(), nll=-(logp * mask).sum())
+    nll = -(logp * mask).sum()
+    info = dict(tokens=mask.sum(), nll=nll)
     return loss, info
 
 
@@ -231,7 +233,11 @@ def critic_loss(values, y, known, mask, critic_tokens, cfg):
     pessimism = values["pessimism"]
     per_token = td_error + cfg.pess_coef * pessimism
     loss = (per_token * m).sum() / critic_tokens.clamp(min=1)
-    info = dict(critic_tokens=m.sum(), td_error=(td_error * m).sum(), pess=(pessimism * m).sum())
+    info = dict(
+        critic_tokens=m.sum(),
+        td_error=(td_error * m).sum(),
+        pess=(pessimism * m).sum(),
+    )
     return loss, info
 
 
@@ -250,7 +256,7 @@ def filter_info(values, adv, f, batch):
         pass_rest=(passed * (mask - span)).sum(),
         first=first.sum(),
         predicted=(values["v"][:, 0] * first).sum(),
-        observed=(batch["to_go"] * first).sum(),
+        observed=(batch["return_to_go"] * first).sum(),
     )
 
 

@@ -1,13 +1,25 @@
 """
-Train a vision-language model to act, off-policy: offline on recorded play, then online on its own.
+Train a vision-language model to act, off-policy: offline on recorded play, then online on its own play.
 
-    python train.py config/numberline.py                                       # the main job: a few minutes on two CPU cores
-    python train.py config/numberline.py --actor_loss=sft --out_dir=out/sft    # an ablation
-    python train.py config/numberline.py --resume=True                         # after a stop
-    torchrun --nproc_per_node=8 train.py config/numberline.py                  # the same run on eight GPUs: all keys count for the ranks together
-    python train.py --help                                                     # every key
+    python train.py config/numberline.py                                     # the main job, a few minutes
+    python train.py config/numberline.py --actor_loss=sft --out_dir=out/sft  # an ablation
+    python train.py config/numberline.py --resume=True                       # continue after a stop
+    python train.py --env=my_env.py:MyEnv                                    # your own environment
+    torchrun --nproc_per_node=8 train.py config/numberline.py                # the same run on eight GPUs
+    python train.py --help                                                   # every key
 """
-import contextlib, datetime, json, math, os, platform, re, shutil, subprocess, sys, tempfile, time
+import contextlib
+import datetime
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
 
 import numpy as np
 import torch
@@ -19,176 +31,637 @@ import envs
 from agent_rl import FBC_QUANTILE, clip_reward, compute_loss, summarise
 from buffer import Buffer, make_batch
 from configurator import check_config, configure
-from evaluate import env_factory, evaluate_policy, exploring_agent, full_evaluation, model_agent, gather_episodes, offline_results, play, record, recorded_summary, scripted_agent, episode_summary, format_table
-from worlds.registry import make, reading_names
+from evaluate import env_factory, evaluate_policy, full_evaluation, offline_results, read_run_config
+from evaluate import episode_summary, format_table, gather_episodes, recorded_summary
+from evaluate import exploring_agent, model_agent, play, record, scripted_agent
 from model import build, gather, latest_checkpoint, load_base
+from worlds.registry import make, reading_names
 
 # --- config ---
-# run
-out_dir = 'out/run'     # everything this run writes
-resume = False          # go on from out_dir's last checkpoint; with more online_updates than it was begun with, beyond its end: the learning rate then rises to the longer cosine
-overwrite = False       # start anew in an out_dir that holds a run, deleting it
-seed = 0                # every random draw is a function of (seed, what for, step)
-log_interval = 10       # updates between two lines of metrics.jsonl
-eval_interval = 100     # updates between two short evaluations; 0: at the end only
-stop_at = 0             # stop cleanly after this update, for machines with a time limit; 0: do not
-dry_run = False         # only show what it takes: the longest batch forward, backward and in a rollout, peak memory by part
-# model
-model = 'bases/tiny-vlm'      # a hub id or local folder of any image-text-to-text model; 'scratch': the tiny one with random weights
-trust_remote_code = False # run Python files that come with the model folder
-device = 'auto'         # auto: cuda if there is one, else cpu
-dtype = 'auto'          # float32 | bfloat16 (autocast); auto: bfloat16 on cuda, float32 on the cpu
-grad_checkpointing = False # keep only the layers' inputs and compute the rest once more on the way back: less memory, about a third more time
-shard = False           # torchrun: spread the frozen weights of the language model's layers over the ranks (FSDP2), for models that one device cannot hold
-lora_r = 16             # rank; 0 trains all weights
-lora_targets = '.*'     # regex over the full paths of the language model's linear layers
-q_head = 'tied'         # tied: 2 H^2 parameters through the frozen unembedding: words that the model reads alike are valued alike | full: H x V
-n_critics = 1           # of several the targets take the minimum: one more pessimism, against what is rare too
-vision_cache_mb = 0     # memory for what the frozen vision part makes of each different picture: it is then looked at once, in updates and rollouts together; 0: every time
-# environment
-env = 'NumberLine'      # NumberLine | EZPoints | Points24 | Blackjack | FrozenLake | BabyAI-GoToLocal-v0 | miniwob/click-test-v1 | ..., or pre-training's
-                        # Captions | Reading; several, played in turn: 'NumberLine,EZPoints', in a file also ['NumberLine', 'EZPoints']
-size = 80               # side of the picture, pixels
-penalty = -1.0          # reward of a reply that does not parse; the environment does not move
-max_turns: int = None   # an episode is cut off after so many turns; None: the environment's own limit
-# data
-data = ''               # folder of recorded episodes; '': record data_episodes by data_mix into out_dir/data
-data_mix = {'expert': 0.3, 'random': 0.5, 'malformed': 0.2} # who plays a turn: expert, random, malformed, biased, and their shares
-expert_episodes = 0.0   # share of the recorded episodes that the expert plays alone; data_mix plays the others
-data_episodes = 600
-# method
-actor_loss = 'afsft'    # sft: clone all | afsft: clone where A > beta | awr: weigh by exp(A / awr_temperature) | fbc: clone the better episodes
-mdp = 'token'           # token: an advantage a token | turn: one a reply
-bc_coef = 0.0           # plain cloning, always on
-critic_coef = 10.0      # the critic has to tell states apart before the filter can: it leads
-pess_coef = 0.5         # pulls Q of the whole vocabulary to q_init: tokens that no data shows here stay low; 0: off
-q_init: float = None    # where the head starts; None: the lowest discounted return in the data
-beta = -0.05            # a token passes if A > beta
-filter_warmup = 50      # updates in which everything passes
-gamma = 0.9             # discount a turn
-trace = 'tree'          # how a turn's outcome reaches its tokens. tree: as far as the policy would have said what was said | plain: TD(lambda)
-lam = 1.0               # the trace's decay a token; 0: one-token TD
-reward_clip: float = None # the critic sees rewards cut to +-reward_clip: a rare win of 10 would drown the slips of -1 that come before it; None: as they are
-target_tau = 0.05       # EMA of the target heads
-# optimisation
-offline_updates = 600
-online_updates = 200
-batch_size = 32         # windows an update
-won_share: float = None # share of the windows that comes from episodes that reached the goal, where those are rare and chance has no part in it; None: as they come
-window = 3              # consecutive turns of an episode in a window
-micro_batch = 32        # windows that are on the device at once
-lr = 4e-3               # of the adapters (or of all weights)
-critic_lr = 2e-3        # of the Q heads
-min_lr = 0.1            # where the cosine ends, as a share of lr
-warmup_updates = 20
-grad_clip = 1.0
-# online phase
-num_envs = 32           # environments that play at once
-rollout_episodes = 64   # whole episodes in a rollout
-updates_per_rollout = 20
-replay_episodes = 0     # an online batch draws from the last so many of its own episodes; 0: from all, what the policy has since left behind too
-offline_ratio = 0.25    # share of an online batch that comes from the recorded data
-q_weight = 0.0          # rollouts and evaluations sample from pi * exp(q_weight * A): the critic knows better before the filter has taught the policy; 0: the policy alone
-explore = 0.0           # share of a rollout's turns that are played at random: what the policy never says, the filter cannot let pass
-max_new_tokens = 20     # of a reply
-# evaluation
-eval_episodes = 300     # of each row of the final table
+# the ones you will touch
+out_dir = 'out/run'  # folder for everything that this run writes
+resume = False  # continue from the last checkpoint; more online_updates than before extend the run
+overwrite = False  # delete the run that is in out_dir and start again
+seed = 0  # every random draw is a function of (seed, purpose, step)
+env = 'NumberLine'  # a world; 'NumberLine,EZPoints': several in turn; my_env.py:MyEnv: your own
+size = 80  # side of the picture, pixels
+max_turns: int = None  # turns until an episode is cut off; None: the environment's own limit
+model = 'bases/tiny-vlm'  # folder or hub id of an image-text-to-text model; 'scratch': random weights
+data = ''  # folder of recorded episodes; '': record data_episodes of scripted play
+data_mix = {'expert': 0.3, 'random': 0.5, 'malformed': 0.2}  # players of a turn and their shares
+expert_episodes = 0.0  # share of the recorded episodes that the expert plays alone
+data_episodes = 600  # episodes to record
+actor_loss = 'afsft'  # what is cloned. sft: all | afsft: A > beta | awr: by exp(A) | fbc: good episodes
+offline_updates = 600  # updates on the recorded data
+online_updates = 200  # updates on recorded data and the agent's own play
+batch_size = 32  # windows per update
+lr = 4e-3  # peak learning rate of the adapters, or of all weights if lora_r = 0
+gamma = 0.9  # discount per turn
+won_share: float = None  # share of windows from episodes that reached the goal; None: as they come
+q_weight = 0.0  # rollouts and evaluations sample from pi * exp(q_weight * A)
+explore = 0.0  # share of a rollout's turns that are random, for actions that no data shows
+max_new_tokens = 20  # longest reply
+eval_interval = 100  # updates between two checkpoints and short evaluations; 0: at the end only
+eval_episodes = 300  # episodes per row of the final table
+# ablations
+mdp = 'token'  # token: one advantage per token | turn: one per reply
+trace = 'tree'  # tree: tree backup across turns | plain: TD(lambda) inside a turn
+lam = 1.0  # decay of the trace per token; 0: one-token TD
+beta = -0.05  # afsft clones a token if A > beta
+filter_warmup = 50  # updates in which every token is cloned, because a young critic is noise
+bc_coef = 0.0  # weight of plain cloning, in addition to the filtered loss
+critic_coef = 10.0  # weight of the critic's loss
+pess_coef = 0.5  # weight of the pull of all Q values to q_init; 0: none
+q_init: float = None  # value of an untrained Q head; None: the lowest discounted return in the data
+q_head = 'tied'  # tied: MLP and the frozen unembedding, 2 H^2 parameters | full: MLP and H x V
+n_critics = 1  # Q heads; targets take the lowest of them
+target_tau = 0.05  # step of the target heads' moving average per update
+reward_clip: float = None  # the critic learns from rewards cut to +-reward_clip; None: as they are
+penalty = -1.0  # reward of a reply that does not parse; the environment does not move
+window = 3  # consecutive turns per window
+offline_ratio = 0.25  # share of an online batch that comes from the recorded data
+replay_episodes = 0  # online batches draw from this many latest episodes of the agent; 0: from all
+rollout_episodes = 64  # whole episodes per rollout
+updates_per_rollout = 20  # online updates between two rollouts
+lora_r = 16  # rank of the adapters; 0: train all weights
+lora_targets = '.*'  # regex over full module paths of the language model's linear layers
+critic_lr = 2e-3  # peak learning rate of the Q heads
+min_lr = 0.1  # the cosine schedule ends at min_lr * lr
+warmup_updates = 20  # updates of linear warm-up
+grad_clip = 1.0  # largest norm of the gradient
+# machine
+device = 'auto'  # auto | cpu | cuda
+dtype = 'auto'  # auto | float32 | bfloat16 (autocast); auto: bfloat16 on cuda, float32 on the cpu
+micro_batch = 32  # windows on the device at once
+num_envs = 32  # environments that play at once
+grad_checkpointing = False  # less memory for about a third more time
+shard = False  # with torchrun: spread the frozen layers over the ranks (FSDP2)
+vision_cache_mb = 0  # MiB for features of the frozen vision tower; 0: compute them every time
+trust_remote_code = False  # run the Python files that come with the model folder
+log_interval = 10  # updates between two lines of metrics.jsonl
+stop_at = 0  # stop after this update, to be resumed; 0: run to the end
+dry_run = False  # only measure the peak memory of an update and a rollout; writes nothing
 # --- end of config ---
 
-OURS = ("config.json", "metrics.jsonl", "eval.json", "eval_offline.json", "meta.json", "ckpt", "ckpt.old", "ckpt.tmp", "data", "replay", "model", "report.html", "curves.svg")  # what `overwrite` may delete
+# What a run writes into out_dir, and what `overwrite` may delete.
+RUN_FILES = ("config.json", "metrics.jsonl", "eval.json", "eval_offline.json", "meta.json")
+RUN_FILES += ("ckpt", "ckpt.old", "ckpt.tmp", "data", "replay", "model", "report.html", "curves.svg")
+# Settings that a resumed run may change: they do not alter what is learned.
+FREE_KEYS = ("out_dir", "resume", "overwrite", "stop_at", "device", "shard")
+FREE_KEYS += ("log_interval", "eval_interval", "eval_episodes")
+# Purposes of random streams, see `stream`.
+DATA, SAMPLE, ROLLOUT, INIT = range(4)
+QUICK_EPISODES = 60  # episodes of a short evaluation
+TIMEOUT_MINUTES = 30  # how long a rank waits for the others
+
+# torchrun tells each process its rank, its rank on this machine, and the number of ranks
+RANK = 0
+LOCAL_RANK = 0
+WORLD = 1
+if dist.is_torchelastic_launched():
+    RANK = int(os.environ["RANK"])
+    LOCAL_RANK = int(os.environ["LOCAL_RANK"])
+    WORLD = int(os.environ["WORLD_SIZE"])
 
 
-RANK, LOCAL_RANK, WORLD = [int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] if dist.is_torchelastic_launched() else (0, 0, 1)  # torchrun's words
+def say(*text):
+    """Print what all ranks know, once."""
+    if RANK == 0:
+        print(*text)
+
+
+def stream(cfg, *purpose):
+    """Make the random generator of a purpose and step: streams never meet, so resuming is exact."""
+    return np.random.default_rng([cfg.seed, *purpose])
+
+
+def in_run(cfg, name):
+    """Join out_dir and a file name."""
+    return os.path.join(cfg.out_dir, name)
+
+
+def write_json(file, content):
+    """Write a JSON file."""
+    with open(file, "w") as f:
+        json.dump(content, f, indent=1)
+
+
+# ---- settings ----
+
+
+def settings(argv):
+    """Read the block above, config files and flags; a mistake ends the run with one sentence."""
+    cfg = configure(__file__, argv, quiet=RANK > 0)
+    check_config(cfg)
+    join_ranks(cfg)
+    return cfg
+
+
+def checked_env(cfg):
+    """Make the function that makes the run's environment, or end with one sentence if it does not fit."""
+    make_env = env_factory(cfg)
+    try:
+        env = make_env()
+    except ValueError as error:
+        raise SystemExit(str(error))
+    if cfg.online_updates and not env.online:
+        raise SystemExit(
+            f"env={cfg.env!r} asks questions with one right answer and has no online phase: "
+            "set online_updates=0."
+        )
+    players = {name for name, share in cfg.data_mix.items() if share > 0}
+    needs_expert = cfg.expert_episodes > 0 or players & {"expert", "biased"}
+    if needs_expert and not cfg.data and not envs.has_expert(env):
+        raise SystemExit(
+            f"env={cfg.env!r} has no expert(), and data_mix or expert_episodes ask for one: "
+            "set data_mix={'random': 1.0} and expert_episodes=0, or write an expert()."
+        )
+    return make_env
+
+
+def open_base(cfg):
+    """Load the base model -> (net, processor). model='scratch' also trains a tokenizer on questions."""
+    torch.manual_seed(int(stream(cfg, INIT).integers(2**31)))
+    texts = ()
+    if cfg.model == "scratch":
+        from pretrain.questions import corpus
+
+        readings = [make(name) for name in reading_names(cfg.env)]
+        texts = corpus(20_000, readings=readings)
+    return load_base(cfg, texts)
+
+
+# ---- ranks ----
 
 
 def join_ranks(cfg):
-    """The process group and each rank's device. Keys count for all ranks together (but micro_batch and cache_mb, a device's own), so that a config means the same on one GPU and on eight. Without torchrun: nothing."""
+    """Join the process group under torchrun; without torchrun do nothing.
+
+    Keys count for all ranks together, so that a config means the same on one GPU and on eight.
+    Only micro_batch and vision_cache_mb are per device.
+    """
     if WORLD == 1:
         if cfg.shard:
-            raise SystemExit("shard=True spreads a model over several ranks: start it as torchrun --nproc_per_node=2 train.py ..., or leave shard out.")
+            raise SystemExit(
+                "shard=True spreads a model over several ranks: start it as "
+                "torchrun --nproc_per_node=2 train.py ..., or leave shard out."
+            )
         return
-    if cfg.batch_size % WORLD:
-        raise SystemExit(f"batch_size={cfg.batch_size} windows cannot be dealt evenly to {WORLD} ranks: set a multiple of {WORLD}.")
-    for key in ("eval_episodes",) + ("num_envs", "rollout_episodes") * (cfg.online_updates > 0):
-        if getattr(cfg, key) < WORLD:
-            raise SystemExit(f"{key}={getattr(cfg, key)} is too few for {WORLD} ranks, which share them: set at least {WORLD}.")
-    if cfg.device != 'cpu' and torch.cuda.is_available():
-        if LOCAL_RANK >= torch.cuda.device_count():
-            raise SystemExit(f"torchrun started more ranks on this machine than it has GPUs: --nproc_per_node={torch.cuda.device_count()}.")
+    check_ranks(cfg)
+    if cfg.device != "cpu" and torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if LOCAL_RANK >= gpus:
+            raise SystemExit(
+                f"torchrun started more ranks on this machine than it has GPUs: use --nproc_per_node={gpus}."
+            )
         torch.cuda.set_device(LOCAL_RANK)
     if not dist.is_initialized():
-        dist.init_process_group(timeout=datetime.timedelta(minutes=30))               # NCCL for tensors on GPUs, gloo for others
+        # NCCL for tensors on GPUs, gloo for others
+        dist.init_process_group(timeout=datetime.timedelta(minutes=TIMEOUT_MINUTES))
 
 
-def all_sum(tensors):
-    """Sum each tensor over the ranks, in place, all in one message. No DDP around the net: the loss divides by counts over the whole update, so gradients are to be summed
-    and not averaged, and once an update, not in each of its backward passes; the forward passes are not one call; and adapters are a few MB, nothing worth hiding behind the backward pass."""
+def check_ranks(cfg):
+    """End with one sentence if the settings cannot be divided among the ranks."""
+    if cfg.batch_size % WORLD:
+        raise SystemExit(
+            f"batch_size={cfg.batch_size} windows cannot be divided evenly among {WORLD} ranks: "
+            f"set a multiple of {WORLD}."
+        )
+    shared = ["eval_episodes"]
+    if cfg.online_updates > 0:
+        shared += ["num_envs", "rollout_episodes"]
+    for key in shared:
+        value = getattr(cfg, key)
+        if value < WORLD:
+            raise SystemExit(
+                f"{key}={value} is too few for {WORLD} ranks, which share them: set at least {WORLD}."
+            )
+
+
+def sum_over_ranks(tensors):
+    """Sum each tensor over the ranks, in place, in one message.
+
+    This is how several GPUs agree on a gradient. There is no DDP around the network: the loss divides by
+    counts over the whole update, so gradients are summed and not averaged, once per update and not once per
+    backward pass. Adapters are a few MB.
+    """
+    if WORLD == 1:
+        return
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
-    for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+    sizes = [t.numel() for t in tensors]
+    for t, total in zip(tensors, flat.split(sizes)):
         t.copy_(total.view_as(t))
 
 
-def lr_at(step, cfg):
-    """Factor on the learning rates: linear warm-up, then a cosine down to min_lr over both phases; a function of the global step alone."""
-    if step < cfg.warmup_updates:
-        return (step + 1) / cfg.warmup_updates
-    done = (step - cfg.warmup_updates) / max(1, cfg.offline_updates + cfg.online_updates - cfg.warmup_updates)
-    return cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+def check_ranks_agree(data, vlm):
+    """End with one sentence if the ranks hold different data or weights."""
+    sums = []
+    if WORLD > 1:
+        for p in vlm.parameters():
+            # a sharded weight is a DTensor and not a plain Parameter
+            if type(p) is torch.nn.Parameter:
+                sums.append(float(p.detach().sum(dtype=torch.float64)))
+    own = (len(data), sums)
+    if any(other != own for other in gather(own)):
+        raise SystemExit(
+            "The ranks do not hold the same data and weights: give all machines the same model, data and "
+            "versions; the last checkpoint is still there."
+        )
+
+
+# ---- the run folder ----
+
+
+def existing_files(cfg):
+    """List what is in out_dir of an earlier run."""
+    if not os.path.isdir(cfg.out_dir):
+        return []
+    shards = [name for name in os.listdir(cfg.out_dir) if re.fullmatch(r"replay-\d+", name)]
+    names = [*RUN_FILES, *sorted(shards)]
+    return [name for name in names if os.path.exists(in_run(cfg, name))]
 
 
 def open_run(cfg):
-    """Make out_dir, or refuse: a run that stands there is neither mixed with nor lost."""
-    shards = sorted(name for name in os.listdir(cfg.out_dir) if re.fullmatch(r"replay-\d+", name)) if os.path.isdir(cfg.out_dir) else []
-    there = [name for name in (*OURS, *shards) if os.path.exists(os.path.join(cfg.out_dir, name))]
-    if cfg.resume:
-        if not latest_checkpoint(cfg.out_dir, must=False):
-            raise SystemExit(f"out_dir={cfg.out_dir!r} has no checkpoint to resume from: start without --resume.")
-        with open(os.path.join(cfg.out_dir, "config.json")) as f:
-            old = json.load(f)
-        free = ("out_dir", "resume", "overwrite", "stop_at", "log_interval", "eval_interval", "device", "eval_episodes", "shard",
-                *["online_updates"] * (cfg.online_updates > old["online_updates"] > 0))    # without an online phase the table at the end is the offline one
-        changed = [k for k, v in json.loads(json.dumps(vars(cfg))).items() if k not in free and old.get(k) != v]
-        if changed:
-            k = changed[0]
-            raise SystemExit(f"{k}={getattr(cfg, k)!r} but the run in {cfg.out_dir!r} has {k}={old.get(k)!r}: resume with the same settings, or start a new out_dir.")
-    elif there and not cfg.overwrite:
-        raise SystemExit(f"out_dir={cfg.out_dir!r} already holds a run ({there[0]}): --resume=True goes on with it, --overwrite=True deletes it, another --out_dir keeps it.")
-    else:
-        for name in there:
-            path = os.path.join(cfg.out_dir, name)
-            for key in ("data", "model"):
-                if getattr(cfg, key) and (os.path.realpath(getattr(cfg, key)) + os.sep).startswith(os.path.realpath(path) + os.sep):
-                    raise SystemExit(f"{key}={getattr(cfg, key)!r} lies in the run that overwrite would delete: move it, or choose another out_dir.")
-        for name in there:
-            path = os.path.join(cfg.out_dir, name)
-            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-    os.makedirs(cfg.out_dir, exist_ok=True)
+    """Make out_dir, or refuse with one sentence: two runs are never mixed, and no run is lost."""
+    if RANK == 0:
+        found = existing_files(cfg)
+        if cfg.resume:
+            check_resume(cfg)
+        elif found and not cfg.overwrite:
+            raise SystemExit(
+                f"out_dir={cfg.out_dir!r} already holds a run ({found[0]}): --resume=True continues it, "
+                "--overwrite=True deletes it, another --out_dir keeps it."
+            )
+        else:
+            delete_run(cfg, found)
+        os.makedirs(cfg.out_dir, exist_ok=True)
+    if WORLD > 1:
+        dist.barrier()
 
 
-def open_replay(cfg, shape, saved=()):
-    """This rank's shard of what the agent played: out_dir/replay, replay-1, ... saved: how many rows of each the checkpoint knows. Where the number of ranks has
-    changed, rank k % WORLD takes in what rank k had, and a new rank copies another's. It writes to its own folder only, behind the checkpoint's rows: a crash before the next one loses nothing."""
-    folder = lambda k: os.path.join(cfg.out_dir, f"replay-{k}" if k else "replay")
-    replay = Buffer(folder(RANK), create=True, shape=shape)
-    replay.rewind(saved[RANK] if RANK < len(saved) else 0)
-    for k in range(RANK + WORLD, len(saved), WORLD) if RANK < len(saved) else [RANK % len(saved)] if saved else []:
-        other = Buffer(folder(k), create=True)
-        for name, turns in other.episodes.items():
-            if turns[-1] < saved[k] and name not in replay.episodes:
-                rows = [other.rows[i] for i in turns]
-                replay.append(rows, {image: other.image(image) for row in rows for image in row["images_file_names"]})
+def check_resume(cfg):
+    """End with one sentence if out_dir has no checkpoint, or if a setting differs from the run's."""
+    if not latest_checkpoint(cfg.out_dir, must=False):
+        raise SystemExit(
+            f"out_dir={cfg.out_dir!r} has no checkpoint to resume from: start without --resume."
+        )
+    old = read_run_config(cfg.out_dir)
+    free = list(FREE_KEYS)
+    # A finished run can be made longer. Without an online phase it cannot: its table is the offline one.
+    if cfg.online_updates > old.online_updates > 0:
+        free.append("online_updates")
+    for key, value in json.loads(json.dumps(vars(cfg))).items():
+        before = getattr(old, key)
+        same = value == before or key == "model" and value == f"bases/{before}"
+        if key not in free and not same:
+            raise SystemExit(
+                f"{key}={getattr(cfg, key)!r} but the run in {cfg.out_dir!r} has {key}={before!r}: "
+                "resume with the same settings, or start a new out_dir."
+            )
+
+
+def delete_run(cfg, found):
+    """Delete an earlier run's files, unless data or model of the new run are among them."""
+    for name in found:
+        inside = os.path.realpath(in_run(cfg, name)) + os.sep
+        for key in ("data", "model"):
+            value = getattr(cfg, key)
+            if value and (os.path.realpath(value) + os.sep).startswith(inside):
+                raise SystemExit(
+                    f"{key}={value!r} is in the run that overwrite would delete: "
+                    "move it, or choose another out_dir."
+                )
+    for name in found:
+        path = in_run(cfg, name)
+        if os.path.isdir(path):
+            shutil.rmtree(path)
+        else:
+            os.remove(path)
+
+
+def git_commit():
+    """Get the commit of this code, 'unknown' without git."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        out = subprocess.run(command, cwd=here, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return out.stdout.strip() or "unknown"
+
+
+def describe(cfg, argv, vlm, data, start):
+    """Print what is about to run, and write config.json and meta.json."""
+    if RANK > 0:
+        return
+    meta = dict(
+        argv=argv,
+        commit=git_commit(),
+        ranks=WORLD,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        numpy=np.__version__,
+        threads=torch.get_num_threads(),
+    )
+    write_json(in_run(cfg, "config.json"), vars(cfg))
+    write_json(in_run(cfg, "meta.json"), meta)
+
+    actor, critic = trained_parameters(vlm)
+    trained = f"{count(actor):,} trained"
+    if vlm.lora:
+        layers = sorted({path.rpartition(".")[2] for path in vlm.lora})
+        trained += f" by LoRA r={cfg.lora_r} on {len(vlm.lora)} layers ({', '.join(layers)})"
+    precision = "bfloat16 autocast" if vlm.bf16 else "float32"
+    print(
+        f"model    {cfg.model}: {count(vlm.net.parameters()):,} parameters, {trained}; "
+        f"{len(vlm.heads)} x Q head {count(critic):,}, {precision} on {vlm.device}"
+    )
+    stats = data.stats()
+    print(
+        f"data     {data.folder}: {stats['episodes']} episodes, {stats['turns']} turns; "
+        f"goal reached {100 * stats['success']:.1f} %, "
+        f"summed reward > 0 {100 * stats['success_return']:.1f} %, "
+        f"return {stats['episode_return']:.2f}, valid {100 * stats['valid']:.1f} %; "
+        f"lowest discounted return {data.lowest_return(cfg.gamma):.2f}"
+    )
+    schedule = f"{cfg.offline_updates} offline + {cfg.online_updates} online updates"
+    if WORLD > 1:
+        schedule += f" on {WORLD} ranks"
+    if start:
+        schedule += f", resumed at {start}"
+    print(
+        f"schedule {schedule}, {cfg.batch_size} windows x {cfg.window} turns each; "
+        f"seed {cfg.seed}, commit {meta['commit'][:8]}"
+    )
+
+
+def count(params):
+    """Count the numbers in some tensors."""
+    return sum(p.numel() for p in params)
+
+
+# ---- data: what was recorded, and what the agent plays ----
+
+
+def reward_for_critic(cfg):
+    """Make the function from a recorded reward to the one that the critic learns from."""
+
+    def clipped(reward):
+        return clip_reward(reward, cfg)
+
+    return clipped
+
+
+def given_data(cfg):
+    """Open the folder of episodes that cfg.data names; None if it names none."""
+    if not cfg.data:
+        return None
+    return Buffer(cfg.data, reward_fn=reward_for_critic(cfg))
+
+
+def scripted_data(cfg, make_env):
+    """Open out_dir/data, where the play of scripted players is recorded once."""
+    folder = in_run(cfg, "data")
+    complete = os.path.join(folder, "complete")
+    if not os.path.exists(complete) and (RANK == 0 or cfg.dry_run):
+        # without the marker it is what an interrupted start has left
+        shutil.rmtree(folder, ignore_errors=True)
+        record_data(cfg, make_env, Buffer(folder, create=True))
+        with open(complete, "w"):
+            pass
+    # The other ranks wait here. A barrier would time out where recording takes hours.
+    while not os.path.exists(complete):
+        time.sleep(0.2)
+    return Buffer(folder, reward_fn=reward_for_critic(cfg))
+
+
+def first_value(cfg, data):
+    """Choose the value of an untrained Q head: q_init, or the lowest discounted return in the data.
+
+    Tokens that no data shows keep it. A value above their true return would make them look good.
+    """
+    if cfg.q_init is None:
+        return data.lowest_return(cfg.gamma)
+    return cfg.q_init
+
+
+def record_data(cfg, make_env, buffer):
+    """Record data_episodes episodes of scripted players, on training starts."""
+    seeds = stream(cfg, DATA, 0).integers(2**31, size=cfg.data_episodes)
+    act = scripted_agent(cfg.data_mix, stream(cfg, DATA, 1), cfg.expert_episodes)
+    words = dict(split="train", prefix="data-", bar="recording data")
+    record(play(make_env, act, seeds.tolist(), **words), buffer)
+
+
+def replay_folder(cfg, rank):
+    """Name a rank's folder of own play: replay, replay-1, replay-2, ..."""
+    return in_run(cfg, f"replay-{rank}" if rank else "replay")
+
+
+def open_replay(cfg, rows):
+    """Open this rank's own play, as the checkpoint knows it.
+
+    rows: how many rows each rank's folder had at the checkpoint; later ones are played again.
+    Where the number of ranks has changed, rank k % WORLD takes in what rank k had, and a new rank copies
+    another's. A rank writes to its own folder only and behind the checkpoint's rows, so a crash before the
+    next checkpoint loses nothing.
+    """
+
+    replay = Buffer(replay_folder(cfg, RANK), create=True, reward_fn=reward_for_critic(cfg))
+    replay.rewind(rows[RANK] if RANK < len(rows) else 0)
+    others = []
+    if RANK < len(rows):
+        others = range(RANK + WORLD, len(rows), WORLD)
+    elif rows:
+        others = [RANK % len(rows)]
+    for rank in others:
+        take_in(replay, Buffer(replay_folder(cfg, rank), create=True), rows[rank])
     return replay
 
 
+def take_in(replay, other, limit):
+    """Copy the episodes among the first `limit` rows of another rank's play that are not there yet."""
+    for name, turns in other.episodes.items():
+        if turns[-1] >= limit or name in replay.episodes:
+            continue
+        rows = [other.rows[i] for i in turns]
+        images = {}
+        for row in rows:
+            for image in row["images_file_names"]:
+                images[image] = other.image(image)
+        replay.append(rows, images)
+
+
+def rollout(cfg, step, vlm, make_env, replay):
+    """Play rollout_episodes with the present policy, append them to the replay -> numbers for the log."""
+    seeds = stream(cfg, ROLLOUT, step).integers(2**31, size=cfg.rollout_episodes).tolist()
+    generator = torch.Generator(vlm.device).manual_seed(seeds[RANK])
+    act = model_agent(vlm, cfg.max_new_tokens, 1.0, generator, cfg.q_weight)
+    if cfg.explore:
+        act = exploring_agent(act, cfg.explore, np.random.default_rng(seeds[RANK]))
+    own = dict(split="train", prefix=f"{step}-", share=(RANK, WORLD))
+    played = list(play(make_env, act, seeds, cfg.num_envs // WORLD, **own))
+    vlm.finish()
+    record(played, replay)
+    if not len(replay):
+        # its browsers died, those of the other ranks did not
+        print(f"Rank {RANK} has no episode of its own yet: it learns from recorded ones.")
+    return logged("rollout", episode_summary(gather_episodes(played)))
+
+
+def draw_windows(cfg, step, data, replay):
+    """Draw this rank's windows of an update -> list of (buffer, window).
+
+    All ranks draw the same recorded windows and each takes its share. Own play comes from the rank's own
+    replay.
+    """
+    online = step >= cfg.offline_updates
+    rng = stream(cfg, SAMPLE, step)
+    # what is random inside the network, such as a dropout that you add, depends on (seed, step, rank) alone
+    torch.manual_seed(int(rng.integers(2**31)) + RANK)
+
+    n_recorded = round(cfg.batch_size * cfg.offline_ratio) if online else cfg.batch_size
+    windows = []
+    if n_recorded:
+        drawn = data.sample(rng, n_recorded, cfg.window, cfg.won_share)
+        windows = [(data, window) for window in drawn[RANK::WORLD]]
+
+    n_own = cfg.batch_size // WORLD - len(windows)
+    if n_own:
+        own = data
+        latest = 0
+        if len(replay):
+            own = replay
+            latest = math.ceil(cfg.replay_episodes / WORLD)
+        if RANK:
+            rng = stream(cfg, SAMPLE, step, RANK)
+        drawn = own.sample(rng, n_own, cfg.window, cfg.won_share, latest)
+        windows += [(own, window) for window in drawn]
+
+    # micro-batches of similar length need less padding
+    if len(windows) > cfg.micro_batch:
+        windows.sort(key=prompt_length)
+    return windows
+
+
+def prompt_length(part):
+    """Count the characters of the longest prompt in a (buffer, window)."""
+    buffer, window = part
+    return max(len(buffer.prompt_text(row)) for row in window)
+
+
+# ---- the update ----
+
+
+def lr_at(step, cfg):
+    """Compute the factor on the learning rates: linear warm-up, then a cosine down to min_lr."""
+    if step < cfg.warmup_updates:
+        return (step + 1) / cfg.warmup_updates
+    total = cfg.offline_updates + cfg.online_updates
+    done = (step - cfg.warmup_updates) / max(1, total - cfg.warmup_updates)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return cfg.min_lr + (1 - cfg.min_lr) * cosine
+
+
+def trained_parameters(vlm):
+    """List the parameters of the actor (adapters, or all weights) and of the critics."""
+    actor = [p for p in vlm.net.parameters() if p.requires_grad]
+    return actor, list(vlm.heads.parameters())
+
+
+def make_optimizer(vlm, cfg):
+    """Make AdamW with a group for the actor and one for the critics; LoRA has no weight decay."""
+    actor, critic = trained_parameters(vlm)
+    groups = [dict(params=actor, lr=cfg.lr, base=cfg.lr)]
+    if critic:
+        groups.append(dict(params=critic, lr=cfg.critic_lr, base=cfg.critic_lr))
+    decay = 0.0 if cfg.lora_r else 0.01
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=decay)
+
+
+def autocast(vlm):
+    """Make the context in which the loss is computed: bfloat16 autocast, or nothing."""
+    return torch.autocast(vlm.device.type, torch.bfloat16, enabled=vlm.bf16)
+
+
+def count_tokens(batches):
+    """Count the reply tokens of an update, and those whose target is known, over all ranks."""
+    tokens = sum(b["mask"].sum() for b in batches)
+    critic_tokens = 0
+    for b in batches:
+        known = (b["terminated"] > 0) | (b["next"] >= 0)
+        critic_tokens = critic_tokens + (b["mask"] * known[:, None]).sum()
+    sum_over_ranks([tokens, critic_tokens])
+    return tokens, critic_tokens
+
+
+def update(cfg, step, vlm, optimizer, windows, quantile):
+    """Make one optimizer step on the windows -> (infos of the micro-batches, {grad_norm, lr})."""
+    batches = []
+    for i in range(0, len(windows), cfg.micro_batch):
+        parts = [(buffer, [window]) for buffer, window in windows[i : i + cfg.micro_batch]]
+        batches.append(make_batch(parts, vlm, envs.MARKER, cfg.gamma))
+    # the loss divides by the tokens of the whole update, so gradients do not depend on how it is split
+    tokens, critic_tokens = count_tokens(batches)
+
+    # determine and set the learning rate for this update
+    for group in optimizer.param_groups:
+        group["lr"] = group["base"] * lr_at(step, cfg)
+
+    # forward and backward, one micro-batch at a time
+    vlm.train()
+    warm = step < cfg.filter_warmup
+    infos = []
+    for b in batches:
+        with autocast(vlm):
+            loss, info = compute_loss(vlm, b, cfg, warm, quantile, tokens, critic_tokens)
+        loss.backward()
+        infos.append(info)
+
+    # sum the gradients over the ranks, clip them, step
+    actor, critic = trained_parameters(vlm)
+    params = actor + critic
+    sum_gradients(params, infos)
+    norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
+    if not torch.isfinite(norm):
+        raise SystemExit(
+            f"The gradient is not finite at update {step + 1}: lower lr or critic_lr; "
+            "the last checkpoint is still there."
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    vlm.update_target(cfg.target_tau)
+    return infos, dict(grad_norm=float(norm), lr=optimizer.param_groups[0]["lr"])
+
+
+def sum_gradients(params, infos):
+    """Sum gradients and logged sums over the ranks, in place."""
+    if WORLD == 1:
+        return
+    for p in params:
+        # no window of this rank used it, a text without pictures for one
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    sums = [value for info in infos for value in info.values()]
+    sum_over_ranks([p.grad for p in params] + sums)
+
+
+# ---- checkpoints ----
+
+
 def save_checkpoint(cfg, step, vlm, optimizer, replay_rows):
-    """Written aside and renamed: a crash leaves the old one or the new one."""
-    ckpt = os.path.join(cfg.out_dir, "ckpt")
+    """Write a checkpoint aside and rename it: a crash leaves the old one or the new one."""
+    if RANK > 0:
+        return
+    ckpt = in_run(cfg, "ckpt")
     shutil.rmtree(ckpt + ".tmp", ignore_errors=True)
     vlm.save(ckpt + ".tmp")
     torch.save(optimizer.state_dict(), os.path.join(ckpt + ".tmp", "optimizer.pt"))
+    state = dict(step=step, replay_rows=replay_rows)
     with open(os.path.join(ckpt + ".tmp", "state.json"), "w") as f:
-        json.dump(dict(step=step, replay_rows=replay_rows), f)
+        json.dump(state, f)
     if os.path.exists(ckpt):
         shutil.rmtree(ckpt + ".old", ignore_errors=True)
         os.rename(ckpt, ckpt + ".old")
@@ -196,233 +669,260 @@ def save_checkpoint(cfg, step, vlm, optimizer, replay_rows):
     shutil.rmtree(ckpt + ".old", ignore_errors=True)
 
 
-def git_commit():
+def restore(cfg, vlm, optimizer):
+    """Load the last checkpoint into vlm and optimizer if cfg.resume -> (first update, replay)."""
+    if not cfg.resume:
+        return 0, open_replay(cfg, [])
+    ckpt = latest_checkpoint(cfg.out_dir)
+    vlm.load(ckpt)
+    moments = torch.load(os.path.join(ckpt, "optimizer.pt"), map_location=vlm.device, weights_only=True)
+    optimizer.load_state_dict(moments)
+    with open(os.path.join(ckpt, "state.json")) as f:
+        state = json.load(f)
+    if RANK == 0:
+        rewind_metrics(cfg, state["step"])
+    rows = np.atleast_1d(state["replay_rows"]).tolist()
+    return state["step"], open_replay(cfg, rows)
+
+
+def rewind_metrics(cfg, step):
+    """Drop the lines of metrics.jsonl behind a checkpoint: they will come again."""
+    file = in_run(cfg, "metrics.jsonl")
+    with open(file) as f:
+        lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with open(file, "w") as f:
+        f.writelines(lines)
+
+
+# ---- logs and evaluations ----
+
+
+@contextlib.contextmanager
+def timed(clock, name):
+    """Add the seconds of a with block to clock[name]."""
+    began = time.time()
+    yield
+    clock[name] += time.time() - began
+
+
+def logged(part, summary):
+    """Pick the numbers of an episode_summary that go into metrics.jsonl, as {'rollout/success': ...}."""
+    row = {}
+    for key in ("success", "success_return", "episode_return", "valid", "turns"):
+        row[f"{part}/{key}"] = summary[key]
+    for env, one in summary.get("by_env", {}).items():
+        row[f"{part}/{env}/success"] = one["success"]
+    return row
+
+
+def start_wandb(cfg):
+    """Start Weights & Biases if its own environment variable WANDB_PROJECT is set -> the module or None."""
+    if RANK > 0 or not os.environ.get("WANDB_PROJECT"):
+        return None
     try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True).stdout.strip() or "unknown"
-    except OSError:
-        return "unknown"
+        import wandb
+    except ImportError:
+        raise SystemExit(
+            "WANDB_PROJECT is set, which needs the package wandb: pip install wandb, or unset it."
+        )
+    wandb.init(config=vars(cfg), dir=cfg.out_dir)
+    return wandb
+
+
+def log(cfg, done, numbers, clock, wandb):
+    """Append a row to metrics.jsonl, and to Weights & Biases if it runs; print some rows on the console."""
+    if RANK > 0:
+        return
+    row = dict(step=done, phase="online" if done > cfg.offline_updates else "offline")
+    row |= numbers
+    for name, seconds in clock.items():
+        row[f"time/{name}"] = round(seconds, 2)
+    with open(in_run(cfg, "metrics.jsonl"), "a") as f:
+        f.write(json.dumps(row) + "\n")
+    if wandb:
+        wandb.log(row, step=done)
+    played = "rollout/success" in row or "eval/success" in row
+    if played or done % (5 * cfg.log_interval) == 0:
+        tqdm.write(console_line(row, clock))
+
+
+def console_line(row, clock):
+    """Format a row of metrics for the console."""
+    columns = (
+        ("td_error", "td", 1, "7.3f"),
+        ("v_mean", "V", 1, "7.3f"),
+        ("pass_action", "pass", 100, "4.0f"),
+        ("pass_syntax", "syntax", 100, "4.0f"),
+        ("rollout/success", "| played", 100, "5.1f"),
+        ("rollout/success_return", "clean", 100, "5.1f"),
+        ("eval/success", "| eval", 100, "5.1f"),
+        ("eval/success_return", "clean", 100, "5.1f"),
+        ("eval/valid", "valid", 100, "5.1f"),
+    )
+    line = f"{row['step']:6d} {row['phase']:7s} nll {row['nll']:.3f}"
+    for key, name, scale, form in columns:
+        if key in row:
+            line += f" {name} {scale * row[key]:{form}}"
+    seconds = " ".join(f"{name} {value:.0f}" for name, value in clock.items())
+    return f"{line}  | s {seconds}"
+
+
+def look(cfg, done, vlm, make_env):
+    """Evaluate where it is due -> numbers for the log.
+
+    A short evaluation goes with every checkpoint. A full one after the offline phase shows what the recorded
+    data alone gave; it is written to eval_offline.json.
+    """
+    numbers = {}
+    total = cfg.offline_updates + cfg.online_updates
+    if checkpoint_due(cfg, done) and done < total:
+        episodes = min(QUICK_EPISODES, cfg.eval_episodes)
+        numbers = logged("eval", evaluate_policy(vlm, make_env, cfg, episodes))
+    if done == cfg.offline_updates and done < total:
+        only = ("greedy", "sampled")
+        results = full_evaluation(vlm, make_env, cfg, only=only, prefix="offline, ")
+        if RANK == 0:
+            write_json(in_run(cfg, "eval_offline.json"), results)
+    return numbers
+
+
+def checkpoint_due(cfg, done):
+    """Tell whether a checkpoint is due after `done` updates."""
+    return cfg.eval_interval > 0 and done % cfg.eval_interval == 0
+
+
+def progress(start, total):
+    """Count the updates from start to total, with a bar on rank 0."""
+    silent = None if RANK == 0 else True
+    return tqdm(range(start, total), initial=start, total=total, disable=silent, desc="updates")
+
+
+def finish(cfg, argv, vlm, make_env, data, clock):
+    """Evaluate the trained agent, write eval.json, print the table."""
+    with timed(clock, "eval"):
+        results = full_evaluation(vlm, make_env, cfg)
+    results = offline_results(cfg.out_dir) | results
+    if RANK > 0:
+        return
+    content = dict(checkpoint=in_run(cfg, "ckpt"), argv=argv, seed=cfg.seed, q_weight=cfg.q_weight)
+    content["results"] = results
+    write_json(in_run(cfg, "eval.json"), content)
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in clock.items())
+    starts = "held-out starts" if make_env().split else "starts that training also draws"
+    print(
+        f"\n{cfg.env}, {cfg.actor_loss}, seed {cfg.seed}: {sum(clock.values()):.0f} s ({seconds}); "
+        f"{starts}, Wilson 95 % intervals"
+    )
+    print(format_table({"the recorded data": recorded_summary(data.stats()), **results}))
+    if not vlm.lora:
+        # all weights were trained: a model folder to share, two bytes a weight
+        vlm.net.half().save_pretrained(in_run(cfg, "model"))
+        vlm.processor.save_pretrained(in_run(cfg, "model"))
+
+
+def measure(cfg, argv, base, make_env, data):
+    """Print the peak memory of an update and of a rollout, leaving nothing behind -> {part: bytes}."""
+    from extras.memory import measure_memory
+
+    with tempfile.TemporaryDirectory() as folder:
+        cfg.out_dir = folder
+        cfg.data_episodes = min(cfg.data_episodes, 64)
+        data = data or scripted_data(cfg, make_env)
+        vlm = build(cfg, base, first_value(cfg, data))
+        optimizer = make_optimizer(vlm, cfg)
+        describe(cfg, argv, vlm, data, 0)
+        cfg.batch_size = cfg.batch_size // WORLD
+        cfg.num_envs = max(1, cfg.num_envs // WORLD)
+        with contextlib.redirect_stdout(sys.stdout if RANK == 0 else None):
+            return measure_memory(vlm, optimizer, data, cfg, lambda: autocast(vlm))
+
+
+# ---- the story ----
 
 
 def main(argv):
-    cfg = configure(__file__, argv, quiet=RANK > 0)
-    check_config(cfg)
-    join_ranks(cfg)
-    say = print if RANK == 0 else lambda *text: None                       # of what all ranks know
+    """Train as the settings say: play, learn, look, log, save."""
+    # what can fail because of a user's mistake comes first, before anything is written
+    cfg = settings(argv)
+    make_env = checked_env(cfg)
+    base = open_base(cfg)
+    data = given_data(cfg)
     if cfg.dry_run:
-        nowhere = tempfile.TemporaryDirectory()                            # gone with this function
-        cfg.out_dir, cfg.data_episodes = nowhere.name, min(cfg.data_episodes, 64)
-    make_env = env_factory(cfg)
-    try:
-        make_env()
-    except ValueError as e:
-        raise SystemExit(str(e))
-    rng = lambda *what: np.random.default_rng([cfg.seed, *what])          # what: (purpose, step); streams never meet
-    DATA, SAMPLE, ROLLOUT, INIT = range(4)
-    path = lambda name: os.path.join(cfg.out_dir, name)
-    torch.manual_seed(int(rng(INIT).integers(2 ** 31)))
-    texts = ()
-    if cfg.model == 'scratch':
-        from pretrain.questions import corpus               # what its tokenizer is made of
-        texts = corpus(20_000, readings=[make(name) for name in reading_names(cfg.env)])
-    base = load_base(cfg, texts)                                           # what can fail by a user's mistake comes before anything is written
-    shape = lambda reward: clip_reward(reward, cfg)
-    offline = Buffer(cfg.data, shape=shape) if cfg.data else None
-    if RANK == 0 or cfg.dry_run:
-        open_run(cfg)
-    if WORLD > 1:
-        dist.barrier()
+        return measure(cfg, argv, base, make_env, data)
+    open_run(cfg)
 
-    # -- data: what was recorded (offline), what the agent plays itself (replay)
-    if not cfg.data and not os.path.exists(path("data/complete")):
-        if RANK == 0 or cfg.dry_run:
-            shutil.rmtree(path("data"), ignore_errors=True)
-            seeds = rng(DATA, 0).integers(2 ** 31, size=cfg.data_episodes).tolist()
-            record(play(make_env, scripted_agent(cfg.data_mix, rng(DATA, 1), cfg.expert_episodes), seeds, split="train", prefix="data-", bar="recording data"), Buffer(path("data"), create=True))
-            open(path("data/complete"), "w").close()
-        while not os.path.exists(path("data/complete")):                   # the other ranks; no barrier, which would time out where recording takes hours
-            time.sleep(0.2)
-    offline = offline or Buffer(path("data"), shape=shape)
-    stats = offline.stats()
-    lowest, quantile = offline.lowest_return(cfg.gamma), offline.return_quantile(FBC_QUANTILE)
+    # recorded play; adapters and critics on the base; the last checkpoint of a resumed run
+    data = data or scripted_data(cfg, make_env)
+    vlm = build(cfg, base, first_value(cfg, data))
+    optimizer = make_optimizer(vlm, cfg)
+    start, replay = restore(cfg, vlm, optimizer)
+    check_ranks_agree(data, vlm)
+    describe(cfg, argv, vlm, data, start)
+    wandb = start_wandb(cfg)
 
-    # -- model
-    vlm = build(cfg, base, lowest if cfg.q_init is None else cfg.q_init)
-    actor, critic = [p for p in vlm.net.parameters() if p.requires_grad], list(vlm.heads.parameters())
-    optimizer = torch.optim.AdamW([dict(params=actor, lr=cfg.lr, base=cfg.lr), dict(params=critic, lr=cfg.critic_lr, base=cfg.critic_lr)][:2 if critic else 1], betas=(0.9, 0.99), weight_decay=0.0 if cfg.lora_r else 0.01)
-    autocast = lambda: torch.autocast(vlm.device.type, torch.bfloat16, enabled=vlm.bf16)
-
-    start, saved = 0, ()
-    if cfg.resume:
-        ckpt = latest_checkpoint(cfg.out_dir)
-        vlm.load(ckpt)
-        optimizer.load_state_dict(torch.load(os.path.join(ckpt, "optimizer.pt"), map_location=vlm.device, weights_only=True))
-        with open(os.path.join(ckpt, "state.json")) as f:
-            state = json.load(f)
-        start, saved = state["step"], np.atleast_1d(state["replay_rows"]).tolist()
-        if RANK == 0:
-            with open(path("metrics.jsonl")) as f:                         # what was logged behind the checkpoint will come again
-                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= start]
-            with open(path("metrics.jsonl"), "w") as f:
-                f.writelines(kept)
-    replay = open_replay(cfg, shape, saved)
-    def agree():                                                           # sums of all weights but the sharded ones, which are not `Parameter`s
-        sums = [float(p.detach().sum(dtype=torch.float64)) for p in vlm.parameters() if type(p) is torch.nn.Parameter] if WORLD > 1 else []
-        if any(other != (len(offline), sums) for other in gather((len(offline), sums))):
-            raise SystemExit("The ranks do not hold the same data and weights: give all machines the same model, data and versions; the last checkpoint stands.")
-    agree()
-
-    # -- the derived facts
     total = cfg.offline_updates + cfg.online_updates
-    count = lambda params: sum(p.numel() for p in params)
-    kinds = {p.rpartition(".")[2] for p in vlm.lora}
-    meta = dict(argv=argv, commit=git_commit(), ranks=WORLD, python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, numpy=np.__version__, threads=torch.get_num_threads())
-    say(f"model    {cfg.model}: {count(vlm.net.parameters()):,} parameters, {count(actor):,} trained" + (f" by LoRA r={cfg.lora_r} on {len(vlm.lora)} layers ({', '.join(sorted(kinds))})" if vlm.lora else " (all weights)")
-          + f"; {len(vlm.heads)} x Q head {count(critic):,}, {'bfloat16 autocast' if vlm.bf16 else 'float32'} on {vlm.device}")
-    say(f"data     {offline.folder}: {stats['episodes']} episodes, {stats['turns']} turns; goal reached {100 * stats['success']:.1f} %, summed reward > 0 {100 * stats['success_return']:.1f} %, "
-          f"return {stats['episode_return']:.2f}, valid {100 * stats['valid']:.1f} %; lowest discounted return {lowest:.2f}")
-    say(f"schedule {cfg.offline_updates} offline + {cfg.online_updates} online updates of {cfg.batch_size} windows x {cfg.window} turns; seed {cfg.seed}, commit {meta['commit'][:8]}"
-          + (f"; {WORLD} ranks" if WORLD > 1 else "") + (f"; resumed at {start}" if start else ""))
-    for name, content in (("config.json", vars(cfg)), ("meta.json", meta)) if RANK == 0 else ():
-        with open(path(name), "w") as f:
-            json.dump(content, f, indent=1)
-    wandb = None
-    if os.environ.get("WANDB_PROJECT") and RANK == 0:
-        try:
-            import wandb
-        except ImportError:
-            raise SystemExit("WANDB_PROJECT is set, which needs the package wandb: pip install wandb, or unset WANDB_PROJECT.")
-        wandb.init(config=vars(cfg), dir=cfg.out_dir)
-
-    if cfg.dry_run:
-        from extras.memory import measure_memory
-        cfg.batch_size, cfg.num_envs = cfg.batch_size // WORLD, max(1, cfg.num_envs // WORLD)
-        with contextlib.redirect_stdout(sys.stdout if RANK == 0 else None):
-            return measure_memory(vlm, optimizer, offline, cfg, autocast)
-
-    # -- the loop
-    clock, infos, vlm_began = dict(rollout=0.0, update=0.0, eval=0.0), [], time.time()
-    def logged(part, s):
-        return {f"{part}/{k}": s[k] for k in ("success", "success_return", "episode_return", "valid", "turns")} | {f"{part}/{env}/success": of["success"] for env, of in s.get("by_env", {}).items()}
-    def timed(name, since): clock[name] += time.time() - since
-
-    for step in tqdm(range(start, total), initial=start, total=total, disable=None if RANK == 0 else True, desc="updates"):
-        online = step >= cfg.offline_updates
+    quantile = data.return_quantile(FBC_QUANTILE)
+    clock = dict(rollout=0.0, update=0.0, eval=0.0)
+    infos = []
+    for step in progress(start, total):
+        online = step - cfg.offline_updates
         extra = {}
-        if online and (step - cfg.offline_updates) % cfg.updates_per_rollout == 0:
-            t = time.time()
-            seeds = rng(ROLLOUT, step).integers(2 ** 31, size=cfg.rollout_episodes).tolist()
-            act = model_agent(vlm, cfg.max_new_tokens, 1.0, torch.Generator(vlm.device).manual_seed(seeds[RANK]), cfg.q_weight)
-            act = exploring_agent(act, cfg.explore, np.random.default_rng(seeds[RANK])) if cfg.explore else act
-            played = list(play(make_env, act, seeds, cfg.num_envs // WORLD, split="train", prefix=f"{step}-", share=(RANK, WORLD)))
-            vlm.finish()
-            record(played, replay)
-            s = episode_summary(gather_episodes(played))
-            if not len(replay):                                            # its browsers died, the other ranks' did not
-                print(f"Rank {RANK} has no episode of its own yet: it learns from recorded ones.")
-            extra = logged("rollout", s)
-            timed("rollout", t)
 
-        t = time.time()
-        draw = rng(SAMPLE, step)
-        torch.manual_seed(int(draw.integers(2 ** 31)) + RANK)              # LoRA dropout, if any
-        n_offline = round(cfg.batch_size * cfg.offline_ratio) if online else cfg.batch_size
-        windows = [(offline, w) for w in offline.sample(draw, n_offline, cfg.window, cfg.won_share)[RANK::WORLD]] if n_offline else []   # all ranks draw the same, each takes its share
-        if n := cfg.batch_size // WORLD - len(windows):
-            own, last = (replay, math.ceil(cfg.replay_episodes / WORLD)) if len(replay) else (offline, 0)
-            windows += [(own, w) for w in own.sample(rng(SAMPLE, step, RANK) if RANK else draw, n, cfg.window, cfg.won_share, last)]
-        if len(windows) > cfg.micro_batch:                                 # like beside like: less padding
-            windows.sort(key=lambda part: max(len(part[0].text(i)) for i in part[1]))
-        micro = [make_batch([(b, [w]) for b, w in windows[i:i + cfg.micro_batch]], vlm, envs.MARKER, cfg.gamma) for i in range(0, len(windows), cfg.micro_batch)]
-        tokens = sum(m["mask"].sum() for m in micro)                       # of the whole update: gradients do not depend on the split
-        critic_tokens = sum((m["mask"] * ((m["terminated"] > 0) | (m["next"] >= 0))[:, None]).sum() for m in micro)
-        if WORLD > 1:
-            all_sum([tokens, critic_tokens])
-        for group in optimizer.param_groups:
-            group["lr"] = group["base"] * lr_at(step, cfg)
-        vlm.train()
-        step_infos = []
-        for m in micro:
-            with autocast():
-                loss, info = compute_loss(vlm, m, cfg, step < cfg.filter_warmup, quantile, tokens, critic_tokens)
-            loss.backward()
-            step_infos.append(info)
-        if WORLD > 1:
-            for p in actor + critic:                                       # one that no window of this rank used, text without pictures for one
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            all_sum([p.grad for p in actor + critic] + [x for info in step_infos for x in info.values()])
-        norm = torch.nn.utils.clip_grad_norm_(actor + critic, cfg.grad_clip)
-        if not torch.isfinite(norm):
-            raise SystemExit(f"The gradient is not finite at update {step + 1}: lower lr or critic_lr; the last checkpoint stands.")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        vlm.update_target(cfg.target_tau)
-        infos = infos + step_infos if RANK == 0 else []                    # who alone logs them
-        timed("update", t)
+        # play: the agent's own episodes, once every updates_per_rollout online updates
+        if online >= 0 and online % cfg.updates_per_rollout == 0:
+            with timed(clock, "rollout"):
+                extra |= rollout(cfg, step, vlm, make_env, replay)
 
+        # learn: one optimizer step on windows of recorded and own play
+        with timed(clock, "update"):
+            windows = draw_windows(cfg, step, data, replay)
+            step_infos, step_row = update(cfg, step, vlm, optimizer, windows, quantile)
+            infos += step_infos
+
+        # look: short evaluations on the way, a full one where the offline phase ends
         done = step + 1
-        last = done == total or done == cfg.stop_at
-        if cfg.eval_interval and done % cfg.eval_interval == 0 and not done == total:
-            t = time.time()
-            s = evaluate_policy(vlm, make_env, min(60, cfg.eval_episodes), cfg.max_new_tokens, seed=cfg.seed, q_weight=cfg.q_weight)
-            extra |= logged("eval", s)
-            timed("eval", t)
-        if done == cfg.offline_updates and done < total:                   # what the recorded data alone gave
-            t = time.time()
-            results = full_evaluation(vlm, make_env, cfg.eval_episodes, cfg.max_new_tokens, seed=cfg.seed, q_weight=cfg.q_weight, only=("greedy", "sampled"), prefix="offline, ")
-            if RANK == 0:
-                with open(path("eval_offline.json"), "w") as f:
-                    json.dump(results, f, indent=1)
-            timed("eval", t)
-        if RANK == 0 and (done % cfg.log_interval == 0 or extra or last):
-            row = dict(step=done, phase="online" if online else "offline", **summarise(infos), grad_norm=float(norm), lr=optimizer.param_groups[0]["lr"], **extra,
-                       **{f"time/{k}": round(v, 2) for k, v in clock.items()})
-            with open(path("metrics.jsonl"), "a") as f:
-                f.write(json.dumps(row) + "\n")
-            if wandb:
-                wandb.log(row, step=done)
+        with timed(clock, "eval"):
+            extra |= look(cfg, done, vlm, make_env)
+
+        # log: a line of metrics.jsonl, now and then one on the console
+        stop = done in (total, cfg.stop_at)
+        if done % cfg.log_interval == 0 or extra or stop:
+            log(cfg, done, summarise(infos) | step_row | extra, clock, wandb)
             infos = []
-            if extra or done % (5 * cfg.log_interval) == 0:
-                show = lambda key, name, scale=1, form="7.3f": f" {name} {scale * row[key]:{form}}" if key in row else ""
-                tqdm.write(f"{done:6d} {row['phase']:7s} nll {row['nll']:.3f}" + show("td_error", "td") + show("v_mean", "V") + show("pass_action", "pass", 100, "4.0f") + show("pass_syntax", "syntax", 100, "4.0f")
-                           + show("rollout/success", "| played", 100, "5.1f") + show("rollout/success_return", "clean", 100, "5.1f") + show("eval/success", "| eval", 100, "5.1f")
-                           + show("eval/success_return", "clean", 100, "5.1f") + show("eval/valid", "valid", 100, "5.1f") + "  | s " + " ".join(f"{k} {v:.0f}" for k, v in clock.items()))
-        if cfg.eval_interval and done % cfg.eval_interval == 0 or last:
-            agree()
-            rows = gather(len(replay))
-            if RANK == 0:
-                save_checkpoint(cfg, done, vlm, optimizer, rows)
-        if done == cfg.stop_at and done < total:
-            say(f"Stopped at update {done} of {total} as stop_at says; go on with --resume=True.")
+
+        # save: a checkpoint, from which the run can be resumed exactly
+        if checkpoint_due(cfg, done) or stop:
+            check_ranks_agree(data, vlm)
+            save_checkpoint(cfg, done, vlm, optimizer, gather(len(replay)))
+        if stop and done < total:
+            say(f"Stopped at update {done} of {total} as stop_at says; continue with --resume=True.")
             return
 
-    # -- how well it went
-    t = time.time()
-    results = offline_results(cfg.out_dir) | full_evaluation(vlm, make_env, cfg.eval_episodes, cfg.max_new_tokens, seed=cfg.seed, q_weight=cfg.q_weight)
-    timed("eval", t)
-    if RANK > 0:
-        return
-    with open(path("eval.json"), "w") as f:
-        json.dump(dict(checkpoint=path("ckpt"), argv=argv, seed=cfg.seed, q_weight=cfg.q_weight, results=results), f, indent=1)
-    print(f"\n{cfg.env}, {cfg.actor_loss}, seed {cfg.seed}: {time.time() - vlm_began:.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in clock.items())}); {'held-out starts' if make_env().split else 'starts that training also draws'}, Wilson 95 % intervals")
-    print(format_table({"the recorded data": recorded_summary(stats), **results}))
-    if not vlm.lora:
-        vlm.net.half().save_pretrained(path("model"))                      # a model folder to share, two bytes a weight
-        vlm.processor.save_pretrained(path("model"))
+    # how well it went
+    finish(cfg, argv, vlm, make_env, data, clock)
 
 
 def launch(argv):
-    """main, and a last word where it ends early."""
+    """Run main, and explain an early end."""
     try:
         main(argv)
     except KeyboardInterrupt:
-        raise SystemExit("\nInterrupted: the last checkpoint stands, go on with --resume=True." if RANK == 0 else 1)
+        if RANK > 0:
+            raise SystemExit(1)
+        raise SystemExit("\nInterrupted: the last checkpoint is there, continue with --resume=True.")
     except SystemExit:
-        time.sleep(15 * (LOCAL_RANK > 0))                                  # what all ranks find wrong is said once: torchrun ends the others when the first has ended
+        # What all ranks find wrong is said once: torchrun ends the others when the first has ended.
+        if LOCAL_RANK > 0:
+            time.sleep(15)
         raise
     except Exception:
         if WORLD > 1:
-            print(f"Rank {RANK} of {WORLD} ends with the error below. If a connection was closed or timed out, another rank has died or did not come within `timeout` minutes: look for its words. "
-                  "The last checkpoint stands, go on with --resume=True.", file=sys.stderr)
+            print(
+                f"Rank {RANK} of {WORLD} ends with the error below. If a connection was closed or timed out, "
+                f"another rank has died or was {TIMEOUT_MINUTES} minutes late: look for its message. "
+                "The last checkpoint is still there, continue with --resume=True.",
+                file=sys.stderr,
+            )
         raise
 
 
