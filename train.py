@@ -8,18 +8,7 @@ Train a vision-language model to act, off-policy: offline on recorded play, then
     torchrun --nproc_per_node=8 train.py config/numberline.py                # the same run on eight GPUs
     python train.py --help                                                   # every key
 """
-import contextlib
-import datetime
-import json
-import math
-import os
-import platform
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
+import contextlib, datetime, functools, json, math, os, platform, re, shutil, subprocess, sys, tempfile, time
 
 import numpy as np
 import torch
@@ -115,19 +104,16 @@ QUICK_EPISODES = 60  # episodes of a short evaluation
 TIMEOUT_MINUTES = 30  # how long a rank waits for the others
 
 # torchrun tells each process its rank, its rank on this machine, and the number of ranks
-RANK = 0
-LOCAL_RANK = 0
-WORLD = 1
-if dist.is_torchelastic_launched():
-    RANK = int(os.environ["RANK"])
-    LOCAL_RANK = int(os.environ["LOCAL_RANK"])
-    WORLD = int(os.environ["WORLD_SIZE"])
+ALONE = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)
+RANK, LOCAL_RANK, WORLD = [
+    int(os.environ[name] if dist.is_torchelastic_launched() else alone) for name, alone in ALONE.items()
+]
 
 
-def say(*text):
+def say(text):
     """Print what all ranks know, once."""
     if RANK == 0:
-        print(*text)
+        print(text)
 
 
 def stream(cfg, *purpose):
@@ -148,7 +134,6 @@ def write_json(file, content):
 
 # ---- settings ----
 
-
 def settings(argv):
     """Read the block above, config files and flags; a mistake ends the run with one sentence."""
     cfg = configure(__file__, argv, quiet=RANK > 0)
@@ -165,17 +150,13 @@ def checked_env(cfg):
     except ValueError as error:
         raise SystemExit(str(error))
     if cfg.online_updates and not env.online:
-        raise SystemExit(
-            f"env={cfg.env!r} asks questions with one right answer and has no online phase: "
-            "set online_updates=0."
-        )
+        raise SystemExit(f"env={cfg.env!r} asks questions with one right answer and has no online phase: set "
+                         "online_updates=0.")
     players = {name for name, share in cfg.data_mix.items() if share > 0}
     needs_expert = cfg.expert_episodes > 0 or players & {"expert", "biased"}
     if needs_expert and not cfg.data and not envs.has_expert(env):
-        raise SystemExit(
-            f"env={cfg.env!r} has no expert(), and data_mix or expert_episodes ask for one: "
-            "set data_mix={'random': 1.0} and expert_episodes=0, or write an expert()."
-        )
+        raise SystemExit(f"env={cfg.env!r} has no expert(), and data_mix or expert_episodes ask for one: set "
+                         "data_mix={'random': 1.0} and expert_episodes=0, or write an expert().")
     return make_env
 
 
@@ -193,7 +174,6 @@ def open_base(cfg):
 
 # ---- ranks ----
 
-
 def join_ranks(cfg):
     """Join the process group under torchrun; without torchrun do nothing.
 
@@ -202,40 +182,26 @@ def join_ranks(cfg):
     """
     if WORLD == 1:
         if cfg.shard:
-            raise SystemExit(
-                "shard=True spreads a model over several ranks: start it as "
-                "torchrun --nproc_per_node=2 train.py ..., or leave shard out."
-            )
+            raise SystemExit("shard=True spreads a model over several ranks: start it as torchrun "
+                             "--nproc_per_node=2 train.py ..., or leave shard out.")
         return
-    check_ranks(cfg)
+    if cfg.batch_size % WORLD:
+        raise SystemExit(f"batch_size={cfg.batch_size} windows cannot be divided evenly among {WORLD} ranks: "
+                         f"set a multiple of {WORLD}.")
+    shared = ("eval_episodes", "num_envs", "rollout_episodes")
+    for key in shared[: 3 if cfg.online_updates else 1]:
+        if getattr(cfg, key) < WORLD:
+            raise SystemExit(f"{key}={getattr(cfg, key)} is too few for {WORLD} ranks, which share them: set "
+                             f"at least {WORLD}.")
     if cfg.device != "cpu" and torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         if LOCAL_RANK >= gpus:
-            raise SystemExit(
-                f"torchrun started more ranks on this machine than it has GPUs: use --nproc_per_node={gpus}."
-            )
+            raise SystemExit("torchrun started more ranks on this machine than it has GPUs: use "
+                             f"--nproc_per_node={gpus}.")
         torch.cuda.set_device(LOCAL_RANK)
     if not dist.is_initialized():
         # NCCL for tensors on GPUs, gloo for others
         dist.init_process_group(timeout=datetime.timedelta(minutes=TIMEOUT_MINUTES))
-
-
-def check_ranks(cfg):
-    """End with one sentence if the settings cannot be divided among the ranks."""
-    if cfg.batch_size % WORLD:
-        raise SystemExit(
-            f"batch_size={cfg.batch_size} windows cannot be divided evenly among {WORLD} ranks: "
-            f"set a multiple of {WORLD}."
-        )
-    shared = ["eval_episodes"]
-    if cfg.online_updates > 0:
-        shared += ["num_envs", "rollout_episodes"]
-    for key in shared:
-        value = getattr(cfg, key)
-        if value < WORLD:
-            raise SystemExit(
-                f"{key}={value} is too few for {WORLD} ranks, which share them: set at least {WORLD}."
-            )
 
 
 def sum_over_ranks(tensors):
@@ -264,14 +230,11 @@ def check_ranks_agree(data, vlm):
                 sums.append(float(p.detach().sum(dtype=torch.float64)))
     own = (len(data), sums)
     if any(other != own for other in gather(own)):
-        raise SystemExit(
-            "The ranks do not hold the same data and weights: give all machines the same model, data and "
-            "versions; the last checkpoint is still there."
-        )
+        raise SystemExit("The ranks do not hold the same data and weights: give all machines the same "
+                         "model, data and versions; the last checkpoint is still there.")
 
 
 # ---- the run folder ----
-
 
 def existing_files(cfg):
     """List what is in out_dir of an earlier run."""
@@ -289,10 +252,8 @@ def open_run(cfg):
         if cfg.resume:
             check_resume(cfg)
         elif found and not cfg.overwrite:
-            raise SystemExit(
-                f"out_dir={cfg.out_dir!r} already holds a run ({found[0]}): --resume=True continues it, "
-                "--overwrite=True deletes it, another --out_dir keeps it."
-            )
+            raise SystemExit(f"out_dir={cfg.out_dir!r} already holds a run ({found[0]}): --resume=True "
+                             "continues it, --overwrite=True deletes it, another --out_dir keeps it.")
         else:
             delete_run(cfg, found)
         os.makedirs(cfg.out_dir, exist_ok=True)
@@ -303,9 +264,7 @@ def open_run(cfg):
 def check_resume(cfg):
     """End with one sentence if out_dir has no checkpoint, or if a setting differs from the run's."""
     if not latest_checkpoint(cfg.out_dir, must=False):
-        raise SystemExit(
-            f"out_dir={cfg.out_dir!r} has no checkpoint to resume from: start without --resume."
-        )
+        raise SystemExit(f"out_dir={cfg.out_dir!r} has no checkpoint to resume from: start without --resume.")
     old = read_run_config(cfg.out_dir)
     free = list(FREE_KEYS)
     # A finished run can be made longer. Without an online phase it cannot: its table is the offline one.
@@ -313,12 +272,10 @@ def check_resume(cfg):
         free.append("online_updates")
     for key, value in json.loads(json.dumps(vars(cfg))).items():
         before = getattr(old, key)
-        same = value == before or key == "model" and value == f"bases/{before}"
-        if key not in free and not same:
-            raise SystemExit(
-                f"{key}={getattr(cfg, key)!r} but the run in {cfg.out_dir!r} has {key}={before!r}: "
-                "resume with the same settings, or start a new out_dir."
-            )
+        moved = key == "model" and value == f"bases/{before}"
+        if key not in free and value != before and not moved:
+            raise SystemExit(f"{key}={getattr(cfg, key)!r} but the run in {cfg.out_dir!r} has "
+                             f"{key}={before!r}: resume with the same settings, or start a new out_dir.")
 
 
 def delete_run(cfg, found):
@@ -328,10 +285,8 @@ def delete_run(cfg, found):
         for key in ("data", "model"):
             value = getattr(cfg, key)
             if value and (os.path.realpath(value) + os.sep).startswith(inside):
-                raise SystemExit(
-                    f"{key}={value!r} is in the run that overwrite would delete: "
-                    "move it, or choose another out_dir."
-                )
+                raise SystemExit(f"{key}={value!r} is in the run that overwrite would delete: move it, or "
+                                 "choose another out_dir.")
     for name in found:
         path = in_run(cfg, name)
         if os.path.isdir(path):
@@ -351,20 +306,18 @@ def git_commit():
     return out.stdout.strip() or "unknown"
 
 
+def count(params):
+    """Count the numbers in some tensors."""
+    return sum(p.numel() for p in params)
+
+
 def describe(cfg, argv, vlm, data, start):
     """Print what is about to run, and write config.json and meta.json."""
     if RANK > 0:
         return
-    meta = dict(
-        argv=argv,
-        commit=git_commit(),
-        ranks=WORLD,
-        python=platform.python_version(),
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        numpy=np.__version__,
-        threads=torch.get_num_threads(),
-    )
+    meta = dict(argv=argv, commit=git_commit(), ranks=WORLD, threads=torch.get_num_threads())
+    meta |= dict(python=platform.python_version(), torch=torch.__version__)
+    meta |= dict(transformers=transformers.__version__, numpy=np.__version__)
     write_json(in_run(cfg, "config.json"), vars(cfg))
     write_json(in_run(cfg, "meta.json"), meta)
 
@@ -374,51 +327,37 @@ def describe(cfg, argv, vlm, data, start):
         layers = sorted({path.rpartition(".")[2] for path in vlm.lora})
         trained += f" by LoRA r={cfg.lora_r} on {len(vlm.lora)} layers ({', '.join(layers)})"
     precision = "bfloat16 autocast" if vlm.bf16 else "float32"
-    print(
-        f"model    {cfg.model}: {count(vlm.net.parameters()):,} parameters, {trained}; "
-        f"{len(vlm.heads)} x Q head {count(critic):,}, {precision} on {vlm.device}"
-    )
+    print(f"model    {cfg.model}: {count(vlm.net.parameters()):,} parameters, {trained}; {len(vlm.heads)} x "
+          f"Q head {count(critic):,}, {precision} on {vlm.device}")
     stats = data.stats()
-    print(
-        f"data     {data.folder}: {stats['episodes']} episodes, {stats['turns']} turns; "
-        f"goal reached {100 * stats['success']:.1f} %, "
-        f"summed reward > 0 {100 * stats['success_return']:.1f} %, "
-        f"return {stats['episode_return']:.2f}, valid {100 * stats['valid']:.1f} %; "
-        f"lowest discounted return {data.lowest_return(cfg.gamma):.2f}"
-    )
+    print(f"data     {data.folder}: {stats['episodes']} episodes, {stats['turns']} turns; goal reached "
+          f"{100 * stats['success']:.1f} %, summed reward > 0 {100 * stats['success_return']:.1f} %, return "
+          f"{stats['episode_return']:.2f}, valid {100 * stats['valid']:.1f} %; lowest discounted return "
+          f"{data.lowest_return(cfg.gamma):.2f}")
     schedule = f"{cfg.offline_updates} offline + {cfg.online_updates} online updates"
     if WORLD > 1:
         schedule += f" on {WORLD} ranks"
     if start:
         schedule += f", resumed at {start}"
-    print(
-        f"schedule {schedule}, {cfg.batch_size} windows x {cfg.window} turns each; "
-        f"seed {cfg.seed}, commit {meta['commit'][:8]}"
-    )
-
-
-def count(params):
-    """Count the numbers in some tensors."""
-    return sum(p.numel() for p in params)
+    print(f"schedule {schedule}, {cfg.batch_size} windows x {cfg.window} turns each; seed {cfg.seed}, commit "
+          f"{meta['commit'][:8]}")
 
 
 # ---- data: what was recorded, and what the agent plays ----
-
-
-def reward_for_critic(cfg):
-    """Make the function from a recorded reward to the one that the critic learns from."""
-
-    def clipped(reward):
-        return clip_reward(reward, cfg)
-
-    return clipped
-
 
 def given_data(cfg):
     """Open the folder of episodes that cfg.data names; None if it names none."""
     if not cfg.data:
         return None
-    return Buffer(cfg.data, reward_fn=reward_for_critic(cfg))
+    return Buffer(cfg.data, reward_fn=functools.partial(clip_reward, cfg=cfg))
+
+
+def record_data(cfg, make_env, buffer):
+    """Record data_episodes episodes of scripted players, on training starts."""
+    seeds = stream(cfg, DATA, 0).integers(2**31, size=cfg.data_episodes)
+    act = scripted_agent(cfg.data_mix, stream(cfg, DATA, 1), cfg.expert_episodes)
+    words = dict(split="train", prefix="data-", bar="recording data")
+    record(play(make_env, act, seeds.tolist(), **words), buffer)
 
 
 def scripted_data(cfg, make_env):
@@ -434,7 +373,7 @@ def scripted_data(cfg, make_env):
     # The other ranks wait here. A barrier would time out where recording takes hours.
     while not os.path.exists(complete):
         time.sleep(0.2)
-    return Buffer(folder, reward_fn=reward_for_critic(cfg))
+    return Buffer(folder, reward_fn=functools.partial(clip_reward, cfg=cfg))
 
 
 def first_value(cfg, data):
@@ -445,14 +384,6 @@ def first_value(cfg, data):
     if cfg.q_init is None:
         return data.lowest_return(cfg.gamma)
     return cfg.q_init
-
-
-def record_data(cfg, make_env, buffer):
-    """Record data_episodes episodes of scripted players, on training starts."""
-    seeds = stream(cfg, DATA, 0).integers(2**31, size=cfg.data_episodes)
-    act = scripted_agent(cfg.data_mix, stream(cfg, DATA, 1), cfg.expert_episodes)
-    words = dict(split="train", prefix="data-", bar="recording data")
-    record(play(make_env, act, seeds.tolist(), **words), buffer)
 
 
 def replay_folder(cfg, rank):
@@ -468,8 +399,8 @@ def open_replay(cfg, rows):
     another's. A rank writes to its own folder only and behind the checkpoint's rows, so a crash before the
     next checkpoint loses nothing.
     """
-
-    replay = Buffer(replay_folder(cfg, RANK), create=True, reward_fn=reward_for_critic(cfg))
+    clip = functools.partial(clip_reward, cfg=cfg)
+    replay = Buffer(replay_folder(cfg, RANK), create=True, reward_fn=clip)
     replay.rewind(rows[RANK] if RANK < len(rows) else 0)
     others = []
     if RANK < len(rows):
@@ -554,7 +485,6 @@ def prompt_length(part):
 
 # ---- the update ----
 
-
 def lr_at(step, cfg):
     """Compute the factor on the learning rates: linear warm-up, then a cosine down to min_lr."""
     if step < cfg.warmup_updates:
@@ -626,10 +556,8 @@ def update(cfg, step, vlm, optimizer, windows, quantile):
     sum_gradients(params, infos)
     norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
     if not torch.isfinite(norm):
-        raise SystemExit(
-            f"The gradient is not finite at update {step + 1}: lower lr or critic_lr; "
-            "the last checkpoint is still there."
-        )
+        raise SystemExit(f"The gradient is not finite at update {step + 1}: lower lr or critic_lr; the last "
+                         "checkpoint is still there.")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     vlm.update_target(cfg.target_tau)
@@ -649,7 +577,6 @@ def sum_gradients(params, infos):
 
 
 # ---- checkpoints ----
-
 
 def save_checkpoint(cfg, step, vlm, optimizer, replay_rows):
     """Write a checkpoint aside and rename it: a crash leaves the old one or the new one."""
@@ -696,7 +623,6 @@ def rewind_metrics(cfg, step):
 
 # ---- logs and evaluations ----
 
-
 @contextlib.contextmanager
 def timed(clock, name):
     """Add the seconds of a with block to clock[name]."""
@@ -722,9 +648,8 @@ def start_wandb(cfg):
     try:
         import wandb
     except ImportError:
-        raise SystemExit(
-            "WANDB_PROJECT is set, which needs the package wandb: pip install wandb, or unset it."
-        )
+        raise SystemExit("WANDB_PROJECT is set, which needs the package wandb: pip install wandb, or unset "
+                         "it.")
     wandb.init(config=vars(cfg), dir=cfg.out_dir)
     return wandb
 
@@ -809,10 +734,8 @@ def finish(cfg, argv, vlm, make_env, data, clock):
     write_json(in_run(cfg, "eval.json"), content)
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in clock.items())
     starts = "held-out starts" if make_env().split else "starts that training also draws"
-    print(
-        f"\n{cfg.env}, {cfg.actor_loss}, seed {cfg.seed}: {sum(clock.values()):.0f} s ({seconds}); "
-        f"{starts}, Wilson 95 % intervals"
-    )
+    print(f"\n{cfg.env}, {cfg.actor_loss}, seed {cfg.seed}: {sum(clock.values()):.0f} s ({seconds}); "
+          f"{starts}, Wilson 95 % intervals")
     print(format_table({"the recorded data": recorded_summary(data.stats()), **results}))
     if not vlm.lora:
         # all weights were trained: a model folder to share, two bytes a weight
@@ -838,7 +761,6 @@ def measure(cfg, argv, base, make_env, data):
 
 
 # ---- the story ----
-
 
 def main(argv):
     """Train as the settings say: play, learn, look, log, save."""
