@@ -1,0 +1,552 @@
+"""
+Generate the tables of results in README.md and docs/ from the records in docs/results/.
+
+    python -m extras.results             # write all tables again
+    python -m extras.results --check     # exit with 1 if a file differs from its records
+    python -m extras.results add out/numberline --experiment=numberline_mixed
+
+A table is placed between the lines `<!-- results: NAME -->` and `<!-- end of results -->`. NAME is
+`headline`, an experiment of runs.jsonl, or a table of measurements.json or published.json.
+`add` records a finished run.
+
+runs.jsonl has one line for each run, phase and way of decoding. Rates are percentages: `goal` (goal
+reached), `clean` (summed reward > 0), `solvable` (goal reached, of the deals that can be solved), `valid`
+(valid actions). `goal_k` counts the episodes behind `goal`, where the count is known. A seed such as "0+1+2"
+marks a record of several seeds together. `variant` names what differs from the experiment's main run.
+"""
+import glob
+import json
+import os
+import re
+import shlex
+import sys
+import time
+
+from buffer import Buffer
+from configurator import ConfigError, configure, nearest
+from evaluate import wilson
+
+# --- config ---
+check = False    # compare only
+experiment = ''  # of `add`: the table that the run belongs to
+variant = ''     # of `add`: what differs from the experiment's main run, for the table
+hardware = ''    # of `add`: the machine that the run was made on
+note = ''        # of `add`: one sentence for the reader
+# --- end of config ---
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RUNS = os.path.join("docs", "results", "runs.jsonl")
+BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+METRICS = {
+    "goal": "goal reached",
+    "clean": "summed reward > 0",
+    "solvable": "goal reached, deals that can be solved",
+    "valid": "valid actions",
+}
+METHODS = {
+    "script": "",
+    "data": "recorded play",
+    "sft": "SFT",
+    "fbc": "filtered cloning",
+    "awr": "AWR",
+    "afsft": "AFSFT",
+}
+PHASES = {
+    "played": "",
+    "data": "",
+    "offline": "offline",
+    "online": "then online",
+}
+DECODINGS = {
+    "greedy": "greedy",
+    "sampled": "sampled",
+    "hidden": "greedy, picture hidden",
+}
+EVALUATIONS = {
+    "greedy": "greedy",
+    "sampled, T=1": "sampled",
+    "picture hidden, greedy": "hidden",
+}
+# Experiments whose tables have an interval for each seed, because all seeds play the same deals.
+SEED_INTERVALS = ("blackjack", "points24")
+PLAYER = ("env", "method", "variant", "phase")
+IDENTITY = ("experiment", *PLAYER, "decoding", "seed")
+DATA = ("experiment", "env", "method", "seed", "n", "goal", "valid")
+
+
+# ---------------------------------------------------------------------------------------------------- records
+def read_json(path):
+    """Read a JSON file."""
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
+def read_records(root=ROOT):
+    """Read runs.jsonl: a list of dictionaries, in the order in which they were added."""
+    with open(os.path.join(root, RUNS), encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def read_store(root=ROOT):
+    """Read all that the tables are made of: (records, headline, literal tables by name)."""
+    folder = os.path.join(root, "docs", "results")
+    literal = read_json(os.path.join(folder, "measurements.json"))
+    literal |= read_json(os.path.join(folder, "published.json"))
+    return read_records(root), read_json(os.path.join(folder, "headline.json")), literal
+
+
+def key_of(record, names):
+    """Return what identifies a record, or the player that it belongs to."""
+    return tuple(record.get(name, "") for name in names)
+
+
+def episodes(record, metric):
+    """Return the number of episodes behind a rate, None if it is unknown or if actions are counted."""
+    if metric == "valid":
+        return None
+    return record.get(f"{metric}_n", record.get("n"))
+
+
+def successes(record, metric):
+    """Return the count behind a rate, computed from the rounded rate where it was not written down."""
+    if f"{metric}_k" in record:
+        return record[f"{metric}_k"]
+    return record[metric] / 100 * episodes(record, metric)
+
+
+def percentage(record, metric):
+    """Return a rate in percent, from its count where there is one."""
+    if f"{metric}_k" in record:
+        return 100 * (successes(record, metric) / episodes(record, metric))
+    return record[metric]
+
+
+def pooled(records, metric):
+    """Pool the episodes of several records: (rate, low, high) in %, Wilson's 95 % interval.
+
+    Without the number of episodes it is the mean of the rates, and low and high are None.
+    """
+    counts = [episodes(record, metric) for record in records]
+    if None in counts:
+        rates = [percentage(record, metric) for record in records]
+        return sum(rates) / len(rates), None, None
+    n = sum(counts)
+    k = sum(successes(record, metric) for record in records)
+    low, high = wilson(k, n)
+    return 100 * (k / n), 100 * low, 100 * high
+
+
+def select(records, metric, **wanted):
+    """Return the records with a rate for this metric that have the wanted values, one for each seed.
+
+    A record of several seeds together is used only where there is none of a single seed.
+    """
+    found = []
+    for record in records:
+        if metric in record and all(record.get(name, "") == value for name, value in wanted.items()):
+            found.append(record)
+    single = [record for record in found if not isinstance(record.get("seed"), str)]
+    return sorted(single, key=lambda record: record.get("seed", 0)) or found
+
+
+# ----------------------------------------------------------------------------------------------------- tables
+def markdown(rows):
+    """Format rows of texts, the first of which is the header, as a Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    return "\n".join(lines)
+
+
+def rate(value, low=None, high=None):
+    """Format a rate with its interval, if it has one."""
+    text = f"{value:.1f}"
+    if low is not None:
+        text += f" [{low:.1f}, {high:.1f}]"
+    return text
+
+
+def seeds_of(records):
+    """Name the seeds of a cell, unless they are 0, 1, 2 or there are none (a script plays all starts)."""
+    seeds = [str(record.get("seed", "")) for record in records]
+    if seeds in (["0", "1", "2"], [""]):
+        return ""
+    if len(seeds) == 1 and seeds[0].isdigit():
+        return f"seed {seeds[0]}: "
+    return f"seeds {', '.join(seeds)}: "
+
+
+def cell(records, metric):
+    """Format the records of one player and one way of decoding: each seed, then all together."""
+    if not records:
+        return ""
+    rates = [pooled([record], metric) for record in records]
+    together = pooled(records, metric)
+    if records[0]["method"] == "data":
+        # the recorded play is what it is: no interval
+        rates = [one[:1] for one in rates]
+        together = together[:1]
+    elif len(records) > 1 and records[0]["experiment"] in SEED_INTERVALS:
+        together = together[:1]
+    elif len(records) > 1:
+        rates = [one[:1] for one in rates]
+    text = " / ".join(rate(*one) for one in rates)
+    if len(records) > 1:
+        text += f" ({rate(*together)})"
+    return seeds_of(records) + text
+
+
+def episode_counts(records, metric):
+    """Format the number of episodes of each seed, once where they are equal."""
+    counts = [f"{episodes(record, metric):,}" for record in records if episodes(record, metric)]
+    if len(set(counts)) == 1:
+        return counts[0]
+    return " / ".join(counts)
+
+
+def label(player, several):
+    """Name a player by method, variant and phase, and by environment if there are several."""
+    env, method, variant, phase = player
+    name = METHODS[method]
+    if variant:
+        name = f"{name} ({variant})" if name else variant
+    if PHASES[phase] and method != "sft":
+        name += f", {PHASES[phase]}"
+    if several:
+        name = f"{env}: {name}"
+    return name
+
+
+def players_of(records):
+    """Return the players of an experiment: by environment, then method, phase and variant."""
+    players = list(dict.fromkeys(key_of(record, PLAYER) for record in records))
+    envs = list(dict.fromkeys(player[0] for player in players))
+    variants = sorted(dict.fromkeys(player[2] for player in players), key=bool)
+
+    def place(player):
+        env, method, variant, phase = player
+        method_and_phase = list(METHODS).index(method), list(PHASES).index(phase)
+        return envs.index(env), *method_and_phase, variants.index(variant)
+    return sorted(players, key=place)
+
+
+def table(records, metric):
+    """Build the table of one experiment and one metric: a row for each player, a column for each decoding."""
+    players = players_of(records)
+    several = len({player[0] for player in players}) > 1
+    rows = []
+    for player in players:
+        wanted = dict(zip(PLAYER, player))
+        cells = []
+        shown = []
+        for decoding in DECODINGS:
+            found = select(records, metric, decoding=decoding, **wanted)
+            if decoding == "sampled":
+                found = found or select(records, metric, decoding="played", **wanted)
+            cells.append(cell(found, metric))
+            shown = shown or found
+        if shown:
+            rows.append([label(player, several), *cells, episode_counts(shown, metric)])
+    header = ["", *DECODINGS.values(), "episodes a seed"]
+    columns = zip(header, *rows)
+    filled = [column for column in columns if column[0] == "" or any(column[1:])]
+    return list(zip(*filled))
+
+
+def tables(records):
+    """Format the tables of an experiment, one for each metric; metrics with equal tables share one."""
+    titles = {}
+    for metric in METRICS:
+        if any(metric in record for record in records):
+            text = markdown(table(records, metric))
+            titles.setdefault(text, []).append(METRICS[metric])
+    parts = []
+    for text, names in titles.items():
+        title = ", and ".join(names)
+        parts.append(f"{title[0].upper()}{title[1:]}, %:\n\n{text}")
+    return "\n\n".join(parts)
+
+
+def conditions(record):
+    """Format how a record was measured: machine, q_weight, date, commit, source."""
+    parts = [record.get("hardware", "")]
+    if record.get("q_weight"):
+        parts.append(f"q_weight {record['q_weight']:g} at play")
+    parts += [record.get(name, "") for name in ("date", "commit", "source")]
+    return ", ".join(filter(None, parts))
+
+
+def origins(records):
+    """Build the table of how each player was run: command without seed, conditions, minutes, remarks."""
+    groups = {}
+    for record in records:
+        command = re.sub(r" --seed=\d+", "", record.get("command", ""))
+        name = label(key_of(record, PLAYER), several=False)
+        remarks = [name, str(record.get("minutes", "")), record.get("note", "")]
+        group = groups.setdefault((command, conditions(record)), ({}, {}, {}))
+        for texts, text in zip(group, remarks):
+            texts.setdefault(text)
+    rows = [["", "command", "how it was measured", "minutes", "remarks"]]
+    for (command, text), (names, minutes, notes) in groups.items():
+        code = f"`{command}`" if command else ""
+        times = " / ".join(filter(None, minutes))
+        rows.append(["; ".join(names), code, text, times, "; ".join(filter(None, notes))])
+    return rows
+
+
+def experiment_block(records):
+    """Format one experiment: its tables, and how each player was run."""
+    return f"{tables(records)}\n\n{markdown(origins(records))}"
+
+
+def literal_block(spec):
+    """Format a table whose cells are kept as texts, with how they were measured below."""
+    parts = [spec.get(name, "") for name in ("hardware", "date")]
+    if "command" in spec:
+        parts.insert(0, f"`{spec['command']}`")
+    how = ", ".join(filter(None, parts))
+    if how:
+        how = f"Measured: {how}. "
+    return f"{markdown([spec['columns'], *spec['rows']])}\n\n{how}Source: {spec['source']}."
+
+
+# --------------------------------------------------------------------------------------------------- headline
+def whole(value):
+    """Round half up to a whole percent."""
+    return str(int(value + 0.5 + 1e-9))
+
+
+def headline_value(records, row, phase, decoding, variants):
+    """Round the first rate that one of the variants has: (text, whether it is of one seed)."""
+    wanted = dict(experiment=row["experiment"], phase=phase, decoding=decoding)
+    if "env" in row:
+        wanted["env"] = row["env"]
+    method = "sft" if variants is row.get("sft") else "afsft"
+    for name in variants:
+        found = select(records, row["metric"], method=method, variant=name, **wanted)
+        if found:
+            return whole(pooled(found, row["metric"])[0]), len(found) == 1
+    return "–", False
+
+
+def headline_cell(records, row, column):
+    """Format one cell of the headline: greedy / sampled, and its marks."""
+    if column not in row:
+        return ""
+    phase = "online" if column == "online" else "offline"
+    pair = []
+    for decoding in ("greedy", "sampled"):
+        pair.append(headline_value(records, row, phase, decoding, row[column]))
+    texts = [text for text, _ in pair]
+    measured = [one_seed for text, one_seed in pair if text != "–"]
+    if not measured:
+        return "–"
+    marks = [row.get(f"{column}_mark", "")]
+    if all(measured):
+        marks.insert(0, "¹")
+    else:
+        texts = [f"{text}¹" if one_seed else text for text, one_seed in pair]
+    return " ".join([" / ".join(texts), *filter(None, marks)])
+
+
+def headline_block(records, spec):
+    """Format the small table of README."""
+    rows = [spec["columns"]]
+    for row in spec["rows"]:
+        wanted = dict(experiment=row["experiment"], method="data", variant="")
+        data = select(records, row["metric"], **wanted)
+        cells = [row["label"], whole(pooled(data, row["metric"])[0])]
+        cells += [headline_cell(records, row, column) for column in ("sft", "offline", "online")]
+        rows.append(cells)
+    return f"{markdown(rows)}\n\n{spec['note']}"
+
+
+# ------------------------------------------------------------------------------------------------------ files
+def render(name, store):
+    """Return the text of the block NAME."""
+    records, headline, literal = store
+    if name == "headline":
+        return headline_block(records, headline)
+    if name in literal:
+        return literal_block(literal[name])
+    own = [record for record in records if record["experiment"] == name]
+    if not own:
+        known = ["headline", *literal, *dict.fromkeys(record["experiment"] for record in records)]
+        hint = nearest(name, known, "see docs/results/")
+        raise ConfigError(f"There are no results of the name {name}; {hint}.")
+    return experiment_block(own)
+
+
+def generate(path, text, store):
+    """Return the text of a file with all its tables generated again."""
+    starts = text.count("<!-- results: ")
+    if starts != len(BLOCK.findall(text)) or starts != text.count("<!-- end of results -->"):
+        raise ConfigError(f"{path}: a table has no end, put `<!-- end of results -->` on a line below each.")
+
+    def fill(match):
+        return f"{match[1]}\n{render(match[2], store)}\n\n{match[3]}"
+    return BLOCK.sub(fill, text)
+
+
+def targets(root=ROOT):
+    """Return the files that may hold tables."""
+    return [os.path.join(root, "README.md"), *sorted(glob.glob(os.path.join(root, "docs", "*.md")))]
+
+
+def update(root=ROOT, check_only=False):
+    """Write all tables again; with check_only raise a ConfigError that names the files that differ."""
+    store = read_store(root)
+    different = []
+    for path in targets(root):
+        with open(path, encoding="utf-8") as f:
+            text = f.read()
+        name = os.path.relpath(path, root)
+        new = generate(name, text, store)
+        if new == text:
+            continue
+        different.append(name)
+        if not check_only:
+            with open(path, "w", encoding="utf-8") as f:
+                f.write(new)
+    if check_only and different:
+        names = ", ".join(different)
+        raise ConfigError(f"{names}: the tables differ from docs/results/, run python -m extras.results.")
+    return different
+
+
+# -------------------------------------------------------------------------------------------------------- add
+def read_evaluations(run):
+    """Read the results of a run, {name of the row: summary}, and the q_weight that they were played with."""
+    offline = os.path.join(run, "eval_offline.json")
+    final = os.path.join(run, "eval.json")
+    results = {}
+    if os.path.exists(offline):
+        results |= read_json(offline)
+    if not os.path.exists(final):
+        if results:
+            return results, None
+        raise ConfigError(f"{run!r} has no eval.json: finish the run, or use python evaluate.py {run}")
+    evaluation = read_json(final)
+    return results | evaluation["results"], evaluation["q_weight"]
+
+
+def minutes_of(run):
+    """Return how long a run took, from the last line of metrics.jsonl; None without one."""
+    path = os.path.join(run, "metrics.jsonl")
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as f:
+        lines = f.readlines()
+    last = json.loads(lines[-1]) if lines else {}
+    seconds = sum(value for name, value in last.items() if name.startswith("time/"))
+    return round(seconds / 60, 1)
+
+
+def rates_of(summary):
+    """Return the rates of a summary as fields of a record."""
+    n = summary["episodes"]
+    fields = {"n": n}
+    for metric, name in (("goal", "success"), ("clean", "success_return")):
+        k = round(summary[name] * n)
+        fields[metric] = round(100 * (k / n), 1)
+        fields[f"{metric}_k"] = k
+    fields["valid"] = round(100 * summary["valid"], 1)
+    return fields
+
+
+def records_of(summary, shared, own):
+    """Make the records of one summary: one, and one for each environment where several were played."""
+    record = shared | own | rates_of(summary)
+    found = [record]
+    for env, part in summary.get("by_env", {}).items():
+        name = f"{shared['experiment']}_tasks"
+        found.append(record | rates_of(part) | {"experiment": name, "env": env})
+    return found
+
+
+def run_records(run, cfg):
+    """Make the records of a finished run from its eval.json, config.json, meta.json and recorded data."""
+    settings = read_json(os.path.join(run, "config.json"))
+    meta = read_json(os.path.join(run, "meta.json"))
+    results, q_weight = read_evaluations(run)
+    config = [word for word in meta["argv"] if word.endswith(".py")]
+    names = settings["env"].split(",")
+    written = os.path.getmtime(os.path.join(run, "config.json"))
+    shared = dict(
+        experiment=cfg.experiment,
+        env=names[0] if len(names) == 1 else f"all {len(names)} tasks",
+        method=settings["actor_loss"],
+        variant=cfg.variant,
+        seed=settings["seed"],
+        q_weight=settings["q_weight"] if q_weight is None else q_weight,
+        minutes=minutes_of(run),
+        date=time.strftime("%Y-%m-%d", time.gmtime(written)),
+        commit=meta["commit"][:8],
+        config=os.path.basename(config[-1])[:-3] if config else "",
+        command=f"python train.py {shlex.join(meta['argv'])}",
+        hardware=cfg.hardware,
+        note=cfg.note,
+    )
+    last_phase = "online" if settings["online_updates"] else "offline"
+    found = []
+    for name, summary in results.items():
+        early = name.startswith("offline, ")
+        decoding = name.removeprefix("offline, ")
+        own = dict(
+            phase="offline" if early else last_phase,
+            decoding=EVALUATIONS.get(decoding, decoding),
+        )
+        found += records_of(summary, shared, own)
+    folder = settings.get("data") or os.path.join(run, "data")
+    if os.path.exists(os.path.join(folder, "metadata.jsonl")):
+        own = dict(method="data", variant="", phase="data", decoding="played", q_weight=None, minutes=None)
+        found += records_of(Buffer(folder).stats(), shared, own)
+    return found
+
+
+def add(run, cfg, root=ROOT):
+    """Append the records of a run to runs.jsonl; if one is there already, write nothing and say so."""
+    if not os.path.exists(os.path.join(run, "config.json")):
+        raise ConfigError(f"{run!r} is not a run folder: it has no config.json.")
+    if not cfg.experiment:
+        raise ConfigError("Name the table of the run, for instance --experiment=numberline_mixed.")
+    old = read_records(root)
+    present = {key_of(record, IDENTITY) for record in old}
+    data = {key_of(record, DATA) for record in old}
+    new = []
+    for record in run_records(run, cfg):
+        if record["method"] == "data":
+            # runs of one seed share their recorded data; other data needs a variant of its own
+            if key_of(record, DATA) in data:
+                continue
+            if key_of(record, IDENTITY) in present:
+                record["variant"] = cfg.variant
+        if key_of(record, IDENTITY) in present:
+            name = label(key_of(record, PLAYER), several=False)
+            sentence = f"{cfg.experiment} has {name}, {record['decoding']}, seed {record['seed']} already"
+            raise ConfigError(f"{sentence}: give this run a --variant, or delete the old line of {RUNS}.")
+        new.append({name: value for name, value in record.items() if value not in (None, "")})
+    with open(os.path.join(root, RUNS), "a", encoding="utf-8") as f:
+        for record in new:
+            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return new
+
+
+def main(argv):
+    """Add a run if asked to, then write or check all tables."""
+    run = None
+    if argv[:1] == ["add"]:
+        if len(argv) < 2 or argv[1].startswith("-"):
+            raise ConfigError("Name the run folder: python -m extras.results add out/run --experiment=NAME")
+        run = argv[1]
+        argv = argv[2:]
+    cfg = configure(__file__, argv, files=False, quiet=True)
+    if run:
+        print(f"{len(add(run, cfg))} records of {run} added to {RUNS}.")
+    different = update(check_only=cfg.check)
+    for name in different:
+        print(f"{name}: written")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,327 @@
+"""
+Test that every result exists once: the tables in README.md and docs/ are what docs/results/ says.
+
+    python -m pytest tests/test_results.py
+"""
+import ast
+import glob
+import json
+import os
+import re
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+from configurator import ConfigError
+from evaluate import wilson
+from extras import results
+
+STORE = results.read_store(ROOT)
+RECORDS = STORE[0]
+LITERAL = STORE[2]
+CONFIGS = sorted(glob.glob(os.path.join(ROOT, "config", "*.py")))
+PERCENTAGE = re.compile(r"(\d+(?:\.\d+)?) ?%")
+
+
+def read(name, root=ROOT):
+    """Read a text file of the repository."""
+    with open(os.path.join(root, name), encoding="utf-8") as f:
+        return f.read()
+
+
+def cells_of(records):
+    """Yield (metric, records of one cell of a table): one player, one decoding, all seeds."""
+    names = ("experiment", *results.PLAYER, "decoding")
+    keys = dict.fromkeys(results.key_of(record, names) for record in records)
+    for experiment, *player, decoding in keys:
+        wanted = dict(zip(results.PLAYER, player), experiment=experiment, decoding=decoding)
+        for metric in results.METRICS:
+            found = results.select(records, metric, **wanted)
+            if found:
+                yield metric, found
+
+
+def rates_in(records):
+    """Return all rates of the records, and all pooled rates."""
+    rates = []
+    for metric, found in cells_of(records):
+        rates.append(results.pooled(found, metric)[0])
+        rates += [results.percentage(record, metric) for record in found]
+    return rates
+
+
+def unknown_percentages(text, records):
+    """Return the percentages in a text that are no rate of the records, rounded as the text rounds."""
+    rates = rates_in(records)
+    unknown = []
+    for number in PERCENTAGE.findall(text):
+        decimals = len(number.partition(".")[2])
+        if number not in {f"{rate:.{decimals}f}" for rate in rates}:
+            unknown.append(number)
+    return unknown
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A small repository: the records and one page."""
+    shutil.copytree(os.path.join(ROOT, "docs", "results"), tmp_path / "docs" / "results")
+    (tmp_path / "README.md").write_text("# Hello\n")
+    page = "<!-- results: numberline_mixed -->\n<!-- end of results -->\n"
+    (tmp_path / "docs" / "page.md").write_text(f"before\n{page}after\n")
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------------------ tables
+def test_the_tables_are_those_of_the_records():
+    """README and docs hold what `python -m extras.results` would write."""
+    for path in results.targets(ROOT):
+        text = read(path)
+        assert results.generate(path, text, STORE) == text, "run python -m extras.results"
+
+
+def test_readme_and_results_have_tables():
+    assert "<!-- results: headline -->" in read("README.md")
+    assert "<!-- results: numberline_mixed -->" in read("docs/results.md")
+
+
+def test_no_record_is_left_out():
+    """Every experiment and every measured table is shown somewhere."""
+    names = {record["experiment"] for record in RECORDS} | set(LITERAL)
+    shown = set()
+    for path in results.targets(ROOT):
+        shown |= {name for _, name, _ in results.BLOCK.findall(read(path))}
+    assert names <= shown
+
+
+def test_results_page_shows_every_rate():
+    """The rate of each record, and each pooled rate with its interval, can be found on the page."""
+    page = read("docs/results.md")
+    for metric, found in cells_of(RECORDS):
+        assert results.cell(found, metric) in page
+        for record in found:
+            assert f"{results.percentage(record, metric):.1f}" in results.cell(found, metric)
+
+
+def test_prose_of_the_results_page_has_no_other_rate():
+    prose = results.BLOCK.sub("", read("docs/results.md"))
+    assert unknown_percentages(prose.replace("95 % interval", ""), RECORDS) == []
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[os.path.basename(path) for path in CONFIGS])
+def test_rates_in_config_headers_are_records(path):
+    name = os.path.basename(path)[:-3]
+    header = ast.get_docstring(ast.parse(read(path))) or ""
+    own = [record for record in RECORDS if record.get("config") == name]
+    assert unknown_percentages(header, own) == []
+
+
+# ----------------------------------------------------------------------------------------------- records
+def test_records_are_consistent():
+    """A record exists once, is named by known words, and its rates are those of its counts."""
+    keys = [results.key_of(record, results.IDENTITY) for record in RECORDS]
+    assert len(set(keys)) == len(keys)
+    decodings = {*results.DECODINGS, "played"}
+    for record in RECORDS:
+        assert record["method"] in results.METHODS
+        assert record["phase"] in results.PHASES
+        assert record["decoding"] in decodings
+        assert record["source"] if "commit" not in record else record["commit"]
+        rates = [metric for metric in results.METRICS if metric in record]
+        assert rates
+        for metric in rates:
+            assert 0 <= record[metric] <= 100
+            if f"{metric}_k" in record:
+                assert results.percentage(record, metric) == pytest.approx(record[metric], abs=0.0501)
+
+
+def test_pooled_rates_count_episodes():
+    """Seeds of 300, 200 and 200 episodes are pooled by episodes, not by rates."""
+    records = results.select(
+        RECORDS,
+        "goal",
+        experiment="babyai_gotolocal",
+        variant="500 updates",
+        decoding="sampled",
+    )
+    assert [record["n"] for record in records] == [300, 200, 200]
+    k = sum(record["goal_k"] for record in records)
+    rate, low, high = results.pooled(records, "goal")
+    assert rate == pytest.approx(100 * k / 700)
+    assert (low, high) == pytest.approx([100 * bound for bound in wilson(k, 700)])
+    assert results.rate(rate, low, high) == "87.1 [84.5, 89.4]"
+
+
+def test_wilson_is_the_published_interval():
+    """Compare with the formula's known values: 1 of 10, 0 of 10, and symmetry."""
+    assert wilson(1, 10) == pytest.approx((0.0179, 0.4042), abs=1e-4)
+    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    low, high = wilson(3, 40)
+    assert wilson(37, 40) == pytest.approx((1 - high, 1 - low))
+
+
+def test_headline_marks_what_is_not_like_for_like():
+    """A cell of one seed has a mark, a cell that was not measured is a dash."""
+    rows = [row.split(" | ") for row in results.render("headline", STORE).splitlines()]
+    cells = {row[0].strip("| "): row[1:] for row in rows if len(row) == 5}
+    for row in STORE[1]["rows"]:
+        wanted = dict(experiment=row["experiment"], method="sft", variant=row["sft"][0], decoding="sampled")
+        found = results.select(RECORDS, row["metric"], **wanted)
+        sft = cells[row["label"]][1]
+        assert (sft == "–") == (not found)
+        assert ("¹" in sft) == (len(found) == 1)
+
+
+# --------------------------------------------------------------------------------------------------- check
+def test_check_names_the_file_that_differs(copy):
+    with pytest.raises(ConfigError, match="docs/page.md: the tables differ"):
+        results.update(copy, check_only=True)
+    assert results.update(copy) == ["docs/page.md"]
+    assert results.update(copy, check_only=True) == []
+    text = read("docs/page.md", copy)
+    assert text.startswith("before\n") and text.endswith("after\n")
+    (copy / "docs" / "page.md").write_text(text.replace("99.1", "99.2"))
+    with pytest.raises(ConfigError, match="python -m extras.results") as error:
+        results.update(copy, check_only=True)
+    assert str(error.value).count("\n") == 0
+
+
+def test_a_table_without_end_or_records_is_one_sentence(copy):
+    page = copy / "docs" / "page.md"
+    page.write_text("<!-- results: numberline_mixed -->\n")
+    with pytest.raises(ConfigError, match="has no end"):
+        results.update(copy)
+    page.write_text("<!-- results: numberline_mixd -->\n<!-- end of results -->\n")
+    with pytest.raises(ConfigError, match="nearest: numberline_mixed"):
+        results.update(copy)
+
+
+# ----------------------------------------------------------------------------------------------------- add
+def summary(n, k, valid):
+    """Make a summary of evaluate.py: n episodes, k of them successful and clean."""
+    return dict(
+        episodes=n,
+        success=k / n,
+        success_return=k / n,
+        success_95=list(wilson(k, n)),
+        success_return_95=list(wilson(k, n)),
+        valid=valid,
+    )
+
+
+def finished_run(folder, seed=7):
+    """Write the files of a finished run with two phases that `add` reads."""
+    folder.mkdir()
+    argv = ["config/numberline.py", f"--seed={seed}", "--lr=1e-3"]
+    settings = dict(
+        env="NumberLine",
+        actor_loss="afsft",
+        seed=seed,
+        q_weight=0.0,
+        data="",
+        online_updates=100,
+    )
+    offline = {"offline, greedy": summary(30, 29, 1.0), "offline, sampled, T=1": summary(30, 20, 0.9)}
+    final = {"greedy": summary(30, 30, 1.0), "sampled, T=1": summary(30, 25, 0.95)}
+    evaluation = dict(seed=seed, q_weight=0.0, argv=argv, results=offline | final)
+    files = {
+        "config.json": settings,
+        "meta.json": dict(argv=argv, commit="0123456789abcdef"),
+        "eval_offline.json": offline,
+        "eval.json": evaluation,
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    metrics = {"step": 400, "time/rollout": 30.0, "time/update": 60.0, "time/eval": 30.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
+    return str(folder)
+
+
+def flags(**given):
+    """Make the settings of `add`."""
+    cfg = dict(experiment="numberline_mixed", variant="", hardware="a box", note="")
+    return SimpleNamespace(**cfg | given)
+
+
+def test_add_appends_the_rows_of_a_run(copy, tmp_path):
+    run = finished_run(tmp_path / "run")
+    new = results.add(run, flags(), copy)
+    records = results.read_records(copy)
+    assert records == RECORDS + new
+    rows = [(r["phase"], r["decoding"], r["goal"], r["goal_k"], r["n"], r["valid"]) for r in new]
+    assert rows == [
+        ("offline", "greedy", 96.7, 29, 30, 100.0),
+        ("offline", "sampled", 66.7, 20, 30, 90.0),
+        ("online", "greedy", 100.0, 30, 30, 100.0),
+        ("online", "sampled", 83.3, 25, 30, 95.0),
+    ]
+    record = new[0]
+    assert record["seed"] == 7
+    assert record["minutes"] == 2.0
+    assert record["commit"] == "01234567"
+    assert record["config"] == "numberline"
+    assert record["command"] == "python train.py config/numberline.py --seed=7 --lr=1e-3"
+    results.update(copy)
+    assert "`python train.py config/numberline.py --lr=1e-3` | a box" in read("docs/page.md", copy)
+
+
+def test_add_refuses_a_run_twice(copy, tmp_path):
+    run = finished_run(tmp_path / "run")
+    results.add(run, flags(), copy)
+    before = results.read_records(copy)
+    with pytest.raises(ConfigError, match="numberline_mixed has AFSFT, offline, greedy, seed 7 already"):
+        results.add(run, flags(), copy)
+    assert results.read_records(copy) == before
+    assert len(results.add(run, flags(variant="lr 1e-3"), copy)) == 4
+
+
+def test_recorded_data_is_added_once_for_a_seed(copy, tmp_path, monkeypatch):
+    """Runs on the same data share its record; other data is refused without a variant."""
+    run = finished_run(tmp_path / "run")
+    (tmp_path / "run" / "data").mkdir()
+    (tmp_path / "run" / "data" / "metadata.jsonl").write_text("")
+    stats = summary(600, 150, 0.8)
+    monkeypatch.setattr(results, "Buffer", lambda folder: SimpleNamespace(stats=lambda: stats))
+    new = results.add(run, flags(), copy)
+    assert [record["method"] for record in new] == 4 * ["afsft"] + ["data"]
+    new = results.add(run, flags(variant="again"), copy)
+    assert [record["method"] for record in new] == 4 * ["afsft"]
+    stats["success"] = 0.5
+    new = results.add(run, flags(variant="other data"), copy)
+    assert [record["variant"] for record in new] == 5 * ["other data"]
+    with pytest.raises(ConfigError, match="already"):
+        results.add(run, flags(), copy)
+
+
+def test_add_keeps_the_tasks_of_a_run_apart(copy, tmp_path):
+    run = finished_run(tmp_path / "run")
+    settings = json.loads(read("config.json", run)) | dict(env="NumberLine,EZPoints", online_updates=0)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
+    parts = dict(NumberLine=summary(15, 15, 1.0), EZPoints=summary(15, 5, 1.0))
+    evaluation = dict(q_weight=0.0, results={"greedy": summary(30, 20, 1.0) | dict(by_env=parts)})
+    (tmp_path / "run" / "eval.json").write_text(json.dumps(evaluation))
+    os.remove(os.path.join(run, "eval_offline.json"))
+    new = results.add(run, flags(experiment="both"), copy)
+    rows = [(record["experiment"], record["env"], record["phase"], record["goal"]) for record in new]
+    assert rows == [
+        ("both", "all 2 tasks", "offline", 66.7),
+        ("both_tasks", "NumberLine", "offline", 100.0),
+        ("both_tasks", "EZPoints", "offline", 33.3),
+    ]
+
+
+def test_add_says_what_is_missing(copy, tmp_path):
+    with pytest.raises(ConfigError, match="not a run folder"):
+        results.add(str(tmp_path / "nothing"), flags(), copy)
+    run = finished_run(tmp_path / "run")
+    with pytest.raises(ConfigError, match="--experiment="):
+        results.add(run, flags(experiment=""), copy)
+    os.remove(os.path.join(run, "eval.json"))
+    os.remove(os.path.join(run, "eval_offline.json"))
+    with pytest.raises(ConfigError, match="has no eval.json"):
+        results.add(run, flags(), copy)
+    with pytest.raises(ConfigError, match="Name the run folder"):
+        results.main(["add", "--experiment=x"])
