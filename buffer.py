@@ -1,220 +1,453 @@
 """
-What happened: episodes in one folder that is replay buffer, offline dataset and a Hugging Face image folder at once.
+Episodes on disk: replay buffer, offline dataset and Hugging Face image folder in one.
 
-    folder/metadata.jsonl         one row a turn; append-only
-    folder/images/<hash>.png      each picture once, named by its content
+    folder/metadata.jsonl         one row per turn, append-only
+    folder/images/<hash>.png      each picture once, named after its content
 
-A row: version, episode, turn, env, seed, images_file_names, messages (user parts, then the assistant's text), reply_ids,
-behaviour_logprobs, action, valid, reward, terminated, truncated, success, source (who played). An episode that was cut off by
-a limit ends with one more row that holds the last observation and no reply: its value is the bootstrap.
-The index lives in memory, the pictures do not. `datasets.load_dataset(folder)` opens it as it is.
+A row is one turn of an episode:
+
+    version                       of this format
+    episode, turn                 name of the episode, number of the turn in it
+    env, seed                     where the episode was played, from which start
+    images_file_names             the pictures that the messages show, in order
+    messages                      the user's parts, then the assistant's reply
+    reply_ids                     the sampled tokens of the reply; empty if a person or a script replied
+    behaviour_logprobs            their log-probabilities under the policy that played
+    source                        the player: model, expert, random, human, ...
+    action, valid                 the action in the reply, and whether the reply could be parsed
+    reward                        of this turn
+    terminated, truncated         as in Gymnasium: the task ended | a limit cut the episode off
+    success                       whether the goal is reached
+
+A truncated episode has one more row: its last observation, without a reply. The value of that state is the
+bootstrap. The index of all rows is in memory, the pictures are not. `datasets.load_dataset(folder)` opens the
+folder as it is.
 """
-import functools, hashlib, json, os
+import functools
+import hashlib
+import json
+import os
 
 import numpy as np
 import torch
 from PIL import Image
 
 VERSION = 1
-KEYS = ("episode", "turn", "images_file_names", "messages", "reply_ids", "valid", "reward", "terminated", "truncated", "success")
+# the fields that a row must have; a folder that lacks one of them was not written by this program
+KEYS = (
+    "episode",
+    "turn",
+    "images_file_names",
+    "messages",
+    "reply_ids",
+    "valid",
+    "reward",
+    "terminated",
+    "truncated",
+    "success",
+)
+
+
+# ---- rows ----
 
 
 def image_name(image):
-    """File name by content: equal pixels, equal name."""
-    return "images/" + hashlib.sha1(repr((image.mode, image.size)).encode() + image.tobytes()).hexdigest()[:20] + ".png"
+    """Name a picture after its content: equal pixels, equal name."""
+    header = repr((image.mode, image.size)).encode()
+    digest = hashlib.sha1(header + image.tobytes()).hexdigest()
+    return f"images/{digest[:20]}.png"
 
 
-def make_row(episode, turn, env, seed, obs, reply=None, reply_ids=None, logprobs=None, source="", **outcome):
-    """One turn as it is stored; `outcome` holds action, valid, reward, terminated, truncated, success. Without a reply it is an episode's last
-    observation. Image parts carry "text": null, so that Arrow sees one struct."""
+def make_row(episode, turn, env, seed, obs, reply=None, **fields):
+    """Build the row of one turn from an observation {"image", "text"} and the reply to it.
+
+    Without a reply it is the last observation of an episode. fields: as in make_message_row.
+    """
+    # "text": null, so that Arrow reads image parts and text parts as one struct
     content = [{"type": "image", "text": None}, {"type": "text", "text": obs["text"]}]
     messages = [{"role": "user", "content": content}]
     if reply is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
-    return make_message_row(episode, turn, env, seed, [image_name(obs["image"])], messages, reply_ids, logprobs, source, **outcome)
+    return make_message_row(episode, turn, env, seed, [image_name(obs["image"])], messages, **fields)
 
 
-def make_message_row(episode, turn, env, seed, images, messages, reply_ids=None, logprobs=None, source="", **outcome):
-    """A turn from its messages and the names of the pictures that they show: every row is made here."""
-    row = dict(version=VERSION, episode=episode, turn=turn, env=env, seed=seed, images_file_names=images, messages=messages,
-               reply_ids=reply_ids or [], behaviour_logprobs=[round(x, 6) for x in logprobs or []], source=source)
-    return row | dict(action="", valid=True, reward=0.0, terminated=False, truncated=False, success=False) | outcome
+def make_message_row(episode, turn, env, seed, images, messages, logprobs=(), **fields):
+    """Build a row from its messages.
+
+    Every row is created here, so this function defines the schema. images: names of the pictures that the
+    messages show. logprobs are rounded and stored as behaviour_logprobs. fields: the other fields by name.
+    """
+    row = dict(
+        version=VERSION,
+        episode=episode,
+        turn=turn,
+        env=env,
+        seed=seed,
+        images_file_names=images,
+        messages=messages,
+        reply_ids=[],
+        behaviour_logprobs=[round(x, 6) for x in logprobs],
+        source="",
+        action="",
+        valid=True,
+        reward=0.0,
+        terminated=False,
+        truncated=False,
+        success=False,
+    )
+    return row | fields
 
 
 def reply_text(row):
-    """The assistant's text, None for a last observation."""
-    return row["messages"][-1]["content"][0]["text"] if row["messages"][-1]["role"] == "assistant" else None
+    """Return the assistant's text, or None if the row is a last observation."""
+    last = row["messages"][-1]
+    if last["role"] != "assistant":
+        return None
+    return last["content"][0]["text"]
+
+
+def prompt_messages(row):
+    """Return the messages of a row up to its own reply."""
+    if reply_text(row) is None:
+        return row["messages"]
+    return row["messages"][:-1]
+
+
+# ---- the folder ----
 
 
 class Buffer:
-    """Buffer(folder) opens what is there, or starts empty if create=True.
+    """A folder of episodes: Buffer(folder) opens it, create=True starts an empty one if there is none.
 
-    rows        list of row dicts, in file order
-    episodes    {episode id: list of row numbers in turn order}
-    dropped     bytes of a torn last line (a crash while writing) that were left out
-    shape       what the critic sees of a reward, a function: clipping, scaling; statistics show the rewards as they are
-    Raises SystemExit with one sentence for a folder that is missing, empty, foreign or of a newer version."""
+    rows          list of rows, in file order; `i` below is a number in this list
+    episodes      {name of an episode: list of its row numbers, in turn order}
+    positions     for each row: (name of its episode, its index in that episode)
+    torn_bytes    size of an incomplete last line (a crash while writing) that was left out
+    reward_fn     what the critic sees of a reward, such as a clipped one; statistics use the rewards as paid
 
-    def __init__(self, folder, create=False, shape=float):
-        self.shape, self.folder, self.file = shape, folder, os.path.join(folder, "metadata.jsonl")
-        self.rows, self.episodes, self.place, self.dropped = [], {}, [], 0
+    Raises SystemExit with one sentence for a folder that is missing, empty, damaged, of another program or of
+    a newer version.
+    """
+
+    def __init__(self, folder, create=False, reward_fn=float):
+        self.folder = folder
+        self.file = os.path.join(folder, "metadata.jsonl")
+        self.reward_fn = reward_fn
+        self.image = functools.lru_cache(maxsize=4096)(self._open_image)
         if create:
             os.makedirs(os.path.join(folder, "images"), exist_ok=True)
         elif not os.path.exists(self.file):
-            there = "has no metadata.jsonl in it" if os.path.isdir(folder) else "does not exist"
-            raise SystemExit(f"data={folder!r} {there}: name a folder of recorded episodes, or leave `data` empty and let `data_mix` make one.")
-        if os.path.exists(self.file):
-            self._read()
+            state = "has no metadata.jsonl in it" if os.path.isdir(folder) else "does not exist"
+            raise SystemExit(
+                f"data={folder!r} {state}: "
+                "name a folder of recorded episodes, or leave `data` empty and let `data_mix` make one."
+            )
+        self._read()
         if not self.rows and not create:
             raise SystemExit(f"data={folder!r} holds no episodes: its metadata.jsonl is empty.")
-        self.image = functools.lru_cache(maxsize=4096)(self._image)
 
     def _read(self):
+        """Read the file and build the index. A torn last line is left out and reported."""
+        self.rows = []
+        self.episodes = {}
+        self.positions = []
+        self.torn_bytes = 0
+        if not os.path.exists(self.file):
+            return
         with open(self.file, "rb") as f:
-            raw = f.read()
-        good = raw.rfind(b"\n") + 1
-        self.dropped = len(raw) - good
-        if self.dropped:
-            print(f"{self.file}: the last line is torn ({self.dropped} bytes, a crash while writing): left out.")
-        for n, line in enumerate(raw[:good].splitlines(), 1):
-            try:
-                row = json.loads(line)
-                missing = [k for k in KEYS if k not in row]
-            except (ValueError, TypeError):
-                raise SystemExit(f"{self.file}, line {n}, is not JSON: this is no folder of recorded episodes, or it was damaged.")
-            if missing:
-                raise SystemExit(f"{self.file}, line {n}, lacks {missing[0]!r}: this is another program's dataset; import it first (see README).")
-            if row.get("version", VERSION) not in range(1, VERSION + 1):
-                raise SystemExit(f"{self.file}, line {n}, is of format version {row['version']!r}, this code reads up to {VERSION}: update the code.")
-            self._index(row)
+            content = f.read()
+        end = content.rfind(b"\n") + 1
+        self.torn_bytes = len(content) - end
+        if self.torn_bytes:
+            what = f"{self.torn_bytes} bytes, a crash while writing"
+            print(f"{self.file}: the last line is torn ({what}) and is left out.")
+        for number, line in enumerate(content[:end].splitlines(), 1):
+            self._index(self._parse(line, number))
+
+    def _parse(self, line, number):
+        """Parse one line of the file and check that it is a row."""
+        where = f"{self.file}, line {number},"
+        try:
+            row = json.loads(line)
+            missing = [key for key in KEYS if key not in row]
+        except (ValueError, TypeError):
+            raise SystemExit(
+                f"{where} is not JSON: this is no folder of recorded episodes, or it was damaged."
+            )
+        if missing:
+            raise SystemExit(
+                f"{where} lacks {missing[0]!r}: "
+                "this is another program's dataset; import it first (see README)."
+            )
+        version = row.get("version", VERSION)
+        if version not in range(1, VERSION + 1):
+            raise SystemExit(
+                f"{where} is of format version {version!r}, this code reads up to {VERSION}: update the code."
+            )
+        return row
 
     def _index(self, row):
-        turns = self.episodes.setdefault(row["episode"], [])
-        self.place.append((row["episode"], len(turns)))
-        turns.append(len(self.rows))
+        row_numbers = self.episodes.setdefault(row["episode"], [])
+        self.positions.append((row["episode"], len(row_numbers)))
+        row_numbers.append(len(self.rows))
         self.rows.append(row)
 
-    def _image(self, name):
+    def _open_image(self, name):
+        """Open a picture of the folder as RGB. Called as `image(name)`, which remembers the last 4096."""
         path = os.path.join(self.folder, name)
-        if not os.path.realpath(path).startswith(os.path.realpath(self.folder) + os.sep):
+        home = os.path.realpath(self.folder) + os.sep
+        if not os.path.realpath(path).startswith(home):
             raise SystemExit(f"{self.file} names a picture outside of its folder: {name!r}.")
         try:
-            with Image.open(path) as im:
-                return im.convert("RGB")
+            with Image.open(path) as image:
+                return image.convert("RGB")
         except OSError:
-            raise SystemExit(f"{path} is missing or no picture: the folder {self.folder!r} is incomplete, copy it again.")
+            raise SystemExit(
+                f"{path} is missing or no picture: the folder {self.folder!r} is incomplete, copy it again."
+            )
 
     def append(self, rows, images):
-        """Add whole episodes. images: {name: PIL image}; a picture is on disk before a row names it."""
-        again = [row["episode"] for row in rows if row["episode"] in self.episodes]
-        if again:  # two episodes of one name would be read as one
-            raise SystemExit(f"{self.folder!r} holds an episode {again[0]!r} already: record into another folder, or with another seed.")
+        """Add whole episodes: their rows, and their pictures as {name: PIL image}."""
+        for row in rows:
+            # two episodes of one name would be read as one
+            if row["episode"] in self.episodes:
+                raise SystemExit(
+                    f"{self.folder!r} holds an episode {row['episode']!r} already: "
+                    "record into another folder, or with another seed."
+                )
+        # A picture is on disk, whole, before a row names it.
         for name, image in images.items():
             path = os.path.join(self.folder, name)
             if not os.path.exists(path):
                 image.save(path + ".tmp", format="PNG", compress_level=1)
                 os.replace(path + ".tmp", path)
-        if self.dropped:
-            with open(self.file, "rb+") as f:
-                f.truncate(os.path.getsize(self.file) - self.dropped)
-            self.dropped = 0
+        self._cut_torn_line()
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
         with open(self.file, "ab") as f:
-            f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+            f.write(lines.encode())
             f.flush()
             os.fsync(f.fileno())
         for row in rows:
             self._index(row)
 
-    def rewind(self, n):
-        """Back to the first n rows (a resumed run plays the later ones again); what stood behind is kept in rewound.jsonl."""
-        if n < len(self.rows):
-            with open(os.path.join(self.folder, "rewound.jsonl"), "a") as f:
-                f.writelines(json.dumps(row) + "\n" for row in self.rows[n:])
-            with open(self.file + ".tmp", "w") as f:
-                f.writelines(json.dumps(row) + "\n" for row in self.rows[:n])
-            os.replace(self.file + ".tmp", self.file)
-            self.__init__(self.folder, create=True, shape=self.shape)
+    def _cut_torn_line(self):
+        """Remove what a crash left of a line, so that the next line starts on its own."""
+        if self.torn_bytes:
+            with open(self.file, "rb+") as f:
+                f.truncate(os.path.getsize(self.file) - self.torn_bytes)
+            self.torn_bytes = 0
 
-    # ------------------------------------------------------------------------------------------------------- statistics
+    def rewind(self, n):
+        """Go back to the first n rows: a resumed run plays the later ones again.
+
+        The rows after them are appended to rewound.jsonl, so that nothing is lost.
+        """
+        if n >= len(self.rows):
+            return
+        with open(os.path.join(self.folder, "rewound.jsonl"), "a") as f:
+            f.writelines(json.dumps(row) + "\n" for row in self.rows[n:])
+        with open(self.file + ".tmp", "w") as f:
+            f.writelines(json.dumps(row) + "\n" for row in self.rows[:n])
+        os.replace(self.file + ".tmp", self.file)
+        self._read()
+
+    # ---- statistics ----
 
     def __len__(self):
         return len(self.rows)
 
     def episode_return(self, episode):
+        """Sum the rewards of an episode, as they were paid."""
         return sum(self.rows[i]["reward"] for i in self.episodes[episode])
 
     def return_to_go(self, i, gamma):
-        """Discounted sum of shaped rewards from row i to its episode's end."""
-        episode, k = self.place[i]
-        return sum(gamma ** j * self.shape(self.rows[t]["reward"]) for j, t in enumerate(self.episodes[episode][k:]))
+        """Sum the discounted rewards from row i to the end of its episode, as the critic sees them."""
+        episode, position = self.positions[i]
+        total = 0
+        for k, j in enumerate(self.episodes[episode][position:]):
+            total += gamma**k * self.reward_fn(self.rows[j]["reward"])
+        return total
 
     def lowest_return(self, gamma):
-        """The lowest discounted return of any recorded turn: where a pessimistic critic starts."""
+        """Return the lowest discounted return of any recorded turn: where a pessimistic critic starts."""
         return min(self.return_to_go(i, gamma) for i in range(len(self.rows)))
 
     def return_quantile(self, share):
-        return float(np.quantile([self.episode_return(e) for e in self.episodes], share))
+        """Return the quantile of the episodes' returns at this share."""
+        return float(np.quantile([self.episode_return(episode) for episode in self.episodes], share))
 
     def stats(self, episodes=None):
-        """How good the recorded play is: success by both rules (goal reached; summed reward > 0), return, share of valid turns; by_env where several were played."""
-        episodes = list(self.episodes) if episodes is None else episodes
-        last = [self.rows[self.episodes[e][-1]] for e in episodes]
-        played = [self.rows[i] for e in episodes for i in self.episodes[e] if reply_text(self.rows[i]) is not None]
-        returns, names = [self.episode_return(e) for e in episodes], dict.fromkeys(row.get("env", "") for row in last)
-        by_env = {name: self.stats([e for e, row in zip(episodes, last) if row.get("env", "") == name]) for name in names} if len(names) > 1 else None
-        out = dict(episodes=len(last), turns=len(played), success=float(np.mean([r["success"] for r in last])),
-                    success_return=float(np.mean([r > 0 for r in returns])), episode_return=float(np.mean(returns)), valid=float(np.mean([r["valid"] for r in played])))
-        return out | dict(by_env=by_env) if by_env else out
+        """Measure how good the recorded play is -> {name: number}, by_env too if several games were played.
 
-    # ---------------------------------------------------------------------------------------------------------- batches
+        Success follows both rules: the goal was reached, and the summed reward is above 0. `valid` is the
+        share of turns whose reply could be parsed.
+        """
+        if episodes is None:
+            episodes = list(self.episodes)
+        last_rows = [self.rows[self.episodes[episode][-1]] for episode in episodes]
+        rows = [self.rows[i] for episode in episodes for i in self.episodes[episode]]
+        turns = [row for row in rows if reply_text(row) is not None]
+        returns = [self.episode_return(episode) for episode in episodes]
+        result = dict(
+            episodes=len(episodes),
+            turns=len(turns),
+            success=float(np.mean([row["success"] for row in last_rows])),
+            success_return=float(np.mean([total > 0 for total in returns])),
+            episode_return=float(np.mean(returns)),
+            valid=float(np.mean([row["valid"] for row in turns])),
+        )
+        groups = {}
+        for episode, row in zip(episodes, last_rows):
+            groups.setdefault(row.get("env", ""), []).append(episode)
+        if len(groups) > 1:
+            result["by_env"] = {env: self.stats(group) for env, group in groups.items()}
+        return result
+
+    # ---- windows: what an update draws ----
+
+    def _count_turns(self, row_numbers):
+        """Count the turns of an episode: all its rows but a last observation."""
+        has_last_observation = reply_text(self.rows[row_numbers[-1]]) is None
+        return len(row_numbers) - has_last_observation
+
+    def _cut_window(self, row_numbers, end, window):
+        """Return the turns of an episode before `end`, at most `window` of them."""
+        n_turns = self._count_turns(row_numbers)
+        turns = row_numbers[max(0, end - window) : min(end, n_turns)]
+        if end >= n_turns:
+            # the last observation, if there is one
+            turns = turns + row_numbers[n_turns:]
+        return turns
 
     def sample(self, rng, n, window, won=None, last=0):
-        """n windows, each a list of up to `window` consecutive row numbers of one episode. A window may overhang an episode's first or last turn
-        and is cut there: so every played turn is drawn equally often, whatever its place. A last observation comes with the turn before it.
-        won: the share of windows from episodes that reached the goal, the others come from those that did not; None, or only one kind there: as they come.
-        last: draw from the last so many episodes only; 0: from all."""
-        turns = list(self.episodes.values())[-last:]
-        played = np.array([len(t) - (reply_text(self.rows[t[-1]]) is None) for t in turns])
-        reached = np.array([self.rows[t[-1]]["success"] for t in turns])
-        kinds = [(np.ones_like(reached), n)] if won is None or reached.all() or not reached.any() else [(reached, round(won * n)), (~reached, n - round(won * n))]
+        """Draw n windows: lists of up to `window` consecutive row numbers of one episode.
+
+        A window may overhang the first and the last turn of its episode, and is cut there. So every turn lies
+        in the same number of windows and is drawn equally often. An episode of 4 turns has 6 windows of 3:
+
+            turns          0 1 2 3
+            end = 1   [. . 0]              cut to 0
+            end = 2     [. 0 1]            cut to 0 1
+            end = 3       [0 1 2]
+            end = 4         [1 2 3]
+            end = 5           [2 3 .]      cut to 2 3
+            end = 6             [3 . .]    cut to 3
+
+        A last observation has no reply. It comes with the turn before it, whose bootstrap it is.
+
+        won: share of the windows that come from episodes that reached the goal; the others come from those
+        that did not. None, or if all episodes are of one kind: as they come.
+        last: draw from this many latest episodes only; 0: from all.
+        """
+        episodes = list(self.episodes.values())[-last:]
+        n_turns = np.array([self._count_turns(row_numbers) for row_numbers in episodes])
+        reached = np.array([self.rows[row_numbers[-1]]["success"] for row_numbers in episodes])
+
+        if won is None or reached.all() or not reached.any():
+            quotas = [(np.ones_like(reached), n)]
+        else:
+            n_won = round(won * n)
+            quotas = [(reached, n_won), (~reached, n - n_won)]
+
         windows = []
-        for kind, many in kinds:
-            places = np.cumsum(kind * (played + window - 1))
-            for u in rng.integers(places[-1], size=many):
-                e = int(np.searchsorted(places, u, side="right"))
-                end = int(places[e] - u)                                    # 1 .. played + window - 1
-                cut = turns[e][max(0, end - window):min(end, int(played[e]))]
-                windows.append(cut + turns[e][played[e]:] if end >= played[e] else cut)
+        for is_in_group, count in quotas:
+            # Number the windows of the group from episode to episode, and draw numbers.
+            n_windows = np.where(is_in_group, n_turns + window - 1, 0)
+            ends = np.cumsum(n_windows)
+            for number in rng.integers(ends[-1], size=count):
+                k = int(np.searchsorted(ends, number, side="right"))
+                # 1 .. n_turns + window - 1
+                end = int(ends[k] - number)
+                windows.append(self._cut_window(episodes[k], end, window))
         return windows
 
-    def text(self, i):
-        row = self.rows[i]
-        return "".join(part["text"] or "" for m in row["messages"][:len(row["messages"]) - (reply_text(row) is not None)] for part in m["content"])
+    # ---- prompts ----
 
-    def prompt(self, i, vlm):
+    def prompt_text(self, i):
+        """Return all text of the prompt of row i, for cache keys and for sorting by length."""
+        parts = [part for message in prompt_messages(self.rows[i]) for part in message["content"]]
+        return "".join(part["text"] or "" for part in parts)
+
+    def encode_prompt(self, i, vlm):
+        """Encode the prompt of row i; its pictures are opened only if the VLM has not cached it."""
         row = self.rows[i]
-        return vlm.encode(row["messages"], [functools.partial(self.image, name) for name in row["images_file_names"]], key=(self.text(i), *row["images_file_names"]))
+        names = row["images_file_names"]
+        images = [functools.partial(self.image, name) for name in names]
+        return vlm.encode(row["messages"], images, key=(self.prompt_text(i), *names))
+
+
+# ---- batches: windows as tensors ----
+
+
+def tokenize_reply(row, vlm, marker):
+    """Return the tokens of a reply, and 1 for each that belongs to the action; both empty without a reply.
+
+    The action is what follows the last marker, up to and with the end of the turn. Without a marker it is the
+    end of the turn alone.
+    """
+    text = reply_text(row)
+    if text is None:
+        return [], []
+    ids = vlm.reply_ids(text, row["reply_ids"])
+    start = len(text)
+    if marker in text:
+        start = text.rfind(marker) + len(marker)
+    return ids, vlm.span(ids, start)
 
 
 def make_batch(parts, vlm, marker, gamma):
-    """Windows -> tensors. parts: list of (buffer, windows). Keys, for B turns and replies of up to R tokens:
-    inputs, P, reply_ids (B, R), mask (B, R) 1 on reply tokens, span (B, R) 1 on the action behind the marker,
-    reward (B,), terminated (B,), next (B,) the row that continues a turn, -1 if it is not in the batch, to_go (B,), ep_return (B,)."""
-    prompts, replies, spans, rows, nexts = [], [], [], [], []
+    """Turn windows into the tensors of one forward pass.
+
+    parts: list of (buffer, windows). marker: the text before the action in a reply. gamma: discount per turn.
+    Returns a dict, for B rows and replies of up to R tokens:
+
+        inputs, P       of the net: prompts padded left to P columns, replies behind them
+        reply_ids       (B, R) tokens of the replies
+        mask            (B, R) 1 on them, 0 on the padding
+        span            (B, R) 1 on the action, which follows the marker
+        reward          (B,) as the critic sees it
+        terminated      (B,)
+        next            (B,) row of the batch that continues a turn; -1 if it is not in the batch
+        return_to_go    (B,) discounted, as the critic sees it
+        ep_return       (B,) summed rewards of the whole episode, as they were paid
+    """
+    # Flatten the windows. A turn is continued by the next row, except at the end of its window.
+    turns = []
+    nexts = []
     for buf, windows in parts:
         for window in windows:
-            for k, i in enumerate(window):
-                row, text = buf.rows[i], reply_text(buf.rows[i])
-                ids = [] if text is None else vlm.reply_ids(text, row["reply_ids"])
-                prompts.append(buf.prompt(i, vlm))
-                replies.append(ids)
-                spans.append(vlm.span(ids, text.rfind(marker) + len(marker) if marker in text else len(text)) if ids else [])
-                nexts.append(len(nexts) + 1 if k + 1 < len(window) else -1)
-                rows.append((buf.shape(row["reward"]), row["terminated"], buf.return_to_go(i, gamma), buf.episode_return(row["episode"])))
+            for i in window:
+                turns.append((buf, i))
+                nexts.append(len(turns))
+            nexts[-1] = -1
+
+    # Tokens: a prompt and a reply per row. A last observation has an empty reply.
+    prompts = [buf.encode_prompt(i, vlm) for buf, i in turns]
+    replies = []
+    spans = []
+    for buf, i in turns:
+        ids, span = tokenize_reply(buf.rows[i], vlm, marker)
+        replies.append(ids)
+        spans.append(span)
     inputs, P, reply_ids, mask = vlm.collate(prompts, replies)
-    span = torch.zeros_like(mask)
-    for b, s in enumerate(spans):
-        span[b, :len(s)] = torch.tensor(s, dtype=span.dtype)
-    reward, terminated, return_to_go, ep_return = (torch.tensor(c, dtype=torch.float32, device=mask.device) for c in zip(*rows))
-    return dict(inputs=inputs, P=P, reply_ids=reply_ids, mask=mask, span=span, reward=reward, terminated=terminated, return_to_go=return_to_go, ep_return=ep_return,
-                next=torch.tensor(nexts, device=mask.device))
+    span_mask = torch.zeros_like(mask)
+    for b, span in enumerate(spans):
+        span_mask[b, : len(span)] = torch.tensor(span, dtype=mask.dtype)
+
+    # Rewards and returns: a number per row.
+    def column(values):
+        return torch.tensor(values, dtype=torch.float32, device=mask.device)
+
+    rows = [buf.rows[i] for buf, i in turns]
+    return dict(
+        inputs=inputs,
+        P=P,
+        reply_ids=reply_ids,
+        mask=mask,
+        span=span_mask,
+        reward=column([buf.reward_fn(buf.rows[i]["reward"]) for buf, i in turns]),
+        terminated=column([row["terminated"] for row in rows]),
+        next=torch.tensor(nexts, device=mask.device),
+        return_to_go=column([buf.return_to_go(i, gamma) for buf, i in turns]),
+        ep_return=column([buf.episode_return(buf.rows[i]["episode"]) for buf, i in turns]),
+    )

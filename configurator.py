@@ -1,233 +1,607 @@
 """
-Settings of a script: the config block on top of it, then config files, then flags.
+Read the settings of a script: its config block, then config files, then flags.
 
-    cfg = configure(__file__, sys.argv[1:])                         # in the script
-    $ python train.py config/numberline.py --lr=2e-3 --resume       # all files first, then all flags
-    $ python train.py --help                                        # every key, its default, its comment
+    cfg = configure(__file__, sys.argv[1:])                       # in the script
+    $ python train.py config/numberline.py --lr=2e-3 --resume     # all files first, then all flags
+    $ python train.py --help                                      # every key, its default, its comment
 
-The feel is nanoGPT's configurator (bare assignments, files that look like Python, --key=value), but nothing is ever
-executed: scripts and files are parsed, values are literals, and a mistake ends the run with one sentence.
-A later value replaces an earlier one whole: dicts and lists are not merged.
+It feels like nanoGPT's configurator: bare assignments, files that look like Python, --key=value. But nothing
+is ever executed: scripts and files are parsed, and values are literals. A later value replaces an earlier one
+as a whole; dicts and lists are not merged. A mistake ends the run with one sentence.
 """
-import ast, difflib, glob, io, operator, os, tokenize, types, warnings
+import ast
+import difflib
+import glob
+import io
+import operator
+import os
+import textwrap
+import tokenize
+import types
+import warnings
 from typing import Any, NamedTuple
 
-BEGIN, END = "# --- config ---", "# --- end of config ---"
-TAKES = {int: "a whole number such as 1000 or 1e6", float: "a finite number such as 0.5, 1e-3 or 1/3", bool: "True or False",
-         str: "text in quotes", list: "a list such as [1, 2]", tuple: "a tuple such as (1, 2)", dict: "a dict such as {'a': 1}"}
-ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
-BAD_LITERAL = (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) # unhashable key, 1/0, 10,000 minus signs
+BEGIN = "# --- config ---"
+END = "# --- end of config ---"
+HELP_COLUMNS = 120
+FLAG_COLUMNS = 32
+COMMAND_LINE = "the command line"
+# A text processor makes one dash of two, en or em.
+DASHES = "-\u2013\u2014"
 
-class Key(NamedTuple): # one assignment of a config block
+# The types that a key can have, and what a user writes for them.
+TAKES = {
+    int: "a whole number such as 1000 or 1e6",
+    float: "a finite number such as 0.5, 1e-3 or 1/3",
+    bool: "True or False",
+    str: "text in quotes",
+    list: "a list such as [1, 2]",
+    tuple: "a tuple such as (1, 2)",
+    dict: "a dict such as {'a': 1}",
+}
+ARITHMETIC = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
+}
+SIGNS = {ast.USub: operator.neg, ast.UAdd: operator.pos}
+# What a bad literal raises: an unhashable key, 1/0, ten thousand minus signs.
+BAD_LITERAL = (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError)
+
+
+class Key(NamedTuple):
+    """One assignment of a config block."""
+
     default: Any
     type: type
     comment: str
     heading: str
 
-def show(text, width=100): # on one line of ASCII, however it was written: the logs of a cluster are not all UTF-8
-    text = "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in " ".join(text.split()))
-    return text if len(text) <= width else text[:width - 3] + "..."
 
-class ConfigError(SystemExit): # given a text, SystemExit prints it on stderr, returns 1, and shows no traceback
-    def __init__(self, sentence): super().__init__(show(sentence, width=1000))
+class ConfigError(SystemExit):
+    """A user's mistake, as one sentence: Python prints it on stderr, exits with 1, and shows no traceback."""
+
+    def __init__(self, sentence):
+        super().__init__(show(sentence, width=1000))
+
+
+def show(text, width=100):
+    """Write a text on one line of ASCII, cut at a width: the logs of a cluster are not all UTF-8."""
+    line = " ".join(text.split())
+    line = "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in line)
+    if len(line) > width:
+        return line[: width - 3] + "..."
+    return line
+
+
+# ---- names of keys ----
+
+# What other programs call train.py's keys. A synonym is suggested, it never works.
+SYNONYMS = {
+    "out_dir": "output_dir save_dir run_dir log_dir",
+    "log_interval": "logging_steps log_freq log_every",
+    "eval_interval": "eval_steps eval_freq eval_every save_steps save_interval",
+    "model": "model_name model_name_or_path model_id base_model",
+    "dtype": "bf16 fp16 precision mixed_precision torch_dtype",
+    "shard": "fsdp deepspeed",
+    "lora_r": "lora_rank rank peft use_lora",
+    "lora_targets": "target_modules",
+    "env": "env_id environment task game",
+    "max_turns": "max_episode_steps horizon",
+    "data": "dataset data_path",
+    "actor_loss": "loss algo algorithm method",
+    "beta": "advantage_threshold threshold",
+    "gamma": "discount discount_factor",
+    "lam": "lambda gae_lambda td_lambda",
+    "target_tau": "tau polyak ema",
+    "offline_updates": "epochs num_epochs num_train_epochs steps max_iters updates",
+    "online_updates": "epochs num_epochs num_train_epochs total_timesteps updates",
+    "batch_size": "bs train_batch_size",
+    "micro_batch": "per_device_train_batch_size gradient_accumulation_steps",
+    "lr": "learning_rate actor_lr",
+    "critic_lr": "value_lr",
+    "grad_clip": "max_grad_norm gradient_clipping",
+    "replay_episodes": "buffer_size replay_size",
+    "explore": "epsilon exploration",
+}
+
+# Keys that train.py once had, and what holds now.
+REMOVED = {
+    "af_coef": "filtered cloning has the weight 1, bc_coef adds plain cloning",
+    "awr_temperature": "it is the constant AWR_TEMPERATURE in agent_rl.py",
+    "cache_mb": "encoded prompts may take 4096 MiB",
+    "ckpt_interval": "eval_interval serves both: a checkpoint is written at every short evaluation",
+    "cql_coef": "pess_coef holds unseen tokens down",
+    "critic_detach": "the critic always trains the adapters too, critic_coef weighs it",
+    "eval_quick": "short evaluations play min(60, eval_episodes) episodes",
+    "fbc_quantile": "it is the constant FBC_QUANTILE in agent_rl.py",
+    "gamma_token": "gamma discounts turns, tokens are not discounted",
+    "invalid": "an invalid reply is always answered with the reward `penalty`",
+    "lora_alpha": "it is always 32",
+    "lora_dropout": "it is always 0",
+    "reference": "published numbers are in docs/results.md",
+    "reward_scale": "reward_clip bounds the rewards that the critic sees",
+    "rollout_temperature": "rollouts sample at temperature 1, explore adds random turns",
+    "timeout": "ranks wait 30 minutes for each other",
+    "v_support": "V always sums over the whole vocabulary, pess_coef holds unseen tokens down",
+    "wandb_project": "the environment variable WANDB_PROJECT switches Weights & Biases on",
+    "weight_decay": "it is 0.01 where lora_r=0, and 0 with adapters",
+    "weights": "a frozen base is bfloat16 on cuda unless dtype='float32'",
+}
+
 
 def nearest(word, names, otherwise="--help lists all keys"):
+    """Suggest up to three names that look like a word; return `otherwise` if none does."""
     close = difflib.get_close_matches(word.lower().replace("-", "_"), names, n=3, cutoff=0.5)
-    return f"nearest: {', '.join(close)}" if close else otherwise
+    if close:
+        return f"nearest: {', '.join(close)}"
+    return otherwise
 
-# -- values ------------------------------------------------------------------------------------------------------------
-def literal(node):
-    """The value of a syntax tree of literals and arithmetic on numbers; one of BAD_LITERAL for a name, a call, an overflow."""
-    match node:
-        case ast.Constant(value=None | bool() | str()): return node.value
-        case ast.Constant(value=int() | float()): value = node.value
-        case ast.List(elts=elts): return [literal(e) for e in elts]
-        case ast.Tuple(elts=elts): return tuple(literal(e) for e in elts)
-        case ast.Dict(keys=keys, values=values) if None not in keys: # a key that is None is the ** of {**a}
-            pairs = {literal(k): literal(v) for k, v in zip(keys, values)}
-            if len(pairs) < len(keys): raise ValueError("a key stands twice in this dict")
-            return pairs
-        case ast.UnaryOp(op=ast.USub() | ast.UAdd(), operand=operand) if type(x := literal(operand)) in (int, float):
-            value = -x if isinstance(node.op, ast.USub) else x
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in ARITHMETIC:
-            x, y = literal(left), literal(right)
-            if {type(x), type(y)} - {int, float}: raise ValueError("arithmetic is for numbers only")
-            # 9**9**9**9 would run for ever, so the bits of a power are bounded before it is computed
-            if type(op) is ast.Pow and type(x) is type(y) is int and x.bit_length() * y > 1024: raise ValueError("this number is too large")
-            value = ARITHMETIC[type(op)](x, y)
-        case _: raise ValueError(f"{show(ast.unparse(node), 40)} is not a literal")
-    if not abs(value) <= 1e308 or type(value) is complex: raise ValueError("this is not a finite real number") # `not <=` catches nan too
-    return value
 
-def fit(name, key, where, get):
-    """What get() returns, as a value of the key's type; else a ConfigError that opens with `where`: the user's own words."""
-    reason = ""
-    try:
-        value = get()
-        if value is None and key.default is None: return None
-        if key.type is float and type(value) is int: value = float(value)
-        if key.type is int and type(value) is float and value.is_integer() and abs(value) <= 2**53: value = int(value) # exact up to there
-        if key.type is str and type(value) is list and value and all(type(v) is str for v in value): value = ",".join(value) # several names
-        if {key.type, type(value)} == {list, tuple}: value = key.type(value) # --layers=1,2 is a tuple to Python, a list to a person
-        if type(value) is key.type: return value # `is`, not isinstance: True is an int to Python
-    except SyntaxError: reason = "this is not a literal; "
-    except BAD_LITERAL as e: reason = f"{show(str(e) or 'this is nested too deeply')}; "
-    raise ConfigError(f"{where}: {reason}{name} takes {TAKES[key.type]}{' or None' * (key.default is None)} (default {show(repr(key.default))}).")
+def nearest_key(name, block):
+    """Suggest keys of a block for a wrong name, by its meaning or else by its spelling."""
+    word = name.lower().replace("-", "_")
+    found = [key for key, synonyms in SYNONYMS.items() if key in block and word in synonyms.split()]
+    if found and word not in block:
+        return f"nearest: {', '.join(found)}"
+    return nearest(name, block)
 
-def from_text(key, text): # the right-hand side of a flag; the shell has usually taken its quotes
-    if key.type is str:
-        if text == "None" and key.default is None: return None
-        return text[1:-1] if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"" else text
-    if not text.strip(): raise ValueError("there is no value after the =")
-    return literal(parse({"true": "True", "false": "False"}.get(text, text.strip()), mode="eval").body)
 
-def parse(source, mode="exec"):
+def unknown_key(where, name, block):
+    """Return the ConfigError for a name that is no key; it starts with `where`, the user's own words."""
+    is_train = "actor_loss" in block
+    if is_train and name in REMOVED:
+        return ConfigError(f"{where}: {name} was removed, {REMOVED[name]}; see docs/method.md.")
+    return ConfigError(f"{where}: there is no key {name}; {nearest_key(name, block)}.")
+
+
+# ---- values ----
+
+
+def parse_source(source, mode="exec"):
+    """Parse Python into a syntax tree, without warnings: a "\\d" would add a line to our one sentence."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore") # a "\d" would add a line of Python's own to our one sentence
+        warnings.simplefilter("ignore")
         return ast.parse(source, mode=mode)
 
-# -- files -------------------------------------------------------------------------------------------------------------
-def read(path): # (text, syntax tree) of a Python file
+
+def is_number(value):
+    """Tell whether a value is an int or a float; True is neither."""
+    return type(value) in (int, float)
+
+
+def finite(value):
+    """Return a number that is real and finite; raise ValueError for any other."""
+    # `not <=` catches nan too
+    if type(value) is complex or not abs(value) <= 1e308:
+        raise ValueError("this is not a finite real number")
+    return value
+
+
+def calculate(op, x, y):
+    """Compute x op y for two numbers; op is a key of ARITHMETIC."""
+    if not (is_number(x) and is_number(y)):
+        raise ValueError("arithmetic is for numbers only")
+    # 9**9**9**9 would never finish, so the bits of a power are bounded before it is computed.
+    if op is ast.Pow and type(x) is type(y) is int and x.bit_length() * y > 1024:
+        raise ValueError("this number is too large")
+    return finite(ARITHMETIC[op](x, y))
+
+
+def literal(node):
+    """Evaluate a syntax tree of literals and of arithmetic on numbers.
+
+    Raises one of BAD_LITERAL for anything else: a name, a call, an overflow.
+    """
+    match node:
+        case ast.Constant(value=None | bool() | str()):
+            return node.value
+        case ast.Constant(value=int() | float()):
+            return finite(node.value)
+        case ast.List(elts=items):
+            return [literal(item) for item in items]
+        case ast.Tuple(elts=items):
+            return tuple(literal(item) for item in items)
+        # a key that is None is the ** of {**a}
+        case ast.Dict(keys=keys, values=values) if None not in keys:
+            pairs = {literal(key): literal(value) for key, value in zip(keys, values)}
+            if len(pairs) < len(keys):
+                raise ValueError("a key occurs twice in this dict")
+            return pairs
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in SIGNS:
+            value = literal(operand)
+            if is_number(value):
+                return finite(SIGNS[type(op)](value))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in ARITHMETIC:
+            return calculate(type(op), literal(left), literal(right))
+    raise ValueError(f"{show(ast.unparse(node), 40)} is not a literal")
+
+
+def from_text(key, text):
+    """Evaluate the right-hand side of a flag; the shell has usually removed its quotes."""
+    if key.type is str:
+        if text == "None" and key.default is None:
+            return None
+        if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
+            return text[1:-1]
+        return text
+    if not text.strip():
+        raise ValueError("there is no value after the =")
+    text = {"true": "True", "false": "False"}.get(text, text.strip())
+    return literal(parse_source(text, mode="eval").body)
+
+
+def to_type(value, kind):
+    """Convert a literal to a key's type where nothing is lost; return it unchanged otherwise."""
+    given = type(value)
+    if kind is float and given is int:
+        return float(value)
+    # a float is exact for whole numbers up to 2^53
+    if kind is int and given is float and value.is_integer() and abs(value) <= 2**53:
+        return int(value)
+    # several names in a list are the same as names with commas between them
+    if kind is str and given is list and value and all(type(item) is str for item in value):
+        return ",".join(value)
+    # --layers=1,2 is a tuple to Python and a list to a person
+    if {kind, given} == {list, tuple}:
+        return kind(value)
+    return value
+
+
+def fit(name, key, where, get):
+    """Return what get() returns, as a value of the key's type.
+
+    Otherwise raise a ConfigError that starts with `where`, the user's own words.
+    """
+    reason = ""
     try:
-        with tokenize.open(path) as f: source = f.read()
-        return source, parse(source)
-    except OSError as e: raise ConfigError(f"{path}: this file cannot be read ({e.strerror}).")
-    except SyntaxError as e: raise ConfigError(f"{path}:{e.lineno or 1}: this is not Python: {show((e.text or '').strip())} ({show(e.msg)}).")
-    except BAD_LITERAL as e: raise ConfigError(f"{path}: this is not Python ({e}).")
+        value = to_type(get(), key.type)
+        if value is None and key.default is None:
+            return None
+        # `is` and not isinstance: True is an int to Python
+        if type(value) is key.type:
+            return value
+    except SyntaxError:
+        reason = "this is not a literal; "
+    except BAD_LITERAL as error:
+        reason = f"{show(str(error) or 'this is nested too deeply')}; "
+    takes = TAKES[key.type]
+    if key.default is None:
+        takes += " or None"
+    raise ConfigError(f"{where}: {reason}{name} takes {takes} (default {show(repr(key.default))}).")
+
+
+# ---- files ----
+
+
+def read_python(path):
+    """Read a Python file -> (text, syntax tree)."""
+    try:
+        with tokenize.open(path) as f:
+            source = f.read()
+        return source, parse_source(source)
+    except OSError as error:
+        raise ConfigError(f"{path}: this file cannot be read ({error.strerror}).")
+    except SyntaxError as error:
+        line = show((error.text or "").strip())
+        raise ConfigError(f"{path}:{error.lineno or 1}: this is not Python: {line} ({show(error.msg)}).")
+    except BAD_LITERAL as error:
+        raise ConfigError(f"{path}: this is not Python ({error}).")
+
 
 def assignments(path, source, nodes):
-    """Yields (name, node, where) for each `name = value` or `name: type = value`; any other statement is a ConfigError."""
-    lines, text = {}, source.splitlines() # ast.get_source_segment splits the whole source anew for every statement
+    """Yield (name, node, where) for each `name = value` or `name: type = value`.
+
+    where: file, line and code, to start a sentence with. Any other statement raises ConfigError.
+    """
+    lines = {}
+    # ast.get_source_segment would split the whole source again for every statement
+    text = source.splitlines()
     for node in nodes:
-        own = text[node.lineno - 1:node.end_lineno]
-        if len(own) == 1: own[0] = own[0].encode()[:node.end_col_offset].decode() # without the comment behind it
-        where = f"{path}:{node.lineno}: {show(' '.join(own))}"
+        code = text[node.lineno - 1 : node.end_lineno]
+        if len(code) == 1:
+            # without the comment behind the code; columns count bytes
+            code[0] = code[0].encode()[: node.end_col_offset].decode()
+        where = f"{path}:{node.lineno}: {show(' '.join(code))}"
         targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
-        if not isinstance(node, (ast.Assign, ast.AnnAssign)) or len(targets) > 1 or not isinstance(targets[0], ast.Name) or node.value is None:
-            raise ConfigError(f"{where}: write `key = value` with a literal value, nothing else can stand here.")
+        is_assignment = isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None
+        if not is_assignment or len(targets) > 1 or not isinstance(targets[0], ast.Name):
+            raise ConfigError(f"{where}: write `key = value` with a literal value, nothing else works here.")
         name = targets[0].id
-        if name in lines: raise ConfigError(f"{where}: {name} is set on line {lines[name]} already, delete one of the two.")
+        if name in lines:
+            raise ConfigError(f"{where}: {name} is set on line {lines[name]} already, delete one of the two.")
         lines[name] = node.lineno
         yield name, node, where
 
+
+def block_comments(path, source):
+    """Find a script's config block -> (first line, last line, {line: (text, column)} of its comments)."""
+    comments = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            line, column = token.start
+            comments[line] = (token.string.strip(), column)
+    marks = [line for line, comment in comments.items() if comment in ((BEGIN, 0), (END, 0))]
+    if [comments[line][0] for line in marks] != [BEGIN, END]:
+        raise ConfigError(f"{path}: a script needs one config block, between lines `{BEGIN}` and `{END}`.")
+    begin, end = marks
+    inside = {line: comment for line, comment in comments.items() if begin < line < end}
+    return begin, end, inside
+
+
+def read_default(name, node, where):
+    """Read one assignment of a config block -> (default, type)."""
+    try:
+        default = literal(node.value)
+    except BAD_LITERAL as error:
+        raise ConfigError(f"{where}: {error}; a default is a literal.")
+    kind = type(default)
+    if isinstance(node, ast.AnnAssign):
+        kind = {known.__name__: known for known in TAKES}.get(ast.unparse(node.annotation))
+    if kind not in TAKES:
+        known = ", ".join(known.__name__ for known in TAKES)
+        raise ConfigError(f"{where}: annotate {name} with one of {known}, as in `{name}: float = None`.")
+    return default, kind
+
+
 def parse_block(path):
-    """{name: Key(default, type, comment, heading)} of a script's config block, in its order. The script is not imported.
-    A comment from column 0 is the heading of the keys below it; a further-in comment line continues the key's own comment."""
-    source, tree = read(path)
-    comments = {t.start[0]: (t.string, t.start[1]) for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
-    marks = [n for n, (text, col) in comments.items() if col == 0 and text.strip() in (BEGIN, END)]
-    if [comments[n][0].strip() for n in marks] != [BEGIN, END]: raise ConfigError(f"{path}: a script needs one config block, between the lines `{BEGIN}` and `{END}`.")
-    inside = {n: (text.lstrip("#").strip(), col) for n, (text, col) in comments.items() if marks[0] < n < marks[1]}
-    found = list(assignments(path, source, [node for node in tree.body if marks[0] < node.lineno < marks[1]]))
-    code = {n for _, node, _ in found for n in range(node.lineno, node.end_lineno + 1)}
-    headings, block = {}, {} # headings: last line -> text, of one or several lines
-    for n, (text, col) in inside.items():
-        if col == 0 and n not in code: headings[n] = f"{headings.pop(n - 1, '')} {text}".strip()
-    for (name, node, where), stop in zip(found, [node.lineno for _, node, _ in found[1:]] + [marks[1]]):
-        comment = " ".join(text for n, (text, col) in inside.items() if node.lineno <= n < stop and (col > 0 or n in code))
-        heading = ([text for n, text in headings.items() if n < node.lineno] or [""])[-1]
-        try: default = literal(node.value)
-        except BAD_LITERAL as e: raise ConfigError(f"{where}: {e}; a default is a literal.")
-        kind = {t.__name__: t for t in TAKES}.get(ast.unparse(node.annotation)) if isinstance(node, ast.AnnAssign) else type(default)
-        if kind not in TAKES: raise ConfigError(f"{where}: annotate {name} with one of {', '.join(t.__name__ for t in TAKES)}, as in `{name}: float = None`.")
-        key = Key(default, kind, comment, heading)
+    """Read the config block of a script, without importing it -> {name: Key}, in its order.
+
+    A comment in column 0 is the heading of the keys below it. An indented one continues its key's comment.
+    """
+    source, tree = read_python(path)
+    begin, end, comments = block_comments(path, source)
+    nodes = [node for node in tree.body if begin < node.lineno < end]
+    found = list(assignments(path, source, nodes))
+    code = {line for node in nodes for line in range(node.lineno, node.end_lineno + 1)}
+
+    headings = {}
+    key_comments = {}
+    for line, (text, column) in comments.items():
+        text = text.lstrip("#").strip()
+        if column > 0 or line in code:
+            key_comments[line] = text
+        else:
+            # a heading of several lines is one heading
+            headings[line] = f"{headings.pop(line - 1, '')} {text}".strip()
+
+    block = {}
+    stops = [*(node.lineno for node in nodes[1:]), end]
+    for (name, node, where), stop in zip(found, stops):
+        comment = " ".join(text for line, text in key_comments.items() if node.lineno <= line < stop)
+        above = [text for line, text in headings.items() if line < node.lineno]
+        default, kind = read_default(name, node, where)
+        key = Key(default, kind, comment, heading=(above or [""])[-1])
         block[name] = key._replace(default=fit(name, key, where, lambda: default))
     return block
 
+
 def read_config_file(path, block):
-    """{name: value} of a config file: assignments of literals to known keys, after an optional docstring."""
+    """Read a config file, an optional docstring and assignments of literals to keys -> {name: value}."""
     if not path.endswith(".py") or not os.path.isfile(path):
-        there = sorted(p.replace(os.sep, "/") for p in glob.glob(os.path.join(glob.escape(os.path.dirname(path) or "config"), "*.py")))
-        hint = nearest(path, there, f"there are: {', '.join(there[:5])}" if there else "a config file ends in .py, a flag is --key=value")
+        folder = glob.escape(os.path.dirname(path) or "config")
+        found = glob.glob(os.path.join(folder, "*.py"))
+        existing = sorted(name.replace(os.sep, "/") for name in found)
+        hint = "a config file ends in .py, a flag is --key=value"
+        if existing:
+            hint = nearest(path, existing, f"there are: {', '.join(existing[:5])}")
         raise ConfigError(f"{path or repr(path)}: there is no such config file; {hint}.")
-    source, tree = read(path)
+    source, tree = read_python(path)
+    nodes = tree.body
+    if ast.get_docstring(tree) is not None:
+        nodes = nodes[1:]
     values = {}
-    for name, node, where in assignments(path, source, tree.body[ast.get_docstring(tree) is not None:]):
-        if name not in block: raise ConfigError(f"{where}: there is no key {name}; {nearest(name, block)}.")
+    for name, node, where in assignments(path, source, nodes):
+        if name not in block:
+            raise unknown_key(where, name, block)
         values[name] = fit(name, block[name], where, lambda: literal(node.value))
     return values
 
-# -- the whole ---------------------------------------------------------------------------------------------------------
+
+# ---- help ----
+
+
 def print_help(script, block):
-    for line in (ast.get_docstring(read(script)[1]) or os.path.basename(script)).split("\n\n")[0].splitlines(): print(show(line, width=1000))
-    left = {name: f"  --{name}={show(repr(key.default))}" + f" ({key.type.__name__})" * (key.default is None) for name, key in block.items()}
-    width = min(max(map(len, left.values()), default=0), 44) # one long default must not push all comments off the screen
+    """Print the first paragraph of a script's docstring, then every key under its heading."""
+    _, tree = read_python(script)
+    title = ast.get_docstring(tree) or os.path.basename(script)
+    for line in title.split("\n\n")[0].splitlines():
+        print(show(line, width=HELP_COLUMNS))
+
     heading = None
     for name, key in block.items():
-        if key.heading != heading: print(f"\n{show(key.heading)}")
-        heading = key.heading
-        print(f"{left[name]:{width}}  {show(key.comment, width=1000)}".rstrip())
+        if key.heading != heading:
+            heading = key.heading
+            print(f"\n{show(heading)}" if heading else "")
+        flag = f"  --{name}={show(repr(key.default), width=70)}"
+        if key.default is None:
+            flag += f" ({key.type.__name__})"
+        comment = show(key.comment, width=1000)
+        # a flag that is too long for its column has its comment on the next line
+        if len(flag) > FLAG_COLUMNS or not comment:
+            print(flag)
+            flag = ""
+        if comment:
+            start = f"{flag:{FLAG_COLUMNS}}  "
+            indent = " " * len(start)
+            print(textwrap.fill(comment, HELP_COLUMNS, initial_indent=start, subsequent_indent=indent))
+
+
+# ---- the command line ----
+
+
+def read_flag(argv, i, block, origin):
+    """Read the flag argv[i] -> (name, value). origin: {name: source} of the values before it."""
+    word = argv[i]
+    # a value of 5,000 characters must not push the remedy off the screen
+    shown = show(word)
+    name, equals, text = word.lstrip(DASHES).partition("=")
+    if name not in block or word[2:3] == "-":
+        raise unknown_key(shown, word[2:].partition("=")[0], block)
+    if origin.get(name) == COMMAND_LINE:
+        raise ConfigError(f"{shown}: {name} is given twice, delete one of the two.")
+    key = block[name]
+    if not equals and key.type is not bool:
+        after = ""
+        if i + 1 < len(argv) and not argv[i + 1].startswith("--"):
+            after = argv[i + 1].lstrip("=")
+        words = f"{shown} {after}".strip()
+        value = after or show(repr(key.default))
+        raise ConfigError(f"{words}: {name} has no value, write --{name}={value}.")
+    if not equals:
+        text = "True"
+    return name, fit(name, key, shown, lambda: from_text(key, text))
+
+
+def check_file_word(argv, i, block, files):
+    """Raise a ConfigError if argv[i] cannot name a config file: it is a bad flag, or comes after a flag."""
+    word = argv[i]
+    shown = show(word) or "''"
+    before = show(argv[i - 1]) if i else ""
+    flags = [flag for flag in argv[:i] if flag.startswith("--")]
+    name, equals, text = word.lstrip(DASHES).partition("=")
+
+    if word.startswith("-") or (equals and not os.path.isfile(word)):
+        flag = f"--{name or 'key'}"
+        hint = ""
+        # `--resume =true` has one space too many
+        if flags and not name:
+            flag = before
+        if name and name not in block:
+            hint = f" ({nearest_key(name, block)})"
+        value = show(text) or "value"
+        raise ConfigError(f"{shown}: a flag has two dashes and one =, write {flag}={value}{hint}.")
+
+    if flags and not word.endswith(".py"):
+        # `--resume false`, or `--note=two words` without quotes
+        flag, _, start = before.partition("=")
+        remedy = f"{flag}={shown}"
+        if start:
+            remedy = f'{flag}="{start} {shown}"'
+        raise ConfigError(f"{before} {shown}: a space ends a flag, write {remedy}.")
+
+    if not files:
+        raise ConfigError(f"{shown}: this script takes no config files here, only --key=value.")
+    if flags:
+        raise ConfigError(f"{shown}: config files come before the flags, write it before {flags[0]}.")
+
 
 def configure(script, argv, files=True, quiet=False):
-    """The settings as a SimpleNamespace in the order of the script's block. argv is without the program's name.
-    files=False refuses config files; quiet=True does not print what differs from the defaults. Raises ConfigError."""
+    """Return the settings of a script as a SimpleNamespace, in the order of its config block.
+
+    argv is without the program's name. files=False refuses config files. quiet=True does not print what
+    differs from the defaults. Raises ConfigError for a mistake, and SystemExit(0) after --help.
+    """
     block = parse_block(script)
     if {"-h", "--help"} & set(argv):
         print_help(script, block)
         raise SystemExit(0)
-    values, origin, flags = {name: key.default for name, key in block.items()}, {}, set()
-    for i, arg in enumerate(argv):
-        name, equals, text = arg.lstrip("-\u2013\u2014").partition("=") # en and em dash: pasted from a text processor
-        said, before = show(arg) or "''", show(argv[i - 1]) if i else "" # a 5,000 character value must not push the remedy away
-        if arg.startswith("--"):
-            if name not in block or arg[2:3] == "-": raise ConfigError(f"{said}: there is no key {arg[2:].partition('=')[0]}; {nearest(name, block)}.")
-            if name in flags: raise ConfigError(f"{said}: {name} is given twice, delete one of the two.")
-            if not equals and block[name].type is not bool:
-                after = argv[i + 1].lstrip("=") if i + 1 < len(argv) and not argv[i + 1].startswith("--") else ""
-                raise ConfigError(f"{said} {after}".strip() + f": {name} has no value, write --{name}={after or show(repr(block[name].default))}.")
-            values[name], origin[name] = fit(name, block[name], said, lambda: from_text(block[name], text if equals else "True")), "the command line"
-            flags.add(name)
-        elif arg.startswith("-") or (equals and not os.path.isfile(arg)):
-            flag = before if flags and not name else f"--{name or 'key'}" # `--resume =true` has a space too many
-            raise ConfigError(f"{said}: a flag has two dashes and one =, write {flag}={show(text) or 'value'}" + ("." if name in block or not name else f" ({nearest(name, block)})."))
-        elif flags and not arg.endswith(".py"):
-            flag, _, start = before.partition("=") # `--resume false`, or `--note=two words` without quotes
-            raise ConfigError(f"{before} {said}: a space ends a flag, write " + (f'{flag}="{start} {said}".' if start else f"{flag}={said}."))
-        elif not files: raise ConfigError(f"{said}: this script takes no config files here, only --key=value.")
-        elif flags: raise ConfigError(f"{said}: config files come before the flags, write it before {next(a for a in argv if a.startswith('--'))}.")
+
+    values = {name: key.default for name, key in block.items()}
+    origin = {}
+    for i, word in enumerate(argv):
+        if word.startswith("--"):
+            name, value = read_flag(argv, i, block, origin)
+            values[name] = value
+            origin[name] = COMMAND_LINE
         else:
-            new = read_config_file(arg, block)
-            values, origin = values | new, origin | {name: arg for name in new}
+            check_file_word(argv, i, block, files)
+            new = read_config_file(word, block)
+            values |= new
+            origin |= dict.fromkeys(new, word)
+
     for name, key in block.items():
-        if values[name] != key.default and not quiet: print(f"  {name} = {show(repr(values[name]))}  (default {show(repr(key.default))}, from {show(origin[name])})")
+        if values[name] != key.default and not quiet:
+            value = show(repr(values[name]))
+            print(f"  {name} = {value}  (default {show(repr(key.default))}, from {show(origin[name])})")
     return types.SimpleNamespace(**values)
 
-# -- cross-field rules -------------------------------------------------------------------------------------------------
-CHOICES = dict(device=("auto", "cpu", "cuda"), dtype=("auto", "float32", "bfloat16"), q_head=("full", "tied"),
-               actor_loss=("sft", "afsft", "awr", "fbc"), mdp=("token", "turn"), trace=("tree", "plain"))
-AT_LEAST_1 = "log_interval n_critics data_episodes batch_size window micro_batch num_envs rollout_episodes updates_per_rollout max_new_tokens eval_episodes".split()
-AT_LEAST_0 = "seed eval_interval stop_at lora_r vision_cache_mb offline_updates online_updates replay_episodes warmup_updates filter_warmup bc_coef critic_coef pess_coef q_weight".split()
-POSITIVE = "lr critic_lr grad_clip".split()
-SHARES = "expert_episodes explore gamma lam target_tau min_lr offline_ratio".split()
+
+# ---- the rules about train.py's keys ----
+
+CHOICES = {
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "q_head": ("full", "tied"),
+    "actor_loss": ("sft", "afsft", "awr", "fbc"),
+    "mdp": ("token", "turn"),
+    "trace": ("tree", "plain"),
+}
+WITH_CRITIC = ("afsft", "awr")
+PLAYERS = ("expert", "random", "malformed", "biased")
+
+AT_LEAST_1 = """log_interval n_critics data_episodes batch_size window micro_batch num_envs
+    rollout_episodes updates_per_rollout max_new_tokens eval_episodes"""
+AT_LEAST_0 = """seed eval_interval stop_at lora_r vision_cache_mb bc_coef critic_coef pess_coef
+    filter_warmup offline_updates online_updates warmup_updates replay_episodes q_weight"""
+SHARES = "expert_episodes gamma lam target_tau min_lr offline_ratio explore"
+# (keys, test, what the value must be)
+RANGES = [
+    (AT_LEAST_1, lambda x: x >= 1, "at least 1"),
+    (AT_LEAST_0, lambda x: x >= 0, "at least 0"),
+    (SHARES, lambda x: 0 <= x <= 1, "between 0 and 1"),
+    ("lr critic_lr grad_clip", lambda x: x > 0, "above 0"),
+    ("max_turns", lambda x: x is None or x >= 1, "at least 1, or None"),
+    ("won_share", lambda x: x is None or 0 <= x <= 1, "between 0 and 1, or None"),
+    ("reward_clip", lambda x: x is None or x > 0, "above 0, or None"),
+    ("size", lambda x: 28 <= x <= 2000, "between 28 and 2000 pixels"),
+    ("penalty", lambda x: x <= 0, "0 or below, as the reward of a reply that does not parse"),
+]
+# (what is wrong, the sentence about it)
+CONFLICTS = [
+    (lambda cfg: cfg.offline_updates + cfg.online_updates == 0,
+     "offline_updates and online_updates are both 0: there is nothing to do, set one above 0."),
+    (lambda cfg: cfg.resume and cfg.overwrite,
+     "resume and overwrite are both True: one continues the run, the other deletes it; choose one."),
+    (lambda cfg: cfg.resume and cfg.dry_run,
+     "dry_run and resume are both True: a dry run starts anew and leaves nothing; choose one."),
+    (lambda cfg: cfg.q_weight and cfg.actor_loss not in WITH_CRITIC,
+     "q_weight={q_weight} needs a critic, and actor_loss={actor_loss!r} trains none: set q_weight=0."),
+    (lambda cfg: cfg.model == "scratch" and cfg.lora_r > 0,
+     "model='scratch' has random weights, adapters on them (lora_r={lora_r}) learn nothing: set lora_r=0."),
+    (lambda cfg: cfg.vision_cache_mb and cfg.lora_r == 0,
+     "vision_cache_mb={vision_cache_mb} caches the features of a frozen vision part, and lora_r=0 trains "
+     "that part too: set lora_r above 0, or vision_cache_mb=0."),
+    (lambda cfg: cfg.shard and cfg.lora_r == 0,
+     "shard=True shards frozen weights, and lora_r=0 trains them all: set lora_r above 0, or shard=False."),
+    (lambda cfg: cfg.eval_interval % cfg.log_interval,
+     "eval_interval={eval_interval} is no multiple of log_interval={log_interval}: "
+     "a resumed run could not repeat its metrics."),
+    (lambda cfg: cfg.stop_at % cfg.log_interval,
+     "stop_at={stop_at} is no multiple of log_interval={log_interval}: "
+     "a resumed run could not repeat its metrics."),
+]
+
+
+def check_data_mix(data_mix, must_play):
+    """Check the players and their shares; must_play: somebody has to play, there is no recorded data."""
+    for name, share in data_mix.items():
+        if name not in PLAYERS:
+            raise ConfigError(f"data_mix has a player {name!r}: known are {', '.join(PLAYERS)}.")
+        if not is_number(share) or share < 0:
+            raise ConfigError(f"data_mix gives {name} the share {share!r}: it must be a number, at least 0.")
+    if must_play and sum(data_mix.values()) == 0:
+        example = "{'expert': 0.3, 'random': 0.7}"
+        raise ConfigError(f"data_mix has no share above 0: name the players, for instance {example}.")
+
 
 def check_config(cfg):
-    """Every rule about the values of train.py's keys, alone and together; a ConfigError with one sentence, before anything is read or written."""
-    def need(ok, sentence):
-        if not ok: raise ConfigError(sentence)
+    """Check the values of train.py's keys, alone and together, and return the settings.
+
+    Raises a ConfigError for the first mistake, before anything is read or written.
+    """
     for name, allowed in CHOICES.items():
         value = getattr(cfg, name)
-        need(value in allowed, f"{name}={value!r} is not known: choose {', '.join(allowed)}" + (f" ({nearest(value, allowed, '')})".replace(" ()", "") + "."))
-    for names, ok, words in ((AT_LEAST_1, lambda x: x >= 1, "at least 1"), (AT_LEAST_0, lambda x: x >= 0, "at least 0"),
-                             (POSITIVE, lambda x: x > 0, "above 0"), (SHARES, lambda x: 0 <= x <= 1, "between 0 and 1")):
-        for name in names: need(ok(getattr(cfg, name)), f"{name}={getattr(cfg, name)!r} is out of range: it must be {words}.")
-    need(cfg.reward_clip is None or cfg.reward_clip > 0, f"reward_clip={cfg.reward_clip} is out of range: it must be above 0, or None.")
-    need(cfg.won_share is None or 0 <= cfg.won_share <= 1, f"won_share={cfg.won_share} is out of range: it must be between 0 and 1, or None.")
-    need(28 <= cfg.size <= 2000, f"size={cfg.size} is out of range: a picture's side must be between 28 and 2000 pixels.")
-    need(cfg.max_turns is None or cfg.max_turns > 0, f"max_turns={cfg.max_turns} is out of range: it must be at least 1, or None.")
-    need(cfg.penalty <= 0, f"penalty={cfg.penalty} is above 0: it is the reward of a reply that does not parse, so it must be 0 or below.")
-    need(cfg.offline_updates + cfg.online_updates > 0, "offline_updates and online_updates are both 0: there is nothing to do.")
-    need(not cfg.q_weight or cfg.actor_loss in ("afsft", "awr"), f"q_weight={cfg.q_weight} needs a critic, and actor_loss={cfg.actor_loss!r} trains none: set q_weight=0.")
-    need(not (cfg.resume and cfg.overwrite), "resume and overwrite are both True: one goes on with the run, the other deletes it; choose one.")
-    need(cfg.model != "scratch" or cfg.lora_r == 0, f"model='scratch' has random weights, adapters on them (lora_r={cfg.lora_r}) learn nothing: set lora_r=0.")
-    need(not cfg.vision_cache_mb or cfg.lora_r > 0, f"vision_cache_mb={cfg.vision_cache_mb} keeps what a frozen vision part sees, and lora_r=0 trains that part too: set lora_r above 0, or vision_cache_mb=0.")
-    need(not cfg.shard or cfg.lora_r > 0, "shard=True shards weights that are frozen, and lora_r=0 trains them all: set lora_r above 0, or shard=False.")
-    need(not (cfg.dry_run and cfg.resume), "dry_run and resume are both True: a dry run starts from nothing and leaves nothing; choose one.")
-    need(cfg.eval_interval % cfg.log_interval == 0, f"eval_interval={cfg.eval_interval} is no multiple of log_interval={cfg.log_interval}: a resumed run could not repeat its metrics.")
-    need(cfg.stop_at % cfg.log_interval == 0, f"stop_at={cfg.stop_at} is no multiple of log_interval={cfg.log_interval}: a resumed run could not repeat its metrics.")
-    players = ("expert", "random", "malformed", "biased")
-    for name, share in cfg.data_mix.items():
-        need(name in players, f"data_mix has a player {name!r}: known are {', '.join(players)}.")
-        need(type(share) in (int, float) and share >= 0, f"data_mix gives {name} the share {share!r}: it must be a number, at least 0.")
-    need(cfg.data or sum(cfg.data_mix.values()) > 0, "data_mix has no share above 0: say who plays, for instance {'expert': 0.3, 'random': 0.7}.")
+        if value not in allowed:
+            close = nearest(value, allowed, otherwise="")
+            hint = f" ({close})" if close else ""
+            raise ConfigError(f"{name}={value!r} is not known: choose {', '.join(allowed)}{hint}.")
+    for names, test, words in RANGES:
+        for name in names.split():
+            value = getattr(cfg, name)
+            if not test(value):
+                raise ConfigError(f"{name}={value!r} is out of range: it must be {words}.")
+    for is_wrong, sentence in CONFLICTS:
+        if is_wrong(cfg):
+            raise ConfigError(sentence.format(**vars(cfg)))
+    check_data_mix(cfg.data_mix, must_play=not cfg.data)
     return cfg

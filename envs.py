@@ -1,19 +1,31 @@
 """
-The text protocol and the environments: a picture and a text in, an action as text out.
+Environments: a picture and a text go in, an action comes out as text.
 
-    observation -> prompt() -> model -> "I am below it. [action] +" -> parse_agent() -> "+" -> parse_env() -> ("+",) -> act()
+    observation    {"image": picture(), "text": prompt()}    what the model sees
+    reply          "I am below it. [action] +"               what the model writes
+    parse_agent    "+"                                       the text behind the last marker
+    parse_env      ("+",)                                    the action, None if it is invalid
+    act            reward, terminated, truncated             the rules of the environment
 
-A new environment is one class of about 40 lines: copy NumberLine. The games here follow Gym Cards as RL4VLM's code (not its
-README) plays them: Zhai et al., arXiv 2405.10292. Where we depart, and why:
- 1. `reset(seed)` seeds (theirs mostly does not), the last observation of an episode is a real picture, the drawings are ours.
- 2. An invalid reply costs `penalty`, is a turn, and moves nothing (invalid="random": RL4VLM's rule, a random action for free).
-    Such an episode must end too, hence turn limits: EZPoints 10, Points24 30, Blackjack 12. NumberLine's 10 is the original's.
- 3. Formulas are parsed, never given to Python's `eval`, and computed in exact rationals: 8/(3-8/3) is 24 (not so in floats),
-    `**` and `//` are malformed. As in the original, digits join (1 2 is 12), signs may precede a number, a blank is white space.
- 4. Blackjack shows ten points as 10, J, Q or K, a thirteenth each; the original has no 10. The odds are the same.
- 5. Two success rules are reported: `success` (goal reached) and RL4VLM's own, `success_return` (summed reward > 0).
+From top to bottom: the text protocol, the kinds of action, `Env` (subclass it), drawing, NumberLine (the
+simplest environment: copy it), optional packages, scripted players. The other environments are in worlds/;
+worlds/registry.py makes each of them from its name, and yours from --env=my_env.py:MyEnv.
+
+The games follow Gym Cards as the code of RL4VLM plays them, not its README: Zhai et al., arXiv 2405.10292.
+Departures that concern every game (those of the card games are listed in worlds/cards.py):
+ 1. `reset(seed)` seeds; in the original it mostly does not. The last observation of an episode is a real
+    picture. The drawings are our own.
+ 2. An invalid reply costs `penalty`, takes a turn and changes nothing. RL4VLM plays a random action instead,
+    free of charge. An episode of invalid replies must end too, therefore every game has a turn limit.
+ 3. Two success rates are reported: `success` (the goal was reached) and RL4VLM's own, `success_return` (the
+    rewards of the episode sum to more than 0).
 """
-import importlib, json, os, re, string, zlib
+import importlib
+import json
+import os
+import re
+import string
+import zlib
 from functools import lru_cache
 
 import numpy as np
@@ -21,171 +33,515 @@ from PIL import Image, ImageDraw, ImageFont
 
 MARKER = "[action]"
 
-# ---- the text protocol: a kind of action documents, parses, samples and (where finite) enumerates itself ----
-class Words:                # one of a list of words: Words("hit", "stand")
-    def __init__(self, *words): self.list = list(words)
-    def words(self): return list(self.list)
-    def doc(self): return (" or " if len(self.list) < 3 else ", " if any(" " in word for word in self.list) else " ").join(self.list)
-    def parse(self, text): return (text,) if text in self.list else None
-    def sample(self, rng): return self.list[rng.integers(len(self.list))]
 
-class Text:                 # free text: anything but nothing
-    def words(self): return None
-    def doc(self): return "any text"
-    def parse(self, text): return (text,) if text else None
-    def sample(self, rng): return "".join(rng.choice(list(string.ascii_lowercase), size=rng.integers(1, 8)))
+# ---- the text protocol ----
 
-class Command:              # a word with arguments: Command("click", int, int), Command("type", int, str); a str as JSON writes it, in quotes
-    # [0-9] because \d takes the digits of every script; at most nine, because a model's endless digits are slow to convert
-    patterns = {int: r"(-?[0-9]{1,9})", str: r'("(?:[^"\\]|\\.)*")'}
-    def __init__(self, word, *types, names=()): self.word, self.types, self.names = word, types, names or ["NUMBER" if t is int else "TEXT" for t in types]
-    def words(self): return None if self.types else [self.word]
-    def doc(self): return " ".join([self.word, *(name if t is int else f'"{name}"' for name, t in zip(self.names, self.types))])
-    def sample(self, rng): return format_action((self.word, *(int(rng.integers(100)) if t is int else Text().sample(rng) for t in self.types)))
-    def parse(self, text):
-        match = re.fullmatch(" +".join([re.escape(self.word), *(self.patterns[t] for t in self.types)]), text)
-        try:
-            action = match and (self.word, *map(json.loads, match.groups()))
-            return action if match and format_action(action).encode() else None
-        except ValueError:      # an unknown escape, a number like 007, or half a character ("\ud800": legal JSON that cannot be written)
-            return None
 
-def format_action(action):      # the one way to write a parsed action: ("type", 14, "abc") -> type 14 "abc"
-    return " ".join([action[0], *(json.dumps(arg, ensure_ascii=False) for arg in action[1:])])
-def parse_agent(reply):     # the text behind the last marker, to the end of its line, or None: a plan may come before it
-    return reply.rpartition(MARKER)[2].split("\n", 1)[0].strip() if MARKER in reply else None
-def is_held_out(fingerprint, one_in=10):   # one start in ten is for tests only; by what was dealt, not by the seed: no hand is in both parts
+def parse_agent(reply):
+    """Return the text behind the last marker, up to the end of its line; None without a marker.
+
+    Whatever comes before the marker, a plan for example, is ignored.
+    """
+    if MARKER not in reply:
+        return None
+    behind = reply.rpartition(MARKER)[2]
+    return behind.split("\n", 1)[0].strip()
+
+
+def format_action(action):
+    """Write a parsed action as text, in the only accepted way: ("type", 14, "abc") -> type 14 "abc"."""
+    word, *arguments = action
+    return " ".join([word, *(json.dumps(argument, ensure_ascii=False) for argument in arguments)])
+
+
+def is_held_out(fingerprint, one_in=10):
+    """Tell whether a start belongs to the test part: one start in ten does.
+
+    This depends on what was dealt, not on the seed, so that no hand is in both parts.
+    """
     return zlib.crc32(fingerprint.encode()) % one_in == 0
 
+
+# ---- kinds of action: each one documents, parses, samples and (if finite) enumerates its actions ----
+
+
+class Words:
+    """One word of a list: Words("hit", "stand")."""
+
+    def __init__(self, *words):
+        self.list = list(words)
+
+    def words(self):
+        """List the texts of all actions; None if there is no end of them."""
+        return list(self.list)
+
+    def doc(self):
+        """Describe the actions for the prompt."""
+        if len(self.list) < 3:
+            return " or ".join(self.list)
+        has_phrase = any(" " in word for word in self.list)
+        separator = ", " if has_phrase else " "
+        return separator.join(self.list)
+
+    def parse(self, text):
+        """Return the action as a tuple, None if the text is not an action of this kind."""
+        return (text,) if text in self.list else None
+
+    def sample(self, rng):
+        """Draw the text of a valid action."""
+        return self.list[rng.integers(len(self.list))]
+
+
+class Text:
+    """Free text: anything except the empty text."""
+
+    def words(self):
+        return None
+
+    def doc(self):
+        return "any text"
+
+    def parse(self, text):
+        return (text,) if text else None
+
+    def sample(self, rng):
+        letters = rng.choice(list(string.ascii_lowercase), size=rng.integers(1, 8))
+        return "".join(letters)
+
+
+class Command:
+    """A word with arguments: Command("click", int, int), Command("type", int, str).
+
+    A str argument is written as in JSON, in double quotes. `names` are what the prompt calls the arguments.
+    """
+
+    # [0-9], because \d also matches the digits of other scripts. At most nine digits, because a model may
+    # write endless ones and long numbers are slow to convert.
+    patterns = {int: r"(-?[0-9]{1,9})", str: r'("(?:[^"\\]|\\.)*")'}
+    placeholders = {int: "NUMBER", str: "TEXT"}
+
+    def __init__(self, word, *types, names=()):
+        self.word = word
+        self.types = types
+        self.names = names or [self.placeholders[kind] for kind in types]
+
+    def words(self):
+        if self.types:
+            return None
+        return [self.word]
+
+    def doc(self):
+        parts = [self.word]
+        for name, kind in zip(self.names, self.types):
+            quote = '"' if kind is str else ""
+            parts.append(f"{quote}{name}{quote}")
+        return " ".join(parts)
+
+    def parse(self, text):
+        """Return the action as a tuple of the word and its arguments, None if the text is no such command."""
+        parts = [re.escape(self.word), *(self.patterns[kind] for kind in self.types)]
+        match = re.fullmatch(" +".join(parts), text)
+        if not match:
+            return None
+        try:
+            action = (self.word, *map(json.loads, match.groups()))
+            format_action(action).encode()
+        except ValueError:
+            # An unknown escape, a number like 007, or half a character: "\ud800" is legal JSON, but cannot
+            # be written to a file.
+            return None
+        return action
+
+    def sample(self, rng):
+        action = [self.word]
+        for kind in self.types:
+            if kind is int:
+                action.append(int(rng.integers(100)))
+            else:
+                action.append(Text().sample(rng))
+        return format_action(action)
+
+
+# ---- the environment ----
+
+
 class Env:
-    """Gymnasium-style base class; the state is plain attributes: set them after reset(), then ask for observation(). A game adds
-    start(): draws a start state with self.rng; act(action) -> reward, terminated, truncated, and sets self.success at the goal;
-    picture() -> PIL image, RGB, size x size; fingerprint(): what was dealt, as text, decides the part of the split;
-    expert(): a perfect player's action; and, if need be, text(): what there is to observe beside the picture, and
-    optimal(word): is an action as good as the expert's, for games where several are."""
-    name, goal, kinds, example, max_turns = "", "", (), "", 10
-    marker, split = True, True      # False: the whole reply is the action; False: too few different starts to hold any out
-    one_in, max_parallel = 10, None      # the share of starts held out; how many may be alive at once, stepped by threads (None: any number, no threads)
-    lost = ""                       # why the episode cannot be gone on with (a dead browser, a bot at its wits' end): `play` drops it
+    """Base class of all environments, with reset() and step() as in gymnasium.
+
+    The state is plain attributes. To set up a position, call reset(), set them, then call observation().
+
+    A subclass must define:
+        name           what --env and the tables call it
+        goal           first line of the prompt: what to do
+        kinds          tuple of kinds of action: Words, Text, Command
+        example        a valid action; the prompt shows it
+        start()        draws a start state with self.rng
+        act(action)    plays a parsed action, such as ("go",): sets self.success at the goal and returns
+                       (reward, terminated, truncated)
+        picture()      the state as a PIL image: RGB, self.size x self.size
+        fingerprint()  what was dealt, as text: decides whether the start is held out for tests
+
+    It may define:
+        expert()       the text of the best action: the players expert and biased need it to record data
+        optimal(word)  True if this action is as good as the expert's: where several actions are best
+        text()         what there is to observe beside the picture: the prompt shows it below the goal
+        tag()          a group of episodes that evaluation reports apart
+        caption()      the picture in words: for the questions of pre-training
+        close()        releases at the end of an episode what is shared, such as a browser
+        split          False: there are too few different starts to hold any out
+        one_in         of this number of starts, one is held out
+        max_turns      number of replies after which an episode is truncated
+        marker         False: the whole reply is the action, without the marker [action]
+        max_parallel   largest number of environments alive at once, each stepped in a thread of its own;
+                       None: any number, without threads
+        online         False: questions with one right answer, cloned offline; there is nothing to play
+
+    For example:
+
+        class Light(Env):
+            name = "Light"
+            goal = "Go when the light is green."
+            kinds = (Words("go", "stop"),)
+            example = "go"
+            split = False
+
+            def start(self):
+                self.is_green = bool(self.rng.integers(2))
+
+            def act(self, action):
+                self.success = self.is_green == (action == ("go",))
+                return int(self.success), True, False
+
+            def picture(self):
+                colour = "green" if self.is_green else "red"
+                return Image.new("RGB", (self.size, self.size), colour)
+
+            def fingerprint(self):
+                return str(self.is_green)
+    """
+
+    name = ""
+    goal = ""
+    kinds = ()
+    example = ""
+    split = True
+    one_in = 10
+    max_turns = 10
+    marker = True
+    max_parallel = None
+    online = True
+
+    # Reason why the episode was abandoned (browser crash, stuck bot). evaluate.play drops such an episode.
+    lost = ""
 
     def __init__(self, size=80, penalty=-1.0, max_turns=None):
-        self.size, self.penalty, self.over, self.rng = size, penalty, True, np.random.default_rng()
+        self.size = size
+        self.penalty = penalty
         if max_turns:
             self.max_turns = max_turns
+        self.rng = np.random.default_rng()
+        self.over = True
 
-    def reset(self, seed=None, options=None):       # options={"split": "train" | "test"} draws only starts of that part
+    # what a subclass must define
+
+    def start(self):
+        raise NotImplementedError
+
+    def act(self, action):
+        raise NotImplementedError
+
+    def picture(self):
+        raise NotImplementedError
+
+    def fingerprint(self):
+        raise NotImplementedError
+
+    # what a subclass may define
+
+    def expert(self):
+        raise SystemExit(
+            f"env={self.name!r} has no expert(); give data_mix without expert and biased, or write one."
+        )
+
+    def optimal(self, word):
+        return word == self.expert()
+
+    def text(self):
+        return ""
+
+    def tag(self):
+        return ""
+
+    def close(self):
+        pass
+
+    # what stays as it is
+
+    def reset(self, seed=None, options=None):
+        """Begin an episode and return (observation, {}).
+
+        seed: the seed of a new self.rng; None keeps the old one. options={"split": "train" | "test"}: draw
+        only starts of that part. ValueError for another part, SystemExit if no start of that part is found.
+        """
         split = (options or {}).get("split")
         if split not in (None, "train", "test"):
             raise ValueError(f"split={split!r}: use 'train', 'test' or None.")
-        self.rng = self.rng if seed is None else np.random.default_rng(seed)
-        self.lost, tries = "", 1
-        self.start()
-        while split and self.split and is_held_out(self.fingerprint(), self.one_in) != (split == "test"):
-            if (tries := tries + 1) > 1000:
-                raise SystemExit(f"env={self.name!r}: no start of the {split} part in 1000: it has too few different ones to hold any out, say split = False in its class.")
-            self.start()
-        self.turns, self.total, self.success, self.over = 0, 0.0, False, False
+        if seed is not None:
+            self.rng = np.random.default_rng(seed)
+        self.lost = ""
+        self.draw_start(split)
+        self.turns = 0
+        self.total = 0.0
+        self.success = False
+        self.over = False
         return self.observation(), {}
 
-    def step(self, reply):                          # every reply is a turn, valid or not
+    def draw_start(self, split):
+        """Draw starts until one belongs to the part `split`; None: any start does."""
+        for _ in range(1000):
+            self.start()
+            if not split or not self.split:
+                return
+            if is_held_out(self.fingerprint(), self.one_in) == (split == "test"):
+                return
+        raise SystemExit(
+            f"env={self.name!r}: none of 1000 starts belongs to the {split} part; "
+            "with too few different starts to hold any out, set split = False in its class."
+        )
+
+    def step(self, reply):
+        """Play a reply and return (observation, reward, terminated, truncated, info).
+
+        Every reply takes a turn, valid or not. info: valid, action (as text), success (the goal was reached),
+        success_return (the rewards so far sum to more than 0). RuntimeError if the episode is over.
+        """
         if self.over:
             raise RuntimeError(f"{self.name}: the episode is over or never began, call reset() first.")
         action = self.parse(reply)
-        info = {"valid": action is not None, "action": format_action(action) if action else ""}
-        reward, terminated, truncated = self.act(action) if action else (self.penalty, False, False)
-        self.turns, self.total = self.turns + 1, self.total + reward
+        info = {"valid": action is not None, "action": ""}
+        if action:
+            info["action"] = format_action(action)
+            reward, terminated, truncated = self.act(action)
+        else:
+            reward = self.penalty
+            terminated = False
+            truncated = False
+        self.turns += 1
+        self.total += reward
         truncated = not terminated and (truncated or self.turns >= self.max_turns)
         self.over = terminated or truncated
-        return self.observation(), float(reward), terminated, truncated, {**info, "success": self.success, "success_return": self.total > 0}
+        observation = self.observation()
+        info["success"] = self.success
+        info["success_return"] = self.total > 0
+        return observation, float(reward), terminated, truncated, info
+
+    def observation(self):
+        """Return what the model sees."""
+        return {"image": self.picture(), "text": self.prompt()}
 
     def prompt(self):
-        actions = "Actions: " + " or ".join(kind.doc() for kind in self.kinds)
-        return "\n".join(filter(None, [self.goal, self.text(), actions, f"End your reply with an action, for example: {MARKER} {self.example}"]))
+        """Write the text that goes with the picture: goal, text(), the actions, how to reply."""
+        actions = " or ".join(kind.doc() for kind in self.kinds)
+        lines = [
+            self.goal,
+            self.text(),
+            f"Actions: {actions}",
+            f"End your reply with an action, for example: {MARKER} {self.example}",
+        ]
+        return "\n".join(line for line in lines if line)
 
-    def parse(self, reply): return self.parse_env(parse_agent(reply) if self.marker else reply.strip())
-    def parse_env(self, text): return next(filter(None, (kind.parse(text or "") for kind in self.kinds)), None)
-    def words(self): return [word for kind in self.kinds for word in kind.words() or []]
-    def sample(self, rng): return self.kinds[rng.integers(len(self.kinds))].sample(rng)     # a valid action's text
-    def observation(self): return {"image": self.picture(), "text": self.prompt()}
-    def text(self): return ""
-    def tag(self): return ""                        # a group of episodes that evaluation reports apart
-    def close(self): pass                           # the episode is over: give back what others may use
-    def optimal(self, word): return word == self.expert()
+    def parse(self, reply):
+        """Return the action in a reply, None if there is no valid one."""
+        text = parse_agent(reply) if self.marker else reply.strip()
+        return self.parse_env(text)
+
+    def parse_env(self, text):
+        """Return the action that a text (or None) spells, None if no kind of action accepts it."""
+        for kind in self.kinds:
+            action = kind.parse(text or "")
+            if action:
+                return action
+        return None
+
+    def words(self):
+        """List the texts of all actions of the finite kinds."""
+        words = []
+        for kind in self.kinds:
+            words.extend(kind.words() or [])
+        return words
+
+    def sample(self, rng):
+        """Draw the text of a valid action."""
+        kind = self.kinds[rng.integers(len(self.kinds))]
+        return kind.sample(rng)
+
+
+# ---- drawing ----
 
 WHITE = (255, 255, 255)
 BLACK = (20, 20, 25)
 RED = (205, 25, 40)
 BLUE = (25, 70, 180)
+PAPER = (250, 250, 247)
 
 
 @lru_cache(maxsize=4096)
 def text_mask(text, size, width):
-    """An "L" mask, `size` pixels to the em, squeezed if wider than `width`; bold, because thin strokes vanish at 80 px."""
-    font, bold = ImageFont.load_default(size=4 * size), max(1, round(size * 0.12))
-    mask = Image.new("L", (round(font.getlength(text)) + 2 * bold, round(5.2 * size)))
-    baseline = (mask.height - font.getbbox("0", anchor="ls")[1]) / 2        # centres digits and capitals, whatever hangs below
-    ImageDraw.Draw(mask).text((bold, baseline), text, fill=255, font=font, stroke_width=bold, anchor="ls")
-    return mask.resize((min(round(width), -(-mask.width // 4)), -(-mask.height // 4)), Image.LANCZOS)
+    """Draw a text as a mask of mode "L", `size` pixels to the em, squeezed if it is wider than `width`.
 
-def draw_text(image, text, size, colour, x, y, width, height):      # in the middle of a box
+    It is drawn four times as large and scaled down, in bold: thin strokes vanish in a picture of 80 pixels.
+    """
+    font = ImageFont.load_default(size=4 * size)
+    bold = max(1, round(size * 0.12))
+    mask = Image.new("L", (round(font.getlength(text)) + 2 * bold, round(5.2 * size)))
+    # Centre the height of a digit, so that the baseline is the same with and without descenders.
+    baseline = (mask.height - font.getbbox("0", anchor="ls")[1]) / 2
+    draw = ImageDraw.Draw(mask)
+    draw.text((bold, baseline), text, fill=255, font=font, stroke_width=bold, anchor="ls")
+    # -(-n // 4) is a quarter, rounded up.
+    natural_width = -(-mask.width // 4)
+    height = -(-mask.height // 4)
+    return mask.resize((min(round(width), natural_width), height), Image.LANCZOS)
+
+
+def draw_text(image, text, size, colour, x, y, width, height):
+    """Draw a text in the middle of a box; all lengths are in pixels, (x, y) is the upper left corner."""
     mask = text_mask(text, round(size), width)
-    image.paste(colour, (round(x + (width - mask.width) / 2), round(y + (height - mask.height) / 2)), mask)
+    left = round(x + (width - mask.width) / 2)
+    top = round(y + (height - mask.height) / 2)
+    image.paste(colour, (left, top), mask)
+
 
 # ---- NumberLine ----
+
+
 class NumberLine(Env):
-    """Walk to the target. The optimum takes |target - current| steps, 2.28 on average, and returns 1."""
-    name, goal, example = "NumberLine", "Move the current number to the target number.", "+"
-    kinds, max_turns, split = (Words("-", "+"),), 10, False         # 30 starts: all are trained on, all are evaluated
+    """Walk to the target, one step a turn.
+
+    The best play takes |target - current| turns, 2.28 on average, and returns 1. The limit of 10 turns is the
+    original's.
+    """
+
+    name = "NumberLine"
+    goal = "Move the current number to the target number."
+    kinds = (Words("-", "+"),)
+    example = "+"
+    max_turns = 10
+    # There are 30 starts. All of them are used for training and for evaluation.
+    split = False
+
     def start(self):
         self.current, self.target = self.rng.integers(0, 6, size=2).tolist()
         if self.target == self.current:
-            self.target = (self.target + 1) % 5                     # 5, not 6, as in the original: (4, 4) -> 0 and (5, 5) -> 1
+            # 5, not 6, as in the original: (4, 4) becomes target 0 and (5, 5) becomes target 1.
+            self.target = (self.target + 1) % 5
 
     def act(self, action):
-        before = abs(self.target - self.current)
-        self.current = min(5, max(0, self.current + (1 if action == ("+",) else -1)))
+        """Move by one between 0 and 5: 1 at the target, 0 for a step towards it, otherwise -1."""
+        distance = abs(self.target - self.current)
+        step = 1 if action == ("+",) else -1
+        self.current = min(5, max(0, self.current + step))
         self.success = self.current == self.target
-        return (1 if self.success else 0 if abs(self.target - self.current) < before else -1), self.success, False
+        if self.success:
+            return 1, True, False
+        if abs(self.target - self.current) < distance:
+            return 0, False, False
+        return -1, False, False
 
     def picture(self):
-        image, cell = Image.new("RGB", (self.size, self.size), (250, 250, 247)), self.size / 5
-        for y, label, number, colour in ((cell, "Target:", self.target, RED), (3 * cell, "Current:", self.current, BLUE)):
-            draw_text(image, label, 0.85 * cell, BLACK, 0, y, 4 * cell, cell)
-            draw_text(image, str(number), 1.2 * cell, colour, 4 * cell, y, 0.9 * cell, cell)      # one digit = one patch of a 5 x 5 grid
+        """Draw two lines of text on a grid of 5 x 5 cells; a digit fills a cell, which is one image patch."""
+        image = Image.new("RGB", (self.size, self.size), PAPER)
+        cell = self.size / 5
+        draw_text(image, "Target:", 0.85 * cell, BLACK, 0, cell, 4 * cell, cell)
+        draw_text(image, str(self.target), 1.2 * cell, RED, 4 * cell, cell, 0.9 * cell, cell)
+        draw_text(image, "Current:", 0.85 * cell, BLACK, 0, 3 * cell, 4 * cell, cell)
+        draw_text(image, str(self.current), 1.2 * cell, BLUE, 4 * cell, 3 * cell, 0.9 * cell, cell)
         return image
-    def fingerprint(self): return f"{self.current} {self.target}"
-    def caption(self): return f"target {self.target} current {self.current}"
-    def expert(self): return "+" if self.target > self.current else "-"
+
+    def fingerprint(self):
+        return f"{self.current} {self.target}"
+
+    def caption(self):
+        return f"target {self.target} current {self.current}"
+
+    def expert(self):
+        return "+" if self.target > self.current else "-"
+
+
+# ---- optional packages ----
+
 
 def require(env, package):
-    """An optional package, imported; where it is missing, one sentence instead of a traceback."""
-    os.environ.update(PYGAME_HIDE_SUPPORT_PROMPT="1", SDL_VIDEODRIVER="dummy", SDL_AUDIODRIVER="dummy")   # pictures only: no window, no sound, no word
+    """Import an optional package for an environment; SystemExit with one sentence if it is missing."""
+    # Pictures only: no window, no sound, no greeting on the console.
+    os.environ.update(PYGAME_HIDE_SUPPORT_PROMPT="1", SDL_VIDEODRIVER="dummy", SDL_AUDIODRIVER="dummy")
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise SystemExit(f"env={env!r} needs the package {error.name or package}: pip install -r requirements-envs.txt")
+        missing = error.name or package
+        raise SystemExit(f"env={env!r} needs the package {missing}: pip install -r requirements-envs.txt")
 
-# ---- scripted players and the front door ----
-def scripted_reply(name, env, rng):
-    """One reply of a scripted player: 'expert', 'random', 'malformed' (never parses) or 'biased': 70 % one wrong action, the same
-    in every visit of a state, so that whoever clones the most frequent action always fails."""
-    sign, word = f"{MARKER} " if env.marker else "", env.sample(rng)
-    if name == "random":
-        return sign + word
-    if name == "expert" or name == "biased" and rng.random() < 0.3:
-        return sign + env.expert()
-    if name == "biased":
-        words, right = env.words(), env.expert()
-        after = words.index(right) + 1 if right in words else 0
-        return sign + next((w for w in words[after:] + words[:after] if not env.optimal(w)), right)
-    if name == "malformed":
-        broken = [word, f"[act] {word}", f"move {word}", MARKER, f"{MARKER} go", f"action: {word}", f"{MARKER} {word} {word}", f"{MARKER}\n{word}"]
-        return next((broken[i] for i in rng.permutation(len(broken)) if env.parse(broken[i]) is None), "")
-    raise ValueError(f"player={name!r} is unknown; known are expert, random, biased, malformed.")
+
+# ---- scripted players ----
+
+
+def has_expert(env):
+    """Tell whether an environment, each of them if it stands for several, defines expert()."""
+    tasks = getattr(env, "tasks", [env])
+    return all(type(task).expert is not Env.expert for task in tasks)
+
+
+def wrong_word(env):
+    """Return an action that is not optimal: the first one behind the expert's in the list of all actions.
+
+    In one state it is always the same one. Where every action is optimal, return the expert's.
+    """
+    right = env.expert()
+    words = env.words()
+    after = words.index(right) + 1 if right in words else 0
+    for word in words[after:] + words[:after]:
+        if not env.optimal(word):
+            return word
+    return right
+
+
+def malformed_reply(env, word, rng):
+    """Return a reply that does not parse, made from the valid action `word` in one of several ways."""
+    broken = [word, f"[act] {word}", f"move {word}", MARKER]
+    broken += [f"{MARKER} go", f"action: {word}", f"{MARKER} {word} {word}", f"{MARKER}\n{word}"]
+    # What is broken for one environment may be valid for another.
+    for i in rng.permutation(len(broken)):
+        if env.parse(broken[i]) is None:
+            return broken[i]
+    return ""
+
+
+def scripted_reply(player, env, rng):
+    """Return one reply of a scripted player; ValueError for an unknown one.
+
+    expert: the best action. random: any valid action. malformed: a reply that does not parse.
+    biased: seven times in ten a wrong action, the same one at every visit of a state, otherwise the best one:
+    an agent that clones the most frequent action always fails. SystemExit if expert or biased needs an
+    expert() that the environment does not define.
+    """
+    prefix = f"{MARKER} " if env.marker else ""
+    # Drawn whether the player uses it or not, so that recorded data stay the same.
+    word = env.sample(rng)
+    if player == "random":
+        return prefix + word
+    if player == "malformed":
+        return malformed_reply(env, word, rng)
+    if player == "expert":
+        return prefix + env.expert()
+    if player == "biased":
+        if rng.random() < 0.3:
+            return prefix + env.expert()
+        return prefix + wrong_word(env)
+    raise ValueError(f"player={player!r} is unknown; known are expert, random, biased, malformed.")
+
 
 def mixed_reply(mix, env, rng):
-    """(reply, name) of a player drawn anew every turn: mixture({"expert": 0.25, "biased": 0.75}, env, rng)."""
+    """Return (reply, player) of a player drawn anew each turn, with odds like {"expert": 1, "biased": 3}."""
     shares = np.array(list(mix.values()), float)
-    name = list(mix)[rng.choice(len(mix), p=shares / shares.sum())]
-    return scripted_reply(name, env, rng), name
-
+    player = list(mix)[rng.choice(len(mix), p=shares / shares.sum())]
+    return scripted_reply(player, env, rng), player

@@ -1,15 +1,25 @@
 """
-How well it went: success with intervals, return, share of valid actions; greedy and sampled, with the picture and without.
+Measure how well a player plays: success with intervals, return, share of valid actions.
 
-    python evaluate.py out/numberline                                   # a trained run, on held-out starts
+    python evaluate.py out/numberline                     # a trained run, on held-out starts
     python evaluate.py out/numberline --episodes=1000 --temperature=0.5
-    python evaluate.py out/numberline --agent=expert                    # another player on the same starts; --save=data/x records it, on training starts
-    python evaluate.py --env=NumberLine --agent=human --save=data/me    # without a run; a config file works too: config/ezpoints.py --agent=...
-    python evaluate.py --agent=openai --base_url=http://localhost:8000/v1 --model=NAME --env=NumberLine --episodes=200 --save=data/teacher
-    python evaluate.py out/numberline --report                          # out/numberline/report.html to look at, a GIF a game, curves.svg
-    python evaluate.py out/numberline/data --report                     # a folder of episodes, as that run's critic sees it
+    python evaluate.py out/numberline --report            # also report.html, curves.svg and a GIF per game
+    python evaluate.py out/numberline/data --report       # recorded episodes, as that run's critic sees them
+
+Another player than the model plays the starts of a run, of a config file or of an environment.
+With --save=FOLDER it plays training starts, and its episodes are recorded as training data.
+
+    python evaluate.py out/numberline --agent=expert
+    python evaluate.py config/ezpoints.py --agent=random
+    python evaluate.py --env=NumberLine --agent=human --save=data/me
+    python evaluate.py --env=NumberLine --agent=openai --base_url=http://localhost:8000/v1 --model=NAME
 """
-import functools, json, math, os, sys, tempfile
+import functools
+import json
+import math
+import os
+import sys
+import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -21,210 +31,507 @@ from tqdm import tqdm
 
 import envs
 from buffer import Buffer, make_row
-from configurator import ConfigError, check_config, configure, parse_block
-from worlds.registry import make
+from configurator import PLAYERS, ConfigError, check_config, configure, parse_block
+from extras.old_runs import check_removed_keys
 from model import build, gather, latest_checkpoint, ranks
+from worlds.registry import is_file, make
 
 # --- config ---
-episodes: int = None # episodes of each table row; None: the run's eval_episodes
-agent = ''           # who plays: '' the run's model; openai: a model behind a server; human: a person at the terminal; expert, random, malformed, biased: a script
-env = ''             # what `agent` plays where no run says so: the environment, and the side of its picture in pixels; '' and None: train.py's, or the config file's
-size: int = None
-save = ''            # folder to record into: an agent's episodes, then on training starts, or the model's sampled ones; '' records nothing
-temperature = 1.0    # of the sampled row, of the server's model
-q_weight: float = None # sample from pi * exp(q_weight * A), the critic corrects the policy at play; 0: the policy alone; None: as the run was trained
-seed = 0             # of the sampling; the held-out starts do not depend on it
-report = False       # write report.html: the table, the curves, and episodes with what the critic thinks of every token
-report_episodes = 100 # at most that many on the page
-critic = ''          # run folder whose critic judges a folder of episodes; '': the run that the folder lies in, if there is one
+episodes: int = None  # episodes per row of the table; None: the run's eval_episodes
+agent = ''  # who plays. '': the run's model | openai | human | expert | random | malformed | biased
+env = ''  # what the agent plays where no run or config file says so; my_env.py:MyEnv is a file of yours
+size: int = None  # side of its picture in pixels; None: as in train.py or the config file
+save = ''  # folder to record into: an agent's training starts, or the model's sampled episodes
+temperature = 1.0  # of the sampled row, and of a server's model
+q_weight: float = None  # play pi * exp(q_weight * A): the critic corrects; 0: pi alone; None: as trained
+seed = 0  # of the sampling; the held-out starts do not depend on it
+report = False  # write report.html: table, curves, episodes with what the critic thinks of each token
+report_episodes = 100  # at most this many on the page
+critic = ''  # run whose critic judges a folder of episodes; '': the run that the folder is part of
 # agent=openai: any server of the chat-completions protocol (vLLM, SGLang, llama.cpp, a vendor)
-base_url = ''        # for instance http://localhost:8000/v1
-model = ''           # its name there
-api_key_env = 'OPENAI_API_KEY' # the environment variable that holds the key, if the server wants one; the key itself is never written anywhere
-max_tokens = 256     # of a reply
-num_envs = 32        # episodes that an agent plays at once, so the number of requests at once (a person plays one)
-timeout = 60.0       # seconds until an answer must be there, whole
-retries = 6          # of a request that failed, after 1, 2, 4, ... seconds, or when the server says; then its episode is given up
+base_url = ''  # for instance http://localhost:8000/v1
+model = ''  # its name there
+api_key_env = 'OPENAI_API_KEY'  # environment variable that holds the server's key; never written anywhere
+max_tokens = 256  # of a reply
+num_envs = 32  # episodes that an agent plays at once, and so requests at once; a person plays one
+timeout = 60.0  # seconds until an answer must be complete
+retries = 6  # of a failed request, after 1, 2, 4, ... seconds; then its episode is given up
 # --- end of config ---
 
-PLAYERS = ("expert", "random", "malformed", "biased")
-TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")   # its config block has the settings of a run, and their defaults
-TEST_SEEDS = 10 ** 6  # held-out starts are drawn by seeds from here on
+# the config block of train.py: the keys of a run, and their defaults
+TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+# held-out starts are drawn with seeds from here on
+TEST_SEEDS = 10**6
+# environments that the model plays at once in an evaluation
+EVAL_ENVS = 64
+# how an evaluation plays: the rows of the table
+WAYS = ("greedy", "sampled", "hidden")
+GREY = (127, 127, 127)
 
 
 def wilson(k, n, z=1.96):
-    """95 % interval of a share k / n (Wilson 1927): (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
-    p, c = k / n, 1 + z * z / n
+    """Compute the 95 % interval of a share k / n (Wilson 1927).
+
+    (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
+    """
+    p = k / n
+    centre = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (p + z * z / (2 * n) - half) / c), min(1.0, (p + z * z / (2 * n) + half) / c)
+    scale = 1 + z * z / n
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+# ---- environments and starts ----
 
 
 def env_factory(run_cfg):
-    """make_env of a run, for `play`: its environment, or its several."""
-    return lambda: make(run_cfg.env, size=run_cfg.size, penalty=run_cfg.penalty, max_turns=run_cfg.max_turns)
+    """Return the function that makes a run's environment, or its several, for `play`."""
+
+    def make_env():
+        return make(run_cfg.env, size=run_cfg.size, penalty=run_cfg.penalty, max_turns=run_cfg.max_turns)
+
+    return make_env
 
 
 def held_out_seeds(env, n):
-    """n seeds of starts that training never draws (all of them where a game is too small to hold some out), as many different
-    ones as there are. A seed is not a state: starts are told apart by `env.fingerprint()`. Of several tasks seed i is task i's, modulo their number."""
-    if tasks := getattr(env, "tasks", None):
-        named = Counter(task.name for task in tasks)             # who is named twice plays twice as many starts, not the same ones twice
-        seeds = {task.name: iter(held_out_seeds(task, named[task.name] * -(-n // len(tasks)))) for task in tasks}
-        return [next(seeds[tasks[i % len(tasks)].name]) for i in range(n)]
-    seeds, seen, tries = [], set(), 0
-    while len(seeds) < n and tries < (4 * n if env.max_parallel else 500 + 20 * n):     # where starts are slow to draw, some may come twice
-        env.reset(seed=TEST_SEEDS + tries, options={"split": "test"})
-        if env.fingerprint() not in seen:
-            seen.add(env.fingerprint())
-            seeds.append(TEST_SEEDS + tries)
-        tries += 1
+    """Draw n seeds of starts that training never plays, as many different starts as there are.
+
+    Where a game is too small to hold some out, all its starts count. A seed is not a state: env.fingerprint()
+    tells starts apart. Of several tasks, seed i belongs to task i modulo their number.
+    """
+    if getattr(env, "tasks", None):
+        return held_out_task_seeds(env.tasks, n)
+    max_tries = 500 + 20 * n
+    if env.max_parallel:
+        # starts are slow to draw, a web page for one: then some may come twice
+        max_tries = 4 * n
+    seeds = []
+    fingerprints = set()
+    for seed in range(TEST_SEEDS, TEST_SEEDS + max_tries):
+        if len(seeds) == n:
+            break
+        env.reset(seed=seed, options={"split": "test"})
+        if env.fingerprint() not in fingerprints:
+            fingerprints.add(env.fingerprint())
+            seeds.append(seed)
     env.close()
     return [seeds[i % len(seeds)] for i in range(n)]
 
 
+def held_out_task_seeds(tasks, n):
+    """Draw n seeds for several tasks in turn; a task named twice has twice as many different starts."""
+    counts = Counter(task.name for task in tasks)
+    rounds = math.ceil(n / len(tasks))
+    seeds = {task.name: iter(held_out_seeds(task, counts[task.name] * rounds)) for task in tasks}
+    return [next(seeds[tasks[i % len(tasks)].name]) for i in range(n)]
+
+
 @functools.lru_cache(maxsize=16)
 def held_out_starts(make_env, n):
-    """The held-out starts of a run's environment, drawn once: each evaluation plays the same, and a web page is slow to deal."""
+    """Draw the held-out seeds of a run's environment once: a web page is slow to deal."""
     return held_out_seeds(make_env(), n)
 
 
+# ---- agents: act(envs, rows, images) -> one dict per environment, see `play` ----
+
+
 def model_agent(vlm, max_new_tokens, temperature, generator, q_weight=0.0, hide=False):
-    """A player for `play`: the VLM. hide=True shows it a grey picture, to see whether it looks."""
+    """Make a player for `play`: the VLM; with hide=True it gets a grey picture, to see whether it looks."""
+
     def act(envs_, rows, images):
-        if hide:
-            images = [Image.new("RGB", im.size, (127, 127, 127)) for im in images]
-        prompts = [vlm.encode(r["messages"], [im], key=(r["messages"][0]["content"][1]["text"], "hidden" if hide else r["images_file_names"][0]))
-                   for r, im in zip(rows, images)]
-        ids, logps = vlm.generate(prompts, max_new_tokens, temperature, generator, q_weight)
-        return [dict(reply=vlm.decode(i), reply_ids=i, logprobs=lp, source="model") for i, lp in zip(ids, logps)]
+        prompts = []
+        for row, image in zip(rows, images):
+            name = row["images_file_names"][0]
+            if hide:
+                name = "hidden"
+                image = Image.new("RGB", image.size, GREY)
+            text = row["messages"][0]["content"][1]["text"]
+            prompts.append(vlm.encode(row["messages"], [image], key=(text, name)))
+        replies, logps = vlm.generate(prompts, max_new_tokens, temperature, generator, q_weight)
+        answers = []
+        for ids, logp in zip(replies, logps):
+            answers.append(dict(reply=vlm.decode(ids), reply_ids=ids, logprobs=logp, source="model"))
+        return answers
+
     return act
 
 
 def scripted_agent(mix, rng, alone=0.0):
-    """A player for `play`: each turn one of the scripted players, by its share in `mix`; but a share `alone` of the episodes is the expert's from the first turn to the last."""
+    """Make a player for `play`: scripted players, drawn anew for each turn.
+
+    mix: {player: share}. alone: share of the episodes that the expert plays from the first turn to the last.
+    """
+
     def act(envs_, rows, images):
         for env in envs_:
-            if not env.turns:
-                env.mix = {"expert": 1.0} if alone and rng.random() < alone else mix
-        return [dict(zip(("reply", "source"), envs.mixed_reply(env.mix, env, rng))) for env in envs_]
+            if env.turns == 0:
+                is_expert = alone and rng.random() < alone
+                env.mix = {"expert": 1.0} if is_expert else mix
+        answers = []
+        for env in envs_:
+            reply, player = envs.mixed_reply(env.mix, env, rng)
+            answers.append(dict(reply=reply, source=player))
+        return answers
+
     return act
 
 
 def exploring_agent(act, share, rng):
-    """A player for `play`: `act`, but for a share of the turns, which are played at random: whoever learns off-policy may look beside its way."""
-    def mixed(envs_, rows, images):
-        return [dict(reply=envs.scripted_reply("random", env, rng), source="random") if rng.random() < share else r for env, r in zip(envs_, act(envs_, rows, images))]
-    return mixed
+    """Make a player for `play`: `act`, but a share of the turns is played at random."""
+
+    def act_or_explore(envs_, rows, images):
+        answers = list(act(envs_, rows, images))
+        for i, env in enumerate(envs_):
+            if rng.random() < share:
+                answers[i] = dict(reply=envs.scripted_reply("random", env, rng), source="random")
+        return answers
+
+    return act_or_explore
+
+
+# ---- playing ----
+
+
+class Episode:
+    """One episode while it is played: its environment, what is observed there, its rows so far."""
+
+    def __init__(self, env, number, seed, name):
+        self.env = env
+        self.number = number
+        self.seed = seed
+        self.name = name
+        self.rows = []
+        self.images = {}
+        self.is_over = False
+        # why the episode cannot be played to its end (a dead browser, no answer from a server)
+        self.lost = ""
+
+    def begin(self, split):
+        """Reset the environment to the start of this episode."""
+        self.obs, _ = self.env.reset(seed=self.seed, options={"split": split, "task": self.number})
+
+    def next_row(self, reply=None, **fields):
+        """Build a row from the present observation."""
+        return make_row(self.name, len(self.rows), self.env.name, self.seed, self.obs, reply, **fields)
+
+    def add_row(self, row):
+        """Append a row, and the picture that it shows."""
+        self.rows.append(row)
+        self.images[row["images_file_names"][0]] = self.obs["image"]
+
+    def step(self, answer):
+        """Take one step with the agent's answer and record the turn, unless the episode is lost."""
+        obs, reward, terminated, truncated, info = self.env.step(answer["reply"])
+        self.lost = answer.pop("lost", "") or self.env.lost
+        if self.lost:
+            return
+        row = self.next_row(
+            **answer,
+            action=info["action"],
+            valid=bool(info["valid"]),
+            reward=float(reward),
+            terminated=bool(terminated),
+            truncated=bool(truncated),
+            success=bool(info["success"]),
+        )
+        self.add_row(row)
+        self.obs = obs
+        self.is_over = bool(terminated or truncated)
+        self.success_return = bool(info["success_return"])
+
+    def result(self):
+        """Sum up an episode that is over: what `play` yields.
+
+        A truncated one gets one more row, its last observation: the value there is the bootstrap.
+        """
+        last = self.rows[-1]
+        result = dict(
+            env=self.env.name,
+            rows=self.rows,
+            images=self.images,
+            success=last["success"],
+            success_return=self.success_return,
+            episode_return=sum(row["reward"] for row in self.rows),
+            turns=len(self.rows),
+            valid=sum(row["valid"] for row in self.rows),
+            tag=self.env.tag(),
+        )
+        if last["truncated"] and not last["terminated"]:
+            self.add_row(self.next_row(source="end", success=last["success"]))
+        return result
+
+
+def make_envs(make_env, n):
+    """Make n environments, at least one, and at most as many as may be alive at once."""
+    first = make_env()
+    n = min(n, first.max_parallel or n)
+    return [first] + [make_env() for _ in range(n - 1)]
+
+
+def run_each(n_threads, function, *columns):
+    """Call the function for each element; threads, if any, pay where a step waits for a browser."""
+    if not n_threads:
+        return list(map(function, *columns))
+    with ThreadPoolExecutor(n_threads) as pool:
+        return list(pool.map(function, *columns))
+
+
+def retry_or_drop(episode, losses, total):
+    """Return the start of a lost episode, to be played again; after the second loss report it, return []."""
+    losses[episode.number] += 1
+    if losses[episode.number] == 1:
+        return [(episode.number, episode.seed)]
+    n_dropped = sum(count > 1 for count in losses.values())
+    tqdm.write(
+        f"{episode.env.name}, seed {episode.seed}: dropped, {episode.lost}; "
+        f"{n_dropped} of {total} episodes so far."
+    )
+    return []
 
 
 def play(make_env, act, seeds, num_envs=32, split="test", prefix="", bar=None, share=(0, 1)):
-    """Play one episode for each seed, num_envs at a time (of several tasks, each in turn); yields dicts (env, rows, images, success, success_return,
-    episode_return, turns, valid, tag) as episodes end. act(envs, rows, images) -> list of dict(reply, source, [reply_ids, logprobs], [lost: why there is none]).
-    An episode whose environment is lost (a dead browser), or a reply in it, is played once more, then dropped, counted and reported. share=(rank, ranks): every ranks-th episode."""
-    todo, live, lost = list(enumerate(seeds))[share[0]::share[1]][::-1], [], Counter()
-    spare = [make_env()]
-    spare += [make_env() for _ in range(min(num_envs, len(todo), spare[0].max_parallel or num_envs) - 1)]
-    def begin(job):
-        env, n, seed = job
-        return SimpleNamespace(env=env, obs=env.reset(seed=seed, options={"split": split, "task": n})[0], seed=seed, n=n, name=f"{prefix}{n}", rows=[], images={})
-    with tqdm(total=len(todo), desc=bar, disable=None if bar else True, leave=False) as progress, ThreadPoolExecutor(spare[0].max_parallel or 1) as pool:
-        at_once = pool.map if spare[0].max_parallel else map             # threads pay where a step waits for another process
-        while todo or live:
-            live += at_once(begin, [(spare.pop(), *todo.pop()) for _ in range(min(len(spare), len(todo)))])
-            pending = [make_row(e.name, len(e.rows), e.env.name, e.seed, e.obs) for e in live]
-            replies = act([e.env for e in live], pending, [e.obs["image"] for e in live])
-            outcomes = at_once(lambda e, r: e.env.step(r["reply"]), live, replies)
-            for e, row, r, (obs, reward, terminated, truncated, info) in zip(list(live), pending, replies, list(outcomes)):
-                if why := r.pop("lost", "") or e.env.lost:
-                    lost[e.n] += 1
-                    if lost[e.n] == 1:
-                        todo.append((e.n, e.seed))
-                    else:
-                        tqdm.write(f"{e.env.name}, seed {e.seed}: dropped, {why}; {sum(k > 1 for k in lost.values())} of {len(seeds)} episodes so far.")
-                    live.remove(e), spare.append(e.env), e.env.close()
-                    continue
-                outcome = dict(action=info["action"], valid=bool(info["valid"]), reward=float(reward), terminated=bool(terminated), truncated=bool(truncated), success=bool(info["success"]))
-                e.images[row["images_file_names"][0]] = e.obs["image"]
-                e.rows.append(make_row(e.name, len(e.rows), e.env.name, e.seed, e.obs, **r, **outcome))
-                e.obs = obs
-                if terminated or truncated:
-                    turns, valid, ret = len(e.rows), [x["valid"] for x in e.rows], sum(x["reward"] for x in e.rows)
-                    if truncated and not terminated:  # its value is the bootstrap
-                        last = make_row(e.name, len(e.rows), e.env.name, e.seed, obs, source="end", success=bool(info["success"]))
-                        e.images[last["images_file_names"][0]] = obs["image"]
-                        e.rows.append(last)
-                    yield dict(env=e.env.name, rows=e.rows, images=e.images, success=bool(info["success"]), success_return=bool(info["success_return"]), episode_return=ret,
-                               turns=turns, valid=sum(valid), tag=e.env.tag())
-                    live.remove(e), spare.append(e.env), e.env.close()
-                    progress.update()
+    """Play one episode per seed, num_envs at a time; yield each when it ends.
+
+    act(envs, rows, images) returns a dict per environment: reply, source; reply_ids and logprobs of a model;
+    `lost`, the reason, if there is no reply. split: "train" or "test", the part that starts are drawn from.
+    prefix: of the episodes' names. bar: title of a progress bar. share=(rank, ranks): every ranks-th episode.
+
+    Yields dicts: env, rows, images, success, success_return, episode_return, turns, valid (a count), tag.
+    An episode whose environment or reply is lost is played once more, then dropped, counted and reported.
+    """
+    rank, n_ranks = share
+    # from the last to the first, so that pop() takes the first
+    waiting = list(enumerate(seeds))[rank::n_ranks][::-1]
+    idle = make_envs(make_env, min(num_envs, len(waiting)))
+    n_threads = idle[0].max_parallel
+    playing = []
+    losses = Counter()
+    no_bar = None if bar else True
+    with tqdm(total=len(waiting), desc=bar, disable=no_bar, leave=False) as progress:
+        while waiting or playing:
+            # Begin: each idle environment takes the next start.
+            new = []
+            while waiting and idle:
+                number, seed = waiting.pop()
+                new.append(Episode(idle.pop(), number, seed, f"{prefix}{number}"))
+            run_each(n_threads, lambda episode: episode.begin(split), new)
+            playing += new
+
+            # Ask the agent about all observations at once.
+            rows = [episode.next_row() for episode in playing]
+            images = [episode.obs["image"] for episode in playing]
+            answers = act([episode.env for episode in playing], rows, images)
+
+            # Step: each environment takes its reply.
+            run_each(n_threads, Episode.step, playing, answers)
+
+            # End: yield the episodes that are over, play the lost ones again, free the environments.
+            ended = [episode for episode in playing if episode.is_over or episode.lost]
+            over = [episode for episode in ended if episode.is_over]
+            lost = [episode for episode in ended if episode.lost]
+            playing = [episode for episode in playing if episode not in ended]
+            for episode in lost:
+                waiting += retry_or_drop(episode, losses, len(seeds))
+            for episode in over:
+                yield episode.result()
+                progress.update()
+            for episode in ended:
+                episode.env.close()
+                idle.append(episode.env)
 
 
 def record(episodes, buffer, chunk=200):
-    """Append played episodes to a buffer, some at a time; returns how many. Those before an error or Ctrl-C are kept."""
-    rows, images, n = [], {}, 0
+    """Append played episodes to a buffer, `chunk` at a time, and return their number.
+
+    Those before an error or Ctrl-C are written.
+    """
+    n = 0
+    rows = []
+    images = {}
     try:
-        for n, e in enumerate(episodes, 1):
-            rows, images = rows + e["rows"], images | e["images"]
+        for n, episode in enumerate(episodes, 1):
+            rows = rows + episode["rows"]
+            images = images | episode["images"]
             if n % chunk == 0:
                 buffer.append(rows, images)
-                rows, images = [], {}
+                rows = []
+                images = {}
     finally:
         buffer.append(rows, images)
     return n
 
 
+# ---- numbers ----
+
+
 def episode_summary(episodes):
-    """Episodes -> one dictionary of numbers; success rates with their Wilson 95 % intervals, by tag too where the environment has some, and
-    by_env where several were played."""
+    """Sum up played episodes -> {name: number}; success rates with Wilson's 95 % intervals.
+
+    by_env: a summary for each environment if there are several; by_tag: success for each tag, if any.
+    """
     if not episodes:
         raise SystemExit("No episode could be played to its end: see above why each was dropped.")
-    n, share = len(episodes), lambda key, of: sum(e[key] for e in of)
-    out = dict(episodes=n, episode_return=share("episode_return", episodes) / n, turns=share("turns", episodes) / n,
-               valid=share("valid", episodes) / share("turns", episodes))
+    n = len(episodes)
+    turns = sum(episode["turns"] for episode in episodes)
+    summary = dict(
+        episodes=n,
+        episode_return=sum(episode["episode_return"] for episode in episodes) / n,
+        turns=turns / n,
+        valid=sum(episode["valid"] for episode in episodes) / turns,
+    )
     for key in ("success", "success_return"):
-        out[key], out[key + "_95"] = share(key, episodes) / n, [round(x, 4) for x in wilson(share(key, episodes), n)]
-    if len(names := dict.fromkeys(e["env"] for e in episodes)) > 1:
-        return out | dict(by_env={name: episode_summary([e for e in episodes if e["env"] == name]) for name in names})
-    tags = sorted({e["tag"] for e in episodes} - {""})
-    if tags:
-        groups = {t: [e for e in episodes if e["tag"] == t] for t in tags}
-        out["by_tag"] = {t: dict(episodes=len(g), success=share("success", g) / len(g)) for t, g in groups.items()}
-    return out
+        count = sum(episode[key] for episode in episodes)
+        summary[key] = count / n
+        summary[key + "_95"] = [round(bound, 4) for bound in wilson(count, n)]
+
+    by_env = group_by(episodes, "env")
+    if len(by_env) > 1:
+        summary["by_env"] = {env: episode_summary(group) for env, group in by_env.items()}
+        return summary
+    by_tag = {}
+    for tag, group in sorted(group_by(episodes, "tag").items()):
+        success = sum(episode["success"] for episode in group) / len(group)
+        by_tag[tag] = dict(episodes=len(group), success=success)
+    by_tag.pop("", None)
+    if by_tag:
+        summary["by_tag"] = by_tag
+    return summary
+
+
+def group_by(episodes, key):
+    """Group episodes by one of their fields -> {value: episodes}."""
+    groups = {}
+    for episode in episodes:
+        groups.setdefault(episode[key], []).append(episode)
+    return groups
+
+
+def recorded_summary(stats):
+    """Turn Buffer.stats() into a row of the table: turns per episode, intervals; the same for by_env."""
+    n = stats["episodes"]
+    summary = stats | dict(turns=stats["turns"] / n)
+    for key in ("success", "success_return"):
+        summary[key + "_95"] = wilson(round(stats[key] * n), n)
+    if "by_env" in stats:
+        summary["by_env"] = {env: recorded_summary(of_env) for env, of_env in stats["by_env"].items()}
+    return summary
 
 
 def gather_episodes(played):
-    """Episodes that every rank played, for `summary`: without their rows and pictures, which stay where they are."""
-    return [e for part in gather([e | dict(rows=[], images={}) for e in played]) for e in part]
+    """Collect the episodes of all ranks, for a summary; rows and pictures stay where they are."""
+    numbers = [episode | dict(rows=[], images={}) for episode in played]
+    return [episode for of_rank in gather(numbers) for episode in of_rank]
 
 
-def evaluate_policy(vlm, make_env, episodes, max_new_tokens, temperature=1.0, seed=0, q_weight=0.0, hide=False, num_envs=64, bar=None, buffer=None):
-    """Play the held-out starts, each rank its share -> summary. Its random stream is its own: evaluation never perturbs training."""
-    rank, world = ranks()
-    generator = torch.Generator(vlm.device).manual_seed(seed + 10 ** 6 * rank)
-    act = model_agent(vlm, max_new_tokens, temperature, generator, q_weight, hide)
-    played = list(play(make_env, act, held_out_starts(make_env, episodes), num_envs, prefix=f"eval{seed}-", bar=None if rank else bar, share=(rank, world)))
+def rate_text(summary, key):
+    """Format a success rate with its interval: 97.3 % [94.8, 98.6]."""
+    low, high = summary[key + "_95"]
+    return f"{100 * summary[key]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def format_table(results):
+    """Format {name: summary} as text, one aligned line each; under it a line per environment and per tag."""
+    rows = []
+    for name, summary in results.items():
+        rows.append((name, summary))
+        for env, of_env in summary.get("by_env", {}).items():
+            rows.append((f"  {env}", of_env))
+    width = max([28] + [len(name) + 1 for name, _ in rows])
+    head = f"{'':<{width}}{'goal reached':>24}{'summed reward > 0':>26}"
+    lines = [head + f"{'return':>9}{'turns':>7}{'valid':>8}{'n':>6}"]
+    for name, summary in rows:
+        success = rate_text(summary, "success")
+        success_return = rate_text(summary, "success_return")
+        lines.append(
+            f"{name:<{width}}{success:>24}{success_return:>26}{summary['episode_return']:>9.3f}"
+            f"{summary['turns']:>7.2f}{100 * summary['valid']:>7.1f}%{summary['episodes']:>6}"
+        )
+        for tag, of_tag in summary.get("by_tag", {}).items():
+            lines.append(f"    {tag:<24}{100 * of_tag['success']:>12.1f} %  of {of_tag['episodes']}")
+    return "\n".join(lines)
+
+
+# ---- evaluations ----
+
+
+def evaluate_policy(
+    vlm, make_env, run_cfg, episodes=None, temperature=1.0, hide=False, bar=None, buffer=None
+):
+    """Play the held-out starts, each rank its share -> summary.
+
+    run_cfg: train.py's settings (eval_episodes, max_new_tokens, seed, q_weight). episodes: None for
+    eval_episodes. temperature: 0 is greedy. hide: see model_agent. buffer: records the episodes.
+    The random stream is its own, so an evaluation never perturbs training.
+    """
+    rank, n_ranks = ranks()
+    seed = run_cfg.seed
+    if episodes is None:
+        episodes = run_cfg.eval_episodes
+    generator = torch.Generator(vlm.device).manual_seed(seed + 10**6 * rank)
+    act = model_agent(vlm, run_cfg.max_new_tokens, temperature, generator, run_cfg.q_weight, hide)
+    starts = held_out_starts(make_env, episodes)
+    share = (rank, n_ranks)
+    rank_bar = None if rank else bar
+    episodes = play(make_env, act, starts, EVAL_ENVS, prefix=f"eval{seed}-", bar=rank_bar, share=share)
+    played = list(episodes)
+    # a sharded model generates on all ranks until the last one has finished
     vlm.finish()
     if buffer is not None:
         record(played, buffer)
     return episode_summary(gather_episodes(played))
 
 
-def full_evaluation(vlm, make_env, episodes, max_new_tokens, temperature=1.0, seed=0, q_weight=0.0, buffer=None, only=("greedy", "sampled", "hidden"), prefix=""):
-    """The rows of the table: {name: summary}."""
-    ways = dict(greedy=("greedy", dict(temperature=0.0)), sampled=(f"sampled, T={temperature:g}", dict(temperature=temperature, buffer=buffer)),
-                hidden=("picture hidden, greedy", dict(temperature=0.0, hide=True)))
-    return {prefix + name: evaluate_policy(vlm, make_env, episodes, max_new_tokens, seed=seed, q_weight=q_weight, bar=name, **kw) for name, kw in (ways[k] for k in only)}
+def full_evaluation(vlm, make_env, run_cfg, temperature=1.0, only=WAYS, prefix="", buffer=None):
+    """Evaluate in several ways -> the rows of the table, {prefix + name: summary}.
+
+    temperature: of the sampled row, whose episodes the buffer records.
+    """
+    rows = dict(
+        greedy=("greedy", dict(temperature=0.0)),
+        sampled=(f"sampled, T={temperature:g}", dict(temperature=temperature, buffer=buffer)),
+        hidden=("picture hidden, greedy", dict(temperature=0.0, hide=True)),
+    )
+    results = {}
+    for way in only:
+        name, options = rows[way]
+        results[prefix + name] = evaluate_policy(vlm, make_env, run_cfg, bar=name, **options)
+    return results
 
 
-def recorded_summary(stats):
-    """Buffer.stats() as a row of the table: turns an episode, with intervals, and so for each environment of several."""
-    n = stats["episodes"]
-    row = stats | dict(turns=stats["turns"] / n) | {k + "_95": wilson(round(stats[k] * n), n) for k in ("success", "success_return")}
-    return row | dict(by_env={name: recorded_summary(of) for name, of in stats["by_env"].items()}) if "by_env" in stats else row
+# ---- runs ----
+
+
+def read_run_config(run, purpose="play"):
+    """Read the settings that a run was trained with; a key that the run did not know has its default.
+
+    purpose: "play", "report" or "resume". ConfigError if an old run cannot do that any more as it did.
+    """
+    file = os.path.join(run, "config.json")
+    if not os.path.exists(file):
+        raise ConfigError(
+            f"{run!r} is no run folder: it has no config.json; "
+            f"train one with python train.py config/numberline.py --out_dir={run}"
+        )
+    with open(file) as f:
+        saved = json.load(f)
+    check_removed_keys(run, saved, purpose)
+    block = parse_block(TRAIN)
+    return SimpleNamespace(**{name: saved.get(name, key.default) for name, key in block.items()})
+
+
+def load_run(run, run_cfg):
+    """Load a run's VLM from its last checkpoint -> (vlm, folder of the checkpoint)."""
+    folder = latest_checkpoint(run)
+    if run_cfg.model == "scratch":
+        # the run trained its own tokenizer: take the whole model from the checkpoint
+        run_cfg.model = folder
+    vlm = build(run_cfg)
+    vlm.load(folder)
+    return vlm, folder
 
 
 def offline_results(run):
-    """What a run with two phases had reached before it played itself: {name: summary}, empty for others."""
+    """Read what a run with two phases reached before it played itself: {name: summary}, empty for others."""
     file = os.path.join(run, "eval_offline.json")
     if not os.path.exists(file):
         return {}
@@ -232,130 +539,242 @@ def offline_results(run):
         return json.load(f)
 
 
-def format_table(results):
-    """{name: summary} -> text, one aligned line each."""
-    rows = [row for name, s in results.items() for row in ((name, s), *((f"  {env}", of) for env, of in s.get("by_env", {}).items()))]
-    wide = max([28, *(len(name) + 1 for name, _ in rows)])
-    lines = [f"{'':<{wide}}{'goal reached':>24}{'summed reward > 0':>26}{'return':>9}{'turns':>7}{'valid':>8}{'n':>6}"]
-    for name, s in rows:
-        cells = [f"{100 * s[k]:.1f} % [{100 * s[k + '_95'][0]:.1f}, {100 * s[k + '_95'][1]:.1f}]" if k + "_95" in s else f"{100 * s[k]:.1f} %" for k in ("success", "success_return")]
-        lines.append(f"{name:<{wide}}{cells[0]:>24}{cells[1]:>26}{s['episode_return']:>9.3f}{s['turns']:>7.2f}{100 * s['valid']:>7.1f}%{s['episodes']:>6}")
-        lines += [f"    {tag:<24}{100 * g['success']:>12.1f} %  of {g['episodes']}" for tag, g in s.get("by_tag", {}).items()]
-    return "\n".join(lines)
+# ---- other players than the model ----
 
 
-def read_run_config(run):
-    """A run's settings, as it was trained."""
-    file = os.path.join(run, "config.json")
-    if not os.path.exists(file):
-        raise ConfigError(f"{run!r} is no run folder: it has no config.json; train one with python train.py config/numberline.py --out_dir={run}")
-    with open(file) as f:
-        defaults = {name: key.default for name, key in parse_block(TRAIN).items()}
-        return SimpleNamespace(**defaults | json.load(f))      # a run from before a key existed has that key's default
+def make_agent(cfg, counts, folder):
+    """Make the player that --agent names. counts: see OpenAIAgent. folder: see human_agent."""
+    from extras.teachers import OpenAIAgent, human_agent
+
+    if cfg.agent == "openai":
+        return OpenAIAgent(cfg, counts)
+    if cfg.agent == "human":
+        return human_agent(folder)
+    return scripted_agent({cfg.agent: 1.0}, np.random.default_rng(cfg.seed))
 
 
-def load_run(run, run_cfg):
-    """A run's VLM as its last checkpoint has it -> (vlm, folder of the checkpoint)."""
-    folder = latest_checkpoint(run)
-    if run_cfg.model == "scratch":  # its tokenizer was trained by the run: take the whole model from there
-        run_cfg.model = folder
-    vlm = build(run_cfg)
-    vlm.load(folder)
-    return vlm, folder
-
-
-def report_data(folder, cfg):
-    """The report on a folder of episodes that somebody recorded."""
-    if not cfg.report or cfg.agent or cfg.save or cfg.episodes:
-        raise ConfigError(f"{folder!r} is a folder of recorded episodes, nobody plays here: look at it with python evaluate.py {folder} --report, its other keys are --report_episodes and --critic.")
-    buf, around, vlm, run_cfg = Buffer(folder), os.path.normpath(os.path.join(folder, "..")), None, None
-    run = cfg.critic or (around if os.path.exists(os.path.join(around, "config.json")) and latest_checkpoint(around, must=False) else None)
-    if run:
-        run_cfg = read_run_config(run)
-        vlm, _ = load_run(run, run_cfg)
-    results = {"the recorded episodes": recorded_summary(buf.stats())}
-    print(format_table(results))
-    from extras.report import write_report
-    write_report(folder, buf, results, vlm, run, run_cfg, cfg.report_episodes)
-
-
-def play_agent(cfg, make_env, n, buffer, aside):
-    """Another player than the model plays, recorded if there is a buffer -> {name: summary}."""
-    human, server, counts, played = cfg.agent == "human", cfg.agent == "openai", Counter(), []
-    who = f"openai:{cfg.model}" if server else cfg.agent
-    prefix = f"{who}/{cfg.seed}-"
-    if buffer is not None and any(name.startswith(prefix) for name in buffer.episodes):         # said before the work, not after
-        raise ConfigError(f"{buffer.folder!r} holds episodes of {who} with seed {cfg.seed} already: record into another folder, or with another --seed.")
-    from extras.teachers import human_agent, openai_agent
-    act = human_agent(aside) if human else openai_agent(cfg, counts) if server else scripted_agent({cfg.agent: 1.0}, np.random.default_rng(cfg.seed))
-    if cfg.save:                    # data to train on: no held-out starts
-        seeds, split = np.random.default_rng([cfg.seed, 4]).integers(2 ** 31, size=n).tolist(), "train"
+def play_agent(cfg, make_env, n, buffer, folder):
+    """Let another player than the model play n episodes, recorded if there is a buffer -> {name: summary}."""
+    is_human = cfg.agent == "human"
+    name = f"openai:{cfg.model}" if cfg.agent == "openai" else cfg.agent
+    prefix = f"{name}/{cfg.seed}-"
+    # reported before the work, not after it
+    is_taken = buffer is not None and any(episode.startswith(prefix) for episode in buffer.episodes)
+    need(
+        not is_taken,
+        f"{cfg.save!r} holds episodes of {name} with seed {cfg.seed} already: "
+        "record into another folder, or with another --seed.",
+    )
+    counts = Counter()
+    act = make_agent(cfg, counts, folder)
+    if cfg.save:
+        # data to train on: no held-out starts
+        split = "train"
+        seeds = np.random.default_rng([cfg.seed, 4]).integers(2**31, size=n).tolist()
     else:
-        seeds, split = held_out_starts(make_env, n), "test"
-    episodes = (played.append(e) or e for e in play(make_env, act, seeds, 1 if human else cfg.num_envs, split, prefix, None if human else who))
+        split = "test"
+        seeds = held_out_starts(make_env, n)
+    num_envs = 1 if is_human else cfg.num_envs
+    bar = None if is_human else name
+    played = []
+
+    def playing():
+        for episode in play(make_env, act, seeds, num_envs, split, prefix, bar):
+            played.append(episode)
+            yield episode
+
     try:
-        list(episodes) if buffer is None else record(episodes, buffer, 1 if human or server else 200)
+        if buffer is None:
+            list(playing())
+        else:
+            # an episode that took a person's or a server's time is written at once
+            record(playing(), buffer, chunk=1 if cfg.agent in ("human", "openai") else 200)
     except (EOFError, KeyboardInterrupt):
         print(f"\nStopped by you: {len(played)} of {n} episodes were finished.")
         if not played:
             raise SystemExit(1)
     finally:
         if counts:
-            print(f"{cfg.base_url}: {', '.join(f'{k:,.0f} {what}' for what, k in counts.most_common())}; {len(played)} of {n} episodes")
-    return {who: episode_summary(played)}
+            events = ", ".join(f"{count:,.0f} {event}" for event, count in counts.most_common())
+            print(f"{cfg.base_url}: {events}; {len(played)} of {n} episodes")
+    return {name: episode_summary(played)}
+
+
+# ---- the command line ----
+
+
+def need(is_right, sentence):
+    """Raise ConfigError with the sentence unless a setting is right."""
+    if not is_right:
+        raise ConfigError(sentence)
+
+
+def check_flags(cfg):
+    """Check the flags that belong to playing, in any combination."""
+    agents = ("openai", "human", *PLAYERS)
+    need(not cfg.critic, f"--critic={cfg.critic!r} is for a folder of episodes; a run has its own critic.")
+    need(
+        cfg.agent in ("", *agents),
+        f"--agent={cfg.agent!r} is not known: leave it empty for the run's model, "
+        f"or choose one of {', '.join(agents)}.",
+    )
+    is_server = cfg.agent == "openai"
+    need(is_server or not (cfg.base_url or cfg.model), "--base_url and --model need --agent=openai.")
+    need(cfg.episodes is None or cfg.episodes >= 1, "--episodes must be at least 1.")
+    need(cfg.temperature >= 0, "--temperature must be at least 0.")
+    need(cfg.num_envs >= 1, "--num_envs must be at least 1.")
+    need(cfg.max_tokens >= 1, "--max_tokens must be at least 1.")
+    need(cfg.timeout > 0, "--timeout must be above 0.")
+    need(cfg.retries >= 0, "--retries must be at least 0.")
+
+
+def task_names(env):
+    """Split the name of an environment into the names of its tasks."""
+    return [task.strip() for task in env.split(",")]
+
+
+def read_game(target, is_run, cfg):
+    """Read what to play -> settings with the keys of train.py.
+
+    It is what a run was trained on, or what a config file, --env and --size say. A Python file of the user's
+    is code: it is run only if this command line names it, never because a run's config.json does.
+    """
+    flags = [f"--{key}={value}" for key, value in (("env", cfg.env), ("size", cfg.size)) if value]
+    if not is_run:
+        files = [target] if target else []
+        return check_config(configure(TRAIN, files + flags, quiet=True))
+    run_cfg = read_run_config(target, "report" if cfg.report else "play")
+    tasks = task_names(run_cfg.env)
+    if any(map(is_file, tasks)):
+        need(
+            task_names(cfg.env) == tasks,
+            f"{target!r} plays {run_cfg.env!r}, a Python file that would be run: "
+            f"read it, then name it: --env={run_cfg.env}",
+        )
+        del flags[0]
+    names = " and ".join(flags)
+    need(not flags, f"{target!r} is played as it was trained: leave {names} out, or name no run.")
+    return run_cfg
+
+
+def check_env(run_cfg, cfg):
+    """Make the environment once -> whether it holds starts out; ConfigError if settings do not fit it."""
+    try:
+        env = env_factory(run_cfg)()
+    except ValueError as error:
+        raise ConfigError(str(error))
+    need(
+        cfg.agent not in ("expert", "biased") or envs.has_expert(env),
+        f"--agent={cfg.agent} needs an expert(), and env={run_cfg.env!r} has none: "
+        "write one, or choose --agent=random.",
+    )
+    return env.split
+
+
+def report_folder(folder, cfg):
+    """Write the report on a folder of recorded episodes, judged by the critic of a run if there is one."""
+    need(
+        cfg.report and not (cfg.agent or cfg.save or cfg.episodes),
+        f"{folder!r} is a folder of recorded episodes, nobody plays here: look at it with "
+        f"python evaluate.py {folder} --report, its other keys are --report_episodes and --critic.",
+    )
+    from extras.report import write_report
+
+    buffer = Buffer(folder)
+    run = cfg.critic or None
+    parent = os.path.normpath(os.path.join(folder, ".."))
+    is_in_run = os.path.exists(os.path.join(parent, "config.json"))
+    if not run and is_in_run and latest_checkpoint(parent, must=False):
+        run = parent
+    vlm = None
+    run_cfg = None
+    if run:
+        run_cfg = read_run_config(run, "report")
+        vlm, _ = load_run(run, run_cfg)
+    results = {"the recorded episodes": recorded_summary(buffer.stats())}
+    print(format_table(results))
+    write_report(folder, buffer, results, vlm, run, run_cfg, cfg.report_episodes)
+
+
+def evaluate_run(run, run_cfg, make_env, temperature, buffer, argv):
+    """Evaluate a run's model and write eval.json -> (vlm, {name: summary})."""
+    vlm, checkpoint = load_run(run, run_cfg)
+    q_weight = run_cfg.q_weight
+    loss = run_cfg.actor_loss
+    need(
+        len(vlm.heads) or not q_weight,
+        f"--q_weight={q_weight} needs a critic, and actor_loss={loss!r} trains none: leave it at 0.",
+    )
+    results = full_evaluation(vlm, make_env, run_cfg, temperature, buffer=buffer)
+    results = offline_results(run) | results
+    content = dict(checkpoint=checkpoint, argv=argv, seed=run_cfg.seed, q_weight=q_weight, results=results)
+    with open(os.path.join(run, "eval.json"), "w") as f:
+        json.dump(content, f, indent=1)
+    return vlm, results
 
 
 def main(argv):
-    run, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    """Evaluate a run, let another player play, or report on a folder of episodes, as the arguments say."""
+    target = None
+    flags = argv
+    if argv and not argv[0].startswith("-"):
+        target, *flags = argv
     cfg = configure(__file__, flags, files=False)
-    game, no_run = [f"--{k}={v}" for k, v in (("env", cfg.env), ("size", cfg.size)) if v], run is None or run.endswith(".py")
-    if no_run and not (cfg.agent and (run or cfg.env)):
-        raise ConfigError("Name the run folder first: python evaluate.py out/numberline; another player than its model can do without: --env=NumberLine --agent=expert")
-    if no_run and cfg.report:
-        raise ConfigError("--report is about a run or a folder of episodes: record with --save=data/x, then python evaluate.py data/x --report")
-    if cfg.report_episodes < 1:
-        raise ConfigError("--report_episodes must be at least 1.")
-    if not no_run and os.path.exists(os.path.join(run, "metadata.jsonl")):
-        return report_data(run, cfg)
-    if cfg.critic:
-        raise ConfigError(f"--critic={cfg.critic!r} is for a folder of episodes; a run is judged by its own critic, leave it out.")
-    if cfg.agent not in ("", "openai", "human", *PLAYERS):
-        raise ConfigError(f"--agent={cfg.agent!r} is not known: leave it empty for the run's model, or choose one of openai, human, {', '.join(PLAYERS)}.")
-    if cfg.agent != "openai" and (cfg.base_url or cfg.model):
-        raise ConfigError("--base_url and --model are a server's and its model's: they need --agent=openai.")
-    if game and not no_run:
-        raise ConfigError(f"{run!r} is played as it was trained: leave {' and '.join(game)} out, or name no run.")
-    run_cfg = check_config(configure(TRAIN, [run] * bool(run) + game, quiet=True)) if no_run else read_run_config(run)
-    n = run_cfg.eval_episodes if cfg.episodes is None else cfg.episodes
-    if n < 1 or cfg.temperature < 0:
-        raise ConfigError("--episodes must be at least 1 and --temperature at least 0.")
-    if min(cfg.num_envs, cfg.max_tokens) < 1 or cfg.timeout <= 0 or cfg.retries < 0:
-        raise ConfigError("--num_envs and --max_tokens must be at least 1, --timeout above 0, and --retries at least 0.")
-    make_env = env_factory(run_cfg)
-    try:
-        split = make_env().split
-    except ValueError as e:
-        raise ConfigError(str(e))
-    aside, vlm = tempfile.TemporaryDirectory(), None
-    buffer = Buffer(cfg.save or aside.name, create=True) if cfg.save or cfg.report else None
-    start = len(buffer or ())
-    if cfg.agent:
-        results = play_agent(cfg, make_env, n, buffer, aside.name)
+    is_run = target is not None and not target.endswith(".py")
+    need(
+        is_run or (cfg.agent and (target or cfg.env)),
+        "Name the run folder first: python evaluate.py out/numberline; "
+        "another player than its model can do without: --env=NumberLine --agent=expert",
+    )
+    need(
+        is_run or not cfg.report,
+        "--report is about a run or a folder of episodes: "
+        "record with --save=data/x, then python evaluate.py data/x --report",
+    )
+    need(cfg.report_episodes >= 1, "--report_episodes must be at least 1.")
+    if is_run and os.path.exists(os.path.join(target, "metadata.jsonl")):
+        report_folder(target, cfg)
     else:
-        vlm, folder = load_run(run, run_cfg)
-        cfg.q_weight = run_cfg.q_weight if cfg.q_weight is None else cfg.q_weight
-        if cfg.q_weight and not len(vlm.heads):
-            raise ConfigError(f"--q_weight={cfg.q_weight} needs a critic, and actor_loss={run_cfg.actor_loss!r} trains none: leave it at 0.")
-        results = offline_results(run) | full_evaluation(vlm, make_env, n, run_cfg.max_new_tokens, cfg.temperature, cfg.seed, cfg.q_weight, buffer)
-        with open(os.path.join(run, "eval.json"), "w") as f:
-            json.dump(dict(checkpoint=folder, argv=argv, seed=cfg.seed, q_weight=cfg.q_weight, results=results), f, indent=1)
-    where = "training starts" if cfg.agent and cfg.save else "held-out starts" if split else "starts that training also draws"
-    print(f"{run_cfg.env}, {run or cfg.agent}: {list(results.values())[-1]['episodes']} episodes on {where}, Wilson 95 % intervals\n{format_table(results)}")
-    if cfg.report:
-        vlm = vlm or (load_run(run, run_cfg)[0] if latest_checkpoint(run, must=False) else None)
-        from extras.report import write_report
-        write_report(run, buffer, results, vlm, run, run_cfg, cfg.report_episodes, start)
-    aside.cleanup()
+        check_flags(cfg)
+        play_and_report(target, is_run, cfg, argv)
+
+
+def play_and_report(target, is_run, cfg, argv):
+    """Play held-out starts of a run, or of a config file or --env; print the table, write the report."""
+    run_cfg = read_game(target, is_run, cfg)
+    has_held_out = check_env(run_cfg, cfg)
+    make_env = env_factory(run_cfg)
+    # The command line's settings replace those of the run.
+    run_cfg.seed = cfg.seed
+    if cfg.episodes is not None:
+        run_cfg.eval_episodes = cfg.episodes
+    if cfg.q_weight is not None:
+        run_cfg.q_weight = cfg.q_weight
+
+    with tempfile.TemporaryDirectory() as temporary:
+        vlm = None
+        buffer = None
+        first_row = 0
+        if cfg.save or cfg.report:
+            buffer = Buffer(cfg.save or temporary, create=True)
+            first_row = len(buffer)
+        if cfg.agent:
+            results = play_agent(cfg, make_env, run_cfg.eval_episodes, buffer, temporary)
+        else:
+            vlm, results = evaluate_run(target, run_cfg, make_env, cfg.temperature, buffer, argv)
+
+        starts = "held-out starts" if has_held_out else "starts that training also draws"
+        if cfg.agent and cfg.save:
+            starts = "training starts"
+        n = list(results.values())[-1]["episodes"]
+        print(f"{run_cfg.env}, {target or cfg.agent}: {n} episodes on {starts}, Wilson 95 % intervals")
+        print(format_table(results))
+        if cfg.report:
+            from extras.report import write_report
+
+            if vlm is None and latest_checkpoint(target, must=False):
+                vlm, _ = load_run(target, run_cfg)
+            write_report(target, buffer, results, vlm, target, run_cfg, cfg.report_episodes, first_row)
 
 
 if __name__ == "__main__":

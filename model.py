@@ -1,17 +1,21 @@
 """
-The network: any open-weight vision-language model, LoRA on its language part, Q heads on its last hidden state.
+The network: any open-weight vision-language model, LoRA on its language part, Q heads on its last state.
 
 Nothing here knows a model family. Three ideas carry all of it:
- 1. one sequence = [prompt, left-padded to P | reply, right-padded to R], so the states before the reply's tokens stand at the
-    same columns P-1 .. P+R-2 in every row, and are a plain slice;
- 2. every model ends in `get_output_embeddings()`: a hook before it keeps that slice of the last hidden state, so that logits and Q are
-    computed where the reply is and nowhere else, and, where the vocabulary is large, some states at a time;
- 3. the library's own `generate` rolls out (KV cache, positions, caches of every kind); a logits processor does the sampling.
+ 1. A sequence is [prompt, padded on the left to P | reply, padded on the right to R]. The states before
+    the reply's tokens are then the columns P-1 .. P+R-2 of every row: a plain slice.
+ 2. Every model ends in `get_output_embeddings()`. A hook before it keeps that slice of the last hidden
+    state, so logits and Q are computed at the reply's positions only, a chunk at a time if V is large.
+ 3. The library's own `generate` plays, because it knows each family's KV cache and positions. A logits
+    processor does the sampling.
 
 Letters: B rows, P prompt length, R reply length, V vocabulary, H hidden size, C critics, r LoRA rank.
 """
-import contextlib, copy, functools, hashlib, inspect, json, os, re, types
-from collections import OrderedDict
+import contextlib
+import copy
+import json
+import os
+import re
 
 import torch
 import torch.distributed as dist
@@ -20,506 +24,821 @@ import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.utils._pytree import tree_leaves, tree_map
 from transformers import GenerationConfig, LogitsProcessor
 
-from extras.model_folders import first_sentence, open_folder, rehearse
+from extras.feature_cache import FeatureCache, Inputs, LRUCache
+from extras.model_folders import find_folder, first_sentence, open_folder, rehearse
 from pretrain.tiny_nets import llava
-
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-ROOT = os.path.dirname(os.path.abspath(__file__))
-IMAGE_KEYS = ("image_token_id", "image_token_index", "image_token")  # the names that libraries gave the placeholder
-FEATURES = ("pooler_output", "deepstack_features")  # what language models read of `get_image_features`; the second, a list for each layer: Qwen3-VL
 
-# --------------------------------------------------------------------------------------------------------------- ranks
+# LoRA's output is scaled by LORA_ALPHA / lora_r.
+LORA_ALPHA = 32
+PROMPT_CACHE_MB = 4096
+# The logit of a token that must not be sampled.
+NEVER = -1e9
+
+
+# -- ranks --------------------------------------------------------------------------------------------------
+
 
 def ranks():
-    """(rank, number of ranks) under torchrun, (0, 1) without."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    """Return (rank of this process, number of ranks) under torchrun, (0, 1) without it."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
-def gather(x):
-    """-> list of every rank's x. All ranks must call it."""
-    everyone = [x] * ranks()[1]
-    if len(everyone) > 1:
-        dist.all_gather_object(everyone, x)
-    return everyone
+def gather(value):
+    """Return the list of every rank's value; all ranks must call it."""
+    values = [value] * ranks()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
-# ---------------------------------------------------------------------------------------------------------------- LoRA
+
+# -- LoRA ---------------------------------------------------------------------------------------------------
+
 
 class LoRALinear(nn.Linear):
-    """y = x W^T + b + alpha / r * x A^T B^T, with W and b frozen (Hu et al., arXiv 2106.09685). A Kaiming, B zero, both fp32.
-    It *is* a Linear that shares the base's weight, so code that asks for `.weight` goes on working; nothing is ever merged."""
-    enabled = True  # the off switch: False gives the reference policy
+    """A linear layer with a low-rank update: y = x W^T + b + alpha / r * x A^T B^T.
 
-    def __init__(self, base, r, alpha, dropout=0.0):
+    W and b are frozen. A starts Kaiming-uniform, B at zero, both in float32 (Hu et al., arXiv 2106.09685).
+    It is a Linear with the base layer's own weight, so library code that reads `.weight` still works.
+    Nothing is ever merged: with `enabled = False` it is the base layer again.
+    """
+
+    enabled = True
+
+    def __init__(self, base, r, alpha):
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        self.weight, self.bias = base.weight, base.bias
-        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, dtype=torch.float32, device=base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, dtype=torch.float32, device=base.weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
-        self.scale, self.dropout = alpha / r, dropout
+        self.weight = base.weight
+        self.bias = base.bias
+        options = dict(dtype=torch.float32, device=base.weight.device)
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **options))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **options))
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+        self.scale = alpha / r
 
     def forward(self, x):
         y = super().forward(x)
         if not self.enabled:
             return y
-        x = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype)
-        return y + F.linear(F.linear(x, self.lora_A) * self.scale, self.lora_B).to(y.dtype)
+        low_rank = F.linear(x.to(self.lora_A.dtype), self.lora_A)
+        update = F.linear(low_rank * self.scale, self.lora_B)
+        return y + update.to(y.dtype)
 
 
-def add_lora(net, r, alpha, dropout, targets):
-    """Replace each Linear of the language model whose *full path* matches the regex `targets`. Returns {path: module}.
-    The language model is what `get_decoder()` returns: vision towers use the same leaf names (q_proj ...)."""
+def add_lora(net, r, alpha, targets):
+    """Put LoRA on each linear layer of the language model whose full path matches the regex `targets`.
+
+    Return {path: LoRALinear}. The language model is what `get_decoder()` returns: names alone do not tell it
+    from a vision tower, which has a q_proj, too. The unembedding gets no LoRA. SystemExit if nothing matches.
+    """
     decoder = net.get_decoder()
-    inside = {id(m) for m in decoder.modules()} if decoder is not net else set()
-    found = {path: m for path, m in net.named_modules()
-             if isinstance(m, nn.Linear) and id(m) in inside and m is not net.get_output_embeddings() and re.fullmatch(targets, path)}
-    if not found:
-        raise SystemExit(f"lora_targets={targets!r} matches no linear layer of the language model; its layers are called like "
-                         + ", ".join([p for p, m in net.named_modules() if isinstance(m, nn.Linear) and id(m) in inside][:3]) + ".")
-    for path, base in found.items():
+    language_parts = set(decoder.modules()) if decoder is not None else set()
+    layers = {}
+    for path, module in net.named_modules():
+        if isinstance(module, nn.Linear) and module in language_parts:
+            layers[path] = module
+    unembedding = net.get_output_embeddings()
+    matches = [path for path in layers if re.fullmatch(targets, path) and layers[path] is not unembedding]
+    if not matches:
+        raise SystemExit(
+            f"lora_targets={targets!r} matches no linear layer of the language model;"
+            f" its layers have names like {', '.join(list(layers)[:3])}."
+        )
+    lora = {}
+    for path in matches:
         parent, _, leaf = path.rpartition(".")
-        setattr(net.get_submodule(parent), leaf, LoRALinear(base, r, alpha, dropout))
-    return {path: net.get_submodule(path) for path in found}
+        lora[path] = LoRALinear(layers[path], r, alpha)
+        setattr(net.get_submodule(parent), leaf, lora[path])
+    return lora
 
-# -------------------------------------------------------------------------------------------------------------- Q heads
+
+# -- Q heads ------------------------------------------------------------------------------------------------
+
 
 class QHead(nn.Module):
-    """Last hidden state (..., H) -> Q of every token (..., V). Starts as the constant `init`.
-    'full': MLP, then a plain H x V layer. 'tied': MLP back to H, then the model's own frozen unembedding: 2 H^2 parameters."""
+    """Q of every token (..., V) from the last hidden state (..., H), at first the constant `init`.
+
+    kind 'full': an MLP and a plain H x V layer.
+    kind 'tied': an MLP back to H, then the model's own unembedding, frozen: 2 H^2 parameters.
+    """
 
     def __init__(self, hidden, vocab, kind="full", init=0.0, unembedding=None):
         super().__init__()
         self.mlp = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.GELU())
-        self.out = nn.Linear(hidden, vocab if kind == "full" else hidden, bias=False)
-        self.bias = nn.Parameter(torch.full((vocab if kind == "full" else 1,), float(init)))
+        width = vocab if kind == "full" else hidden
+        self.out = nn.Linear(hidden, width, bias=False)
         nn.init.zeros_(self.out.weight)
-        self.unembedding = (lambda: unembedding) if kind == "tied" else None  # a function hides the tensor from parameters()
+        biases = vocab if kind == "full" else 1
+        self.bias = nn.Parameter(torch.full((biases,), float(init)))
+        self.unembedding = None
+        if kind == "tied":
+            # A function hides the tensor from parameters() and from deepcopy.
+            self.unembedding = lambda: unembedding
 
-    def forward(self, h):
-        x = self.out(self.mlp(h.float()))
+    def forward(self, hidden):
+        x = self.out(self.mlp(hidden.float()))
         if self.unembedding is not None:
-            x = F.linear(x.to(self.unembedding().dtype), self.unembedding().detach()).float()
+            weight = self.unembedding().detach()
+            x = F.linear(x.to(weight.dtype), weight).float()
         return x + self.bias
 
-# ------------------------------------------------------------------------------------------------------------ the model
 
-class LRUCache(OrderedDict):
-    """Dicts of tensors by key, at most so many MiB of them: the one that was asked for the longest ago goes first."""
-    def __init__(self, mb):
-        super().__init__()
-        self.bytes, self.limit = 0, mb * 2 ** 20
-
-    def get(self, key, make):
-        """What is kept by this key, or what make() gives, kept from now on (not if the key is None)."""
-        value = self[key] if key in self else make()
-        if key in self:
-            self.move_to_end(key)
-        elif key is not None:
-            self[key], self.bytes = value, self.bytes + nbytes(value)
-            while self.bytes > self.limit:
-                self.bytes -= nbytes(self.popitem(last=False)[1])
-        return value
+# -- special tokens -----------------------------------------------------------------------------------------
 
 
-class Inputs(dict):
-    """Tensors of a prompt or of a batch of them. pictures: the prompts in it that show some, with their keys, if features are cached."""
-    pictures = None
+def special_tokens(tokenizer):
+    """Return {id: text} of the control tokens: pad, eos, ... and all that the tokenizer marks as special."""
+    marked = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
+    return marked | named
+
+
+def find_image_token(net, processor):
+    """Find the id of the token that stands for an image in the text; return None if there is none.
+
+    Families store it in the config or in the processor, under three names, as an id or as a text.
+    """
+    for owner in (net.config, processor):
+        for name in ("image_token_id", "image_token_index", "image_token"):
+            token = getattr(owner, name, None)
+            text = getattr(token, "content", token)
+            if isinstance(text, str):
+                token = processor.tokenizer.convert_tokens_to_ids(text)
+            if isinstance(token, int):
+                return token
+    return None
+
+
+def find_end_of_turn(processor, config):
+    """Find the id of the token that ends an assistant's turn; SystemExit if there is none.
+
+    In the chat template, it is the first token behind the assistant's text that is special, or that the
+    language model's config names as its end (MiniGPT-4's `##` is a plain token). Without one it is eos.
+    """
+    tokenizer = processor.tokenizer
+    if getattr(processor, "chat_template", None):
+        text = "XQX"
+        chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role in ("user", "assistant")]
+        rendered = processor.apply_chat_template(chat, tokenize=False)
+        tail = rendered.rpartition(text)[2]
+        # Tokenize the tail together with the text, as it is in a chat.
+        text_ids = tokenizer(text, add_special_tokens=False).input_ids
+        ids = tokenizer(text + tail, add_special_tokens=False).input_ids
+        ends = set(special_tokens(tokenizer))
+        named = getattr(config.get_text_config(), "eos_token_id", None)
+        ends.update(named if isinstance(named, list) else [named])
+        for token in ids[len(text_ids) :]:
+            if token in ends:
+                return token
+    if tokenizer.eos_token_id is None:
+        raise SystemExit("The tokenizer has no end-of-turn token: set its eos_token.")
+    return tokenizer.eos_token_id
+
+
+# -- sampling -----------------------------------------------------------------------------------------------
+
+
+class Sampler(LogitsProcessor):
+    """Draws each next token within the library's greedy `generate`, and keeps its log-probability.
+
+    The policy is softmax((logits + q_weight * A) / temperature) over the tokens that are not banned;
+    temperature 0 is greedy. The draw is Gumbel-max: `generate` takes the token with the largest score, and
+    the scores are logp + Gumbel noise.
+    """
+
+    def __init__(self, vlm, temperature, generator, q_weight):
+        self.vlm = vlm
+        self.temperature = temperature
+        self.generator = generator
+        self.q_weight = q_weight
+        self.logps = []
+
+    def __call__(self, ids, logits):
+        logits = logits.float().masked_fill(self.vlm.banned, NEVER)
+        if self.q_weight:
+            logits = logits + self.q_weight * self.advantage(logits)
+        logp = (logits / (self.temperature or 1.0)).log_softmax(-1)
+        scores = logp
+        if self.temperature:
+            uniform = self.draw_uniform(logp).clamp(1e-20, 1 - 1e-7)
+            scores = logp - torch.log(-torch.log(uniform))
+        # Keep one number per row: all of logp (B, V) would stay in memory for every token of the reply.
+        token = scores.argmax(-1, keepdim=True)
+        self.logps.append(logp.gather(1, token))
+        return scores
+
+    def advantage(self, logits):
+        """Compute A = Q - V (B, V) of the critics' mean in the current state, 0 for banned tokens."""
+        q = self.vlm.q(self.vlm.hidden[:, -1]).mean(0)
+        v = (logits.softmax(-1) * q).sum(-1, keepdim=True)
+        return (q - v).masked_fill(self.vlm.banned, 0)
+
+    def draw_uniform(self, like):
+        """Draw uniform numbers in the shape of a tensor: rollouts have a random stream of their own."""
+        device = self.generator.device if self.generator else like.device
+        return torch.rand(like.shape, generator=self.generator, device=device).to(like.device)
+
+
+# -- padding ------------------------------------------------------------------------------------------------
+
+
+def round_up(length):
+    """Round a length up to a multiple of 4, for fewer shapes: kernels are prepared again for each one."""
+    return -(-length // 4) * 4
+
+
+def pad_left(parts, length, value):
+    """Join rows (1, T) of different lengths, padded on the left -> (B, length)."""
+    return torch.cat([F.pad(part, (length - part.shape[1], 0), value=value) for part in parts])
+
+
+def pad_right(parts):
+    """Join tensors along their first dimension; zeros on the right make the other dimensions equal."""
+    shapes = [part.shape[1:] for part in parts]
+    sizes = [max(lengths) for lengths in zip(*shapes)]
+    padded = []
+    for part in parts:
+        widths = []
+        # F.pad starts at the last dimension.
+        for have, want in zip(reversed(part.shape[1:]), reversed(sizes)):
+            widths += [0, want - have]
+        padded.append(F.pad(part, widths))
+    return torch.cat(padded)
+
+
+# -- files --------------------------------------------------------------------------------------------------
+
+
+def write_tensors(tensors, file):
+    """Write {name: tensor} as a safetensors file."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def read_tensors(file):
+    """Read a safetensors file -> {name: tensor}; SystemExit if it is missing or damaged."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise SystemExit(f"{file} does not load: {first_sentence(error)}.")
+
+
+def fill_parameters(params, tensors, file):
+    """Copy a file's tensors into parameters of the same names; SystemExit unless all names and shapes fit."""
+    wrong = []
+    for name in sorted(params.keys() | tensors.keys()):
+        if name not in params or name not in tensors or params[name].shape != tensors[name].shape:
+            wrong.append(name)
+    if wrong:
+        raise SystemExit(
+            f"{file} does not fit this model and its settings: {len(wrong)} tensors differ, for example"
+            f" {wrong[0]}; use the model, lora_* and q_head that it was trained with."
+        )
+    with torch.no_grad():
+        for name, param in params.items():
+            param.copy_(tensors[name])
+
+
+def check_alpha(file, alpha):
+    """Refuse an adapter with another lora_alpha: its shapes would fit, its function would differ."""
+    try:
+        with open(file) as f:
+            saved = json.load(f)["lora_alpha"]
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"{file} does not load: {first_sentence(error)}.")
+    if saved != alpha:
+        raise SystemExit(
+            f"{file} says lora_alpha={saved}, this model has {alpha}:"
+            f" put lora_alpha={saved} into the config.json of its run."
+        )
+
+
+# -- the model ----------------------------------------------------------------------------------------------
+
+
+def switch_off_dropout(net):
+    """Set every dropout rate to 0.
+
+    A base's own dropout (a Q-Former's, OPT's) would train another policy than the one that played.
+    """
+    for module in net.modules():
+        for name, value in list(vars(module).items()):
+            is_rate = "drop" in name or (name == "p" and isinstance(module, nn.Dropout))
+            if is_rate and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 class VLM(nn.Module):
-    """A vision-language model with adapters and critics.
+    """A vision-language model that plays and learns.
 
-    net, processor   what the Auto classes gave
-    lora_r = 0       trains all weights of the net; otherwise the base is frozen
-    q_head           'full' | 'tied'; n_critics heads and their EMA targets; n_critics = 0: none
+    As constructed, all weights of the net are trained and there is no critic. `add_adapters` freezes the
+    net and adds LoRA, `add_critics` adds Q heads and their targets.
+
+    net, processor     from `load_model`
+    name               the model's name in messages and in adapter_config.json
+    prompt_cache_mb    memory for encoded prompts, MiB
+    vision_cache_mb    memory for features of a frozen vision tower, MiB; 0: they are computed each time
     """
 
-    def __init__(self, net, processor, lora_r=16, lora_alpha=32, lora_dropout=0.0, lora_targets=".*", q_head="full",
-                 n_critics=1, q_init=0.0, cache_mb=4096, vision_cache_mb=0, name=""):
+    def __init__(self, net, processor, name="", prompt_cache_mb=PROMPT_CACHE_MB, vision_cache_mb=0):
         super().__init__()
-        self.net, self.processor, self.tokenizer, self.name = net, processor, processor.tokenizer, name
-        self.lora, self.lora_config = {}, dict(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
-        for m in net.modules():  # a base's own dropout (a Q-Former's, OPT's) would let another policy learn than the one that played
-            for key in [k for k, p in vars(m).items() if isinstance(p, float) and ("drop" in k or k == "p" and isinstance(m, nn.Dropout))]:
-                setattr(m, key, 0.0)
-        if lora_r:
-            net.requires_grad_(False)
-            self.lora = add_lora(net, lora_r, lora_alpha, lora_dropout, lora_targets)
-        unembed = net.get_output_embeddings()
-        (vocab, hidden), device = unembed.weight.shape, unembed.weight.device
-        self.heads = nn.ModuleList(QHead(hidden, vocab, q_head, q_init, unembed.weight) for _ in range(n_critics)).to(device)
-        self.targets, self.q_init = copy.deepcopy(self.heads).requires_grad_(False), q_init
-        net.generation_config = GenerationConfig()  # a checkpoint's own top_k, penalties ... would bend the behaviour policy
+        self.net = net
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.name = name
+        switch_off_dropout(net)
+        # A checkpoint's own top_k, penalties, ... would bend the behaviour policy.
+        net.generation_config = GenerationConfig()
+
+        self.lora = {}
+        self.lora_config = {}
+        self.heads = nn.ModuleList()
+        self.targets = nn.ModuleList()
+        self.q_init = 0.0
+        # bf16: replies are generated under bfloat16 autocast, as they are trained.
+        self.bf16 = False
+        self.sharded = False
+        self.last_prompts = None
+
+        # Special tokens are read, but never sampled: a placeholder would break the next forward pass.
         self.eos = find_end_of_turn(processor, net.config)
-        # Placeholders and other special tokens may be read but never said: sampled, they would break the next forward pass.
-        banned = (set(special_tokens(self.tokenizer)) | {find_image_token(net, processor)} | set(range(len(self.tokenizer), vocab))) - {self.eos}
-        self.register_buffer("banned", torch.tensor([i in banned for i in range(vocab)], device=device), persistent=False)
+        unembedding = net.get_output_embeddings()
+        self.vocab_size = len(unembedding.weight)
+        specials = special_tokens(self.tokenizer)
+        beyond_tokenizer = range(len(self.tokenizer), self.vocab_size)
+        banned = {*specials, *beyond_tokenizer, find_image_token(net, processor)} - {self.eos}
+        mask = [i in banned for i in range(self.vocab_size)]
+        mask = torch.tensor(mask, device=unembedding.weight.device)
+        self.register_buffer("banned", mask, persistent=False)
+        # Texts that would become a special token in a prompt, the longest first.
         self.image_token = str(getattr(processor, "image_token", ""))
-        self.neutral = sorted({*special_tokens(self.tokenizer).values(), self.tokenizer.decode([self.eos]), self.image_token} - {""}, key=len)[::-1]
-        self._watch, self._hidden = None, None
-        unembed.register_forward_pre_hook(self._cut)
-        self._cache, self._features, self._seen = LRUCache(cache_mb), LRUCache(vision_cache_mb), None
-        if vision_cache_mb:
-            eyes = [m for m in net.modules() if hasattr(m, "get_image_features")][-1:]      # the innermost: a whole model hands the call on to its part
-            if not eyes:
-                raise SystemExit(f"model={name!r} has no get_image_features(), whose results vision_cache_mb would keep: set vision_cache_mb=0.")
-            self._look = types.MethodType(type(eyes[0]).get_image_features, eyes[0])
-            self._looks_at = list(inspect.signature(self._look).parameters)
-            eyes[0].get_image_features = functools.wraps(self._look)(lambda *args, **kwargs: self._see(*args, **kwargs))    # `generate` reads its signature
+        reserved = {*specials.values(), self.tokenizer.decode([self.eos]), self.image_token} - {""}
+        self.reserved_texts = sorted(reserved, key=len, reverse=True)
+        # A Q-Former's processor takes one picture per prompt and writes its placeholders itself.
+        self.has_q_former = bool(getattr(processor, "num_query_tokens", None))
 
-    device = property(lambda self: self.banned.device)
-    sharded, bf16 = False, False  # bf16: replies are generated under bfloat16 autocast, as they are learned from
-    vocab_size = property(lambda self: len(self.banned))
+        # What `keep_hidden` keeps, and where.
+        self.hidden = None
+        self.reply_columns = None
+        self.critic_guides = False
+        unembedding.register_forward_pre_hook(self.keep_hidden)
+        self.encoded_prompts = LRUCache(prompt_cache_mb)
+        self.features = FeatureCache(net, vision_cache_mb, name)
 
-    def _cut(self, unembed, args):
-        """Before the unembedding. _watch is a slice: keep these columns of the hidden state and hand none on, their logits come later (`logits`); ...: keep all."""
-        if self._watch is None:
-            return args
-        self._hidden = args[0] if self._watch is ... else args[0][:, self._watch]
-        return args if self._watch is ... else (args[0][:, :0], *args[1:])
+    def add_adapters(self, lora_r=16, lora_targets=".*", lora_alpha=LORA_ALPHA):
+        """Freeze the net and put LoRA of rank `lora_r` on its language model, see `add_lora`."""
+        self.net.requires_grad_(False)
+        self.lora = add_lora(self.net, lora_r, lora_alpha, lora_targets)
+        # The names and the order in which PEFT writes them.
+        self.lora_config = dict(r=lora_r, lora_alpha=lora_alpha, lora_dropout=0.0)
+
+    def add_critics(self, n_critics=1, q_head="tied", q_init=0.0):
+        """Add Q heads, 'full' or 'tied', that start at `q_init`, and their slowly moving targets."""
+        weight = self.net.get_output_embeddings().weight
+        vocab, hidden = weight.shape
+        heads = [QHead(hidden, vocab, q_head, q_init, weight) for _ in range(n_critics)]
+        self.heads = nn.ModuleList(heads).to(weight.device)
+        self.targets = copy.deepcopy(self.heads).requires_grad_(False)
+        self.q_init = q_init
+
+    @property
+    def device(self):
+        return self.banned.device
 
     def shard(self, device):
-        """Each rank keeps a part of every layer's frozen weights (FSDP2): a layer is gathered where it is computed, and dropped again. The rest is whole on every rank:
-        adapters and critics, so that gradients, moments and files are a plain run's; the unembedding, which tied critics and `logits` use outside of the net's own forward."""
+        """Spread the frozen weights of the language model's layers over the ranks (FSDP2).
+
+        A layer is gathered where it is computed, and dropped again. All else is whole on every rank:
+        adapters and critics, so that gradients, moments and files are those of a plain run; and the
+        unembedding, which tied critics and `logits` use outside of the net's own forward pass.
+        """
         from torch.distributed.fsdp import fully_shard
+
         mesh = dist.init_device_mesh(device, (ranks()[1],))
-        layers = max((m for m in self.net.get_decoder().modules() if isinstance(m, nn.ModuleList)), key=lambda m: sum(p.numel() for p in m.parameters()))
+        decoder = self.net.get_decoder()
+        stacks = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+        layers = max(stacks, key=lambda stack: sum(param.numel() for param in stack.parameters()))
         for layer in layers:
-            fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if p.requires_grad})
-        fully_shard(self.net, mesh=mesh, ignored_params=set(self.net.parameters()))          # shards nothing: it fetches the next layer while one computes
+            trained = {param for param in layer.parameters() if param.requires_grad}
+            fully_shard(layer, mesh=mesh, ignored_params=trained)
+        # This shards nothing more: it fetches the next layer while one computes.
+        fully_shard(self.net, mesh=mesh, ignored_params=set(self.net.parameters()))
         self.sharded = True
         return self.to(device)
 
-    # -------------------------------------------------------------------------------------------------- text to tensors
+    # -- prompt: text and pictures to tensors ---------------------------------------------------------------
 
     def encode(self, messages, images, key=None):
-        """One prompt -> dict of tensors with batch dimension 1 (input_ids (1, T), attention_mask, pixel_values, ...).
-        images: PIL images or functions that return one; they are called only if `key` is not in the cache of encoded prompts."""
-        return self._cache.get(key, lambda: self._encode(messages, images))
+        """Encode a prompt -> tensors with batch dimension 1: input_ids (1, T), attention_mask, pixel_values.
 
-    def _encode(self, messages, images):
+        images: PIL images, or functions that return one. They are called only if the prompt is not cached
+        under `key`. Without a key nothing is cached.
+        """
+        return self.encoded_prompts.get_or_compute(key, lambda: self.encode_uncached(messages, images))
+
+    def encode_uncached(self, messages, images):
+        """Encode a prompt without the cache; SystemExit if its number of pictures does not suit the model."""
         images = [image() if callable(image) else image for image in images]
-        if len(images) != 1 and getattr(self.processor, "num_query_tokens", None):  # it would read the first and leave the others to the batch's next rows
-            raise SystemExit(f"model={self.name!r} takes one picture a prompt, and a prompt here has {len(images)}: choose another model, such as LLaVA-OneVision or Qwen2-VL.")
+        if self.has_q_former and len(images) != 1:
+            # It would use the first picture and give the others to the next rows of the batch.
+            raise SystemExit(
+                f"model={self.name!r} takes one picture per prompt, and a prompt here has {len(images)}:"
+                " choose another model, such as LLaVA-OneVision or Qwen2-VL."
+            )
         text = self.render(messages)
+        options = dict(images=[images] if images else None, return_tensors="pt")
         bos = self.tokenizer.bos_token
-        extra = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+        if bos and text.startswith(bos):
+            options["add_special_tokens"] = False
         try:
-            enc = Inputs(self.processor(text=[text], images=[images] if images else None, return_tensors="pt", **extra))
-        except ValueError as e:  # PaliGemma's, for one, wants a picture in every prompt
-            raise SystemExit(f"model={self.name!r} cannot read a prompt with {len(images)} pictures: {first_sentence(e)}.")
-        enc.pop("labels", None)  # some processors add them to every prompt; the loss is ours
-        if self._features.limit:    # by content, and whatever else the vision part reads: sizes, masks, the question (InstructBLIP's)
-            seen = {k: enc[k] for k in self._looks_at if k in enc}
-            enc.pictures = [(hashlib.sha1(repr([(k, t.shape) for k, t in seen.items()]).encode() + b"".join(t.numpy().tobytes() for t in seen.values())).digest(), seen)] * bool(images)
-        return enc
+            prompt = Inputs(self.processor(text=[text], **options))
+        except ValueError as error:
+            # PaliGemma, for one, wants a picture in every prompt.
+            raise SystemExit(
+                f"model={self.name!r} cannot read a prompt with {len(images)} pictures:"
+                f" {first_sentence(error)}."
+            )
+        # Some processors add labels to every prompt, but the loss is ours.
+        prompt.pop("labels", None)
+        if images:
+            self.features.tag(prompt)
+        return prompt
 
     def render(self, messages):
-        """Messages -> prompt text. Page text that holds a special token is neutralised by a space after its first character."""
-        def clean(text):
-            for token in self.neutral:
-                text = text.replace(token, token[0] + " " + token[1:])
-            return text
-        messages = [{**m, "content": [{**part, "text": clean(part["text"])} if part["type"] == "text" else {"type": "image"} for part in m["content"]]}
-                    for m in messages[:len(messages) - (messages[-1]["role"] == "assistant")]]      # all but the reply itself
+        """Render messages as the text of a prompt; a reply at their end is left out."""
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        clean = []
+        for message in messages:
+            content = [self.neutralise(part) for part in message["content"]]
+            clean.append({**message, "content": content})
         if getattr(self.processor, "chat_template", None):
-            return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        # no template: image placeholders first (a Q-Former's processor puts them there on its own), then the text, then the cue
-        # that LLaVA-1.5 and MiniGPT-4 descend from
-        parts = [part for m in messages for part in m["content"]]
-        own = getattr(self.processor, "num_query_tokens", None)
-        return "".join(self.image_token for p in parts if p["type"] == "image" and not own) \
-            + "USER: " + "\n".join(p["text"] for p in parts if p["type"] == "text") + " ASSISTANT:"
+            return self.processor.apply_chat_template(clean, add_generation_prompt=True, tokenize=False)
+        # Without a template: placeholders, text, and the cue that LLaVA-1.5 and MiniGPT-4 descend from.
+        parts = [part for message in clean for part in message["content"]]
+        pictures = "".join(self.image_token for part in parts if part["type"] == "image")
+        if self.has_q_former:
+            pictures = ""
+        texts = "\n".join(part["text"] for part in parts if part["type"] == "text")
+        return f"{pictures}USER: {texts} ASSISTANT:"
+
+    def neutralise(self, part):
+        """Put a space into each special token in a part's text, so that a page cannot forge one."""
+        if part["type"] != "text":
+            return {"type": "image"}
+        text = part["text"]
+        for token in self.reserved_texts:
+            text = text.replace(token, token[0] + " " + token[1:])
+        return {**part, "text": text}
+
+    # -- reply: text to token ids and back ------------------------------------------------------------------
 
     def reply_ids(self, text, ids=None):
-        """Token ids of a reply with its end-of-turn token. Stored ids are used as they are, if this tokenizer made them."""
-        if ids and max(ids) < len(self.banned) and self.decode(ids) == text:
+        """Return the token ids of a reply with its end-of-turn token.
+
+        ids: the stored ids of the reply. They are returned as they are if this tokenizer can have made them.
+        """
+        if ids and max(ids) < self.vocab_size and self.decode(ids) == text:
             return list(ids)
         return self.tokenizer(text, add_special_tokens=False).input_ids + [self.eos]
 
     def decode(self, ids):
-        return self.tokenizer.decode([i for i in ids if i != self.eos], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """Return the text of a reply, without special tokens."""
+        ids = [i for i in ids if i != self.eos]
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def span(self, ids, start):
-        """Which tokens of a reply reach behind character `start` of its text, the end-of-turn token included: list of 0 / 1."""
-        return [int(len(self.decode(ids[:j + 1])) > start or i == self.eos) for j, i in enumerate(ids)]
+        """Mark the tokens of a reply that reach beyond character `start` of its text: a list of 0 and 1.
+
+        The end-of-turn token is always marked.
+        """
+        marks = []
+        for j, token in enumerate(ids):
+            is_beyond = len(self.decode(ids[: j + 1])) > start
+            marks.append(int(is_beyond or token == self.eos))
+        return marks
+
+    # -- batch ----------------------------------------------------------------------------------------------
 
     def collate(self, prompts, replies=None):
-        """Encoded prompts and lists of reply ids -> (inputs of the net, P, reply_ids (B, R), mask (B, R))."""
-        up = lambda n: -(-n // 4) * 4  # few different lengths: kernels are prepared anew for each shape
-        P = up(max(p["input_ids"].shape[1] for p in prompts))
-        R = up(max([len(r) for r in replies] + [1])) if replies is not None else 0
-        reply_ids, mask = torch.full((len(prompts), R), self.eos), torch.zeros(len(prompts), R)
-        for b, reply in enumerate(replies or []):
-            reply_ids[b, :len(reply)], mask[b, :len(reply)] = torch.tensor(reply, dtype=torch.long), 1
-        # Per token is what the family's `generate` lets grow with the reply; pictures and a Q-Former's own words (`qformer_input_ids`) do not.
-        grown = self.net._update_model_kwargs_for_generation({}, {key: value for key, value in prompts[0].items() if key != "input_ids"})
-        per_token = ["input_ids"] + [key for key, value in prompts[0].items() if key in grown and grown[key].shape != value.shape]
+        """Join prompts and replies as one batch -> (inputs of the net, P, reply_ids (B, R), mask (B, R)).
+
+        prompts: from `encode`. replies: a list of token ids per prompt; None: no replies, R = 0.
+        """
+        P = round_up(max(prompt["input_ids"].shape[1] for prompt in prompts))
+        per_token = self.find_per_token_keys(prompts[0])
         inputs = Inputs()
-        for key in dict.fromkeys(key for p in prompts for key in p):
-            parts = [p[key] for p in prompts if key in p]  # a row without a picture has none to give
-            if key in per_token:  # pad left
-                fill = self.eos if key == "input_ids" else 0
-                inputs[key] = torch.cat([F.pad(part, (P - part.shape[1], 0), value=fill) for part in parts])
-            else:                 # pictures, a Q-Former's words: equal trailing shapes, padded right, then one after the other
-                shape = [max(s) for s in zip(*(part.shape[1:] for part in parts))]
-                inputs[key] = torch.cat([F.pad(part, [n for have, want in list(zip(part.shape[1:], shape))[::-1] for n in (0, want - have)]) for part in parts])
-        if R:  # a reply's tokens carry what the family's `generate` gives a new token (a token type, for one)
-            new = self.net._update_model_kwargs_for_generation({}, {key: inputs[key] for key in per_token if key != "input_ids"})
-            new = {key: value[:, -1:].expand(-1, R) for key, value in new.items()} | dict(input_ids=reply_ids, attention_mask=mask.to(inputs["attention_mask"].dtype))
-            inputs |= {key: torch.cat([inputs[key], value], 1) for key, value in new.items()}
-        to = lambda t: t.to(self.device, non_blocking=True)
-        inputs.update({k: to(v) for k, v in inputs.items()})
-        inputs.pictures = [p for prompt in prompts for p in prompt.pictures] if self._features.limit else None
-        return inputs, P, to(reply_ids), to(mask)
+        for key in dict.fromkeys(key for prompt in prompts for key in prompt):
+            # A row without a picture has no pixels to give.
+            parts = [prompt[key] for prompt in prompts if key in prompt]
+            if key in per_token:
+                padding = self.eos if key == "input_ids" else 0
+                inputs[key] = pad_left(parts, P, padding)
+            else:
+                inputs[key] = pad_right(parts)
+        reply_ids, mask = self.pad_replies(replies, len(prompts))
+        if replies is not None:
+            self.append_replies(inputs, per_token, reply_ids, mask)
+        for key, tensor in inputs.items():
+            inputs[key] = tensor.to(self.device, non_blocking=True)
+        self.features.tag_batch(inputs, prompts)
+        reply_ids = reply_ids.to(self.device, non_blocking=True)
+        mask = mask.to(self.device, non_blocking=True)
+        return inputs, P, reply_ids, mask
 
-    # --------------------------------------------------------------------------------------------------------- networks
+    def find_per_token_keys(self, prompt):
+        """Return the inputs with one value per token: those that `generate` lets grow with the reply.
 
-    def _see(self, *args, **kwargs):
-        """Stands in for the library's get_image_features: what the frozen vision part makes of each prompt's pictures, from memory where it was computed before. Each prompt alone and without
-        autocast, so that it does not matter who came first, nor for what. What it returns has the library's form, with nothing in it but what language models read."""
-        if not self._seen:
-            return self._look(*args, **kwargs)
-        given = dict(zip(self._looks_at, args)) | kwargs
-        def look(own):
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                out = self._look(**{k: own[k].to(self.device) if k in own else v for k, v in given.items()})
-            self._form = type(out)
-            return {k: tree_map(lambda t: t.to("cpu", copy=True), out[k]) for k in FEATURES if k in out}
-        found = [self._features.get(key, lambda: look(own)) for key, own in self._seen]
-        join = lambda parts: torch.cat(parts).to(self.device) if torch.is_tensor(parts[0]) else [t.to(self.device) for part in parts for t in part]
-        return self._form(**{k: join(v) if k == FEATURES[0] else [join(layer) for layer in zip(*v)] for k in found[0] for v in [[f[k] for f in found]]})
+        Pictures and a Q-Former's own words (`qformer_input_ids`) do not grow.
+        """
+        others = {key: value for key, value in prompt.items() if key != "input_ids"}
+        grown = self.net._update_model_kwargs_for_generation({}, dict(others))
+        keys = [key for key in others if key in grown and grown[key].shape != others[key].shape]
+        return ["input_ids", *keys]
+
+    def pad_replies(self, replies, B):
+        """Pad replies on the right with the end-of-turn token -> (reply_ids (B, R), mask (B, R))."""
+        R = 0
+        if replies is not None:
+            R = round_up(max([len(reply) for reply in replies] + [1]))
+        reply_ids = torch.full((B, R), self.eos)
+        mask = torch.zeros(B, R)
+        for b, reply in enumerate(replies or []):
+            reply_ids[b, : len(reply)] = torch.tensor(reply, dtype=torch.long)
+            mask[b, : len(reply)] = 1
+        return reply_ids, mask
+
+    def append_replies(self, inputs, per_token, reply_ids, mask):
+        """Append the replies to the prompts, with all that `generate` gives a new token (its type, ...)."""
+        others = {key: inputs[key] for key in per_token if key != "input_ids"}
+        grown = self.net._update_model_kwargs_for_generation({}, others)
+        R = reply_ids.shape[1]
+        new = {key: value[:, -1:].expand(-1, R) for key, value in grown.items()}
+        new["input_ids"] = reply_ids
+        new["attention_mask"] = mask.to(inputs["attention_mask"].dtype)
+        for key, value in new.items():
+            inputs[key] = torch.cat([inputs[key], value], 1)
+
+    # -- states, logits, Q ----------------------------------------------------------------------------------
+
+    def keep_hidden(self, unembedding, args):
+        """Keep the last hidden state on its way into the unembedding; registered as its forward pre-hook.
+
+        In `states` keep the reply's columns and pass none on: their logits are computed later, by `logits`.
+        Where a critic guides `generate` keep all, and pass all on.
+        """
+        hidden, *others = args
+        if self.reply_columns is not None:
+            self.hidden = hidden[:, self.reply_columns]
+            return (hidden[:, :0], *others)
+        if self.critic_guides:
+            self.hidden = hidden
+        return args
 
     def states(self, inputs, P, R):
-        """-> hidden (B, R, H): what the model knows before each reply token."""
-        self._watch, self._seen = slice(P - 1, P + R - 1), inputs.pictures
+        """Run the net on a batch -> hidden states (B, R, H), each before one reply token."""
+        self.reply_columns = slice(P - 1, P + R - 1)
         try:
-            out = self.net(**inputs, use_cache=False)
+            with self.features.serving(inputs):
+                out = self.net(**inputs, use_cache=False)
         finally:
-            self._watch = self._seen = None
-        hidden, self._hidden = self._hidden, None
+            self.reply_columns = None
+        hidden = self.hidden
+        self.hidden = None
         if hidden is None or out.logits.shape[1]:
-            raise SystemExit(f"model={self.name!r} computes its logits past get_output_embeddings(): neither critic nor policy can be read there.")
+            raise SystemExit(
+                f"model={self.name!r} computes its logits past get_output_embeddings():"
+                " neither critic nor policy can be read there."
+            )
         return hidden
 
     def logits(self, hidden):
-        """(..., H) -> (..., V), as the library's forward computes them of its last hidden state; banned tokens have probability 0."""
-        logits, text = self.net.get_output_embeddings()(hidden).float(), self.net.config.get_text_config()
-        logits = logits / (getattr(text, "logits_scaling", None) or 1.0)                     # Granite
-        if cap := getattr(text, "final_logit_softcapping", None):                            # Gemma
+        """Compute logits (..., V) of hidden states (..., H) as the library does; banned tokens get none."""
+        logits = self.net.get_output_embeddings()(hidden).float()
+        config = self.net.config.get_text_config()
+        # Granite divides by a constant.
+        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+        # Gemma bounds them.
+        cap = getattr(config, "final_logit_softcapping", None)
+        if cap:
             logits = cap * torch.tanh(logits / cap)
-        return logits.masked_fill(self.banned, -1e9)
+        return logits.masked_fill(self.banned, NEVER)
 
     def forward(self, inputs, P, R):
-        """-> logits (B, R, V) and hidden (B, R, H) of the states before each reply token."""
+        """Compute logits (B, R, V) and hidden states (B, R, H) before each reply token."""
         hidden = self.states(inputs, P, R)
         return self.logits(hidden), hidden
 
     def q(self, hidden, target=False):
-        """-> (C, B, R, V)"""
-        return torch.stack([head(hidden) for head in (self.targets if target else self.heads)])
+        """Compute Q (C, ..., V) of hidden states (..., H) by every head, or by every target head."""
+        heads = self.targets if target else self.heads
+        return torch.stack([head(hidden) for head in heads])
 
     @torch.no_grad()
     def update_target(self, tau):
-        """theta' <- (1 - tau) theta' + tau theta"""
+        """Move the target heads: theta' <- (1 - tau) theta' + tau theta."""
         for slow, fast in zip(self.targets.parameters(), self.heads.parameters()):
             slow.lerp_(fast, tau)
 
     @contextlib.contextmanager
     def reference(self):
-        """Within it the adapters are off: the policy before training."""
-        for m in self.lora.values():
-            m.enabled = False
+        """Switch the adapters off within a `with` block: the policy before training."""
+        for layer in self.lora.values():
+            layer.enabled = False
         try:
             yield self
         finally:
-            for m in self.lora.values():
-                m.enabled = True
+            for layer in self.lora.values():
+                layer.enabled = True
+
+    # -- generate -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens=32, temperature=1.0, generator=None, q_weight=0.0):
-        """Encoded prompts -> for each a list of token ids (end-of-turn included, if it came in time) and of their log-probabilities.
-        temperature 0 is greedy. Sampling is Gumbel-max, so that it has a random stream of its own. A sharded model generates on all ranks or on none, see `finish`."""
+        """Sample a reply to each encoded prompt -> (lists of token ids, lists of their log-probabilities).
+
+        A reply ends with the end-of-turn token if it came in time. temperature 0 is greedy. With `q_weight`
+        the critics guide the policy, see `Sampler`.
+        A sharded model generates on all ranks or on none: a rank without prompts passes None, see `finish`.
+        """
         if self.sharded:
             if not any(gather(prompts is not None)):
                 return None
-            prompts = self._prompts = prompts or self._prompts
+            prompts = prompts or self.last_prompts
+            self.last_prompts = prompts
         was_training = self.training
         self.eval()
         inputs, P, _, _ = self.collate(prompts)
         sampler = Sampler(self, temperature, generator, q_weight)
-        self._watch, self._seen = ... if q_weight else None, inputs.pictures
+        end = dict(eos_token_id=self.eos, pad_token_id=self.eos)
+        config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, **end)
+        options = dict(generation_config=config, logits_processor=[sampler], synced_gpus=self.sharded)
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        self.critic_guides = q_weight != 0
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                out = self.net.generate(**inputs, logits_processor=[sampler], synced_gpus=self.sharded, generation_config=GenerationConfig(
-                    do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=self.eos, pad_token_id=self.eos))
+            with autocast, self.features.serving(inputs):
+                out = self.net.generate(**inputs, **options)
         finally:
-            self._watch = self._seen = self._hidden = None
+            self.critic_guides = False
+            self.hidden = None
         self.train(was_training)
-        new = out[:, -len(sampler.logps):]  # some families return the prompt too, some do not
-        logps = torch.cat(sampler.logps, 1).tolist()
-        ids = [row[:row.index(self.eos) + 1] if self.eos in row else row for row in new.tolist()]
-        return ids, [lp[:len(row)] for lp, row in zip(logps, ids)]
+
+        # Some families return the prompt, too. Cut the prompt off, and what follows the end of the turn.
+        ids = []
+        for row in out[:, -len(sampler.logps) :].tolist():
+            if self.eos in row:
+                row = row[: row.index(self.eos) + 1]
+            ids.append(row)
+        rows = torch.cat(sampler.logps, 1).tolist()
+        logps = [row[: len(reply)] for row, reply in zip(rows, ids)]
+        return ids, logps
 
     def finish(self):
-        """Called where a rank has played to its end: a layer of a sharded model is gathered from all ranks, so it goes on with them, its last prompt for nothing, until all are there."""
+        """Keep on generating until all ranks have played to their end; call it after the last `generate`.
+
+        A layer of a sharded model is gathered from all ranks, so a rank that is ready cannot leave. It
+        repeats its last prompts and drops the replies.
+        """
         while self.sharded and self.generate(None, max_new_tokens=1, temperature=0.0):
             pass
 
-    # ------------------------------------------------------------------------------------------------------------ files
+    # -- files ----------------------------------------------------------------------------------------------
+
+    def adapter_tensors(self):
+        """Return the adapters' parameters by the names that PEFT gives them."""
+        tensors = {}
+        for path, layer in self.lora.items():
+            tensors[f"base_model.model.{path}.lora_A.weight"] = layer.lora_A
+            tensors[f"base_model.model.{path}.lora_B.weight"] = layer.lora_B
+        return tensors
+
+    def critic_tensors(self):
+        """Return the parameters of heads and targets by the names that their file gives them."""
+        heads = {f"heads.{name}": tensor for name, tensor in self.heads.state_dict().items()}
+        targets = {f"targets.{name}": tensor for name, tensor in self.targets.state_dict().items()}
+        return heads | targets
 
     def save(self, folder):
-        """Adapters in PEFT's layout (all weights as a model folder if lora_r = 0) and the critics beside them."""
+        """Write the adapters in PEFT's layout, or without adapters the whole net, and the critics."""
         os.makedirs(folder, exist_ok=True)
         if self.lora:
-            save_file({f"base_model.model.{path}.{ab}.weight": getattr(m, ab).detach().cpu().contiguous() for path, m in self.lora.items() for ab in ("lora_A", "lora_B")},
-                      os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
-            config = dict(peft_type="LORA", task_type="CAUSAL_LM", bias="none", inference_mode=True, base_model_name_or_path=self.name,
-                          target_modules=list(self.lora), **self.lora_config)
+            write_tensors(self.adapter_tensors(), os.path.join(folder, "adapter_model.safetensors"))
+            config = dict(peft_type="LORA", task_type="CAUSAL_LM", bias="none", inference_mode=True)
+            config["base_model_name_or_path"] = self.name
+            config["target_modules"] = list(self.lora)
+            config |= self.lora_config
             with open(os.path.join(folder, "adapter_config.json"), "w") as f:
                 json.dump(config, f, indent=1)
         else:
             self.net.save_pretrained(folder)
             self.processor.save_pretrained(folder)
         if len(self.heads):
-            save_file({f"{kind}.{k}": v.cpu().contiguous() for kind in ("heads", "targets") for k, v in getattr(self, kind).state_dict().items()},
-                      os.path.join(folder, "q_head.safetensors"), metadata={"format": "pt"})
+            write_tensors(self.critic_tensors(), os.path.join(folder, "q_head.safetensors"))
 
     def load(self, folder):
-        """What `save` wrote, exactly: a missing, foreign or misshapen tensor is an error and not a warning."""
-        def fill(params, tensors, file):
-            if set(params) != set(tensors) or any(params[k].shape != tensors[k].shape for k in params):
-                wrong = sorted(k for k in set(params) | set(tensors) if k not in params or k not in tensors or params[k].shape != tensors[k].shape)
-                raise SystemExit(f"{file} does not fit this model and its settings: {len(wrong)} tensors differ, {wrong[0]} for one; use the model, lora_* and q_head it was trained with.")
-            with torch.no_grad():
-                for k in params:
-                    params[k].copy_(tensors[k])
-        def read(file):
-            try:
-                return load_file(file)
-            except (OSError, SafetensorError) as e:
-                raise SystemExit(f"{file} does not load: {first_sentence(e)}.")
-        file = os.path.join(folder, "adapter_model.safetensors" if self.lora else "model.safetensors")
+        """Read what `save` wrote, bit for bit; SystemExit unless every tensor's name and shape match."""
         if self.lora:
-            tensors, config = read(file), os.path.join(folder, "adapter_config.json")
-            try:
-                with open(config) as f:
-                    alpha = json.load(f)["lora_alpha"]
-            except (OSError, ValueError, KeyError) as e:
-                raise SystemExit(f"{config} does not load: {first_sentence(e)}.")
-            if alpha != self.lora_config["lora_alpha"]:     # the shapes would fit, the function would not
-                raise SystemExit(f"{config} says lora_alpha={alpha}, these settings say {self.lora_config['lora_alpha']}: use the one it was trained with.")
-            fill({f"base_model.model.{path}.{ab}.weight": getattr(m, ab) for path, m in self.lora.items() for ab in ("lora_A", "lora_B")}, tensors, file)
+            file = os.path.join(folder, "adapter_model.safetensors")
+            tensors = read_tensors(file)
+            check_alpha(os.path.join(folder, "adapter_config.json"), self.lora_config["lora_alpha"])
+            fill_parameters(self.adapter_tensors(), tensors, file)
         else:
-            saved, _ = load_model(folder, trust_remote_code=bool(getattr(self.net.config, "auto_map", None)))  # its code runs already
-            fill(dict(self.net.named_parameters()), dict(saved.named_parameters()), file)
+            file = os.path.join(folder, "model.safetensors")
+            # If the net has code of its own, that code runs already.
+            has_code = bool(getattr(self.net.config, "auto_map", None))
+            saved, _ = load_model(folder, trust_remote_code=has_code)
+            fill_parameters(dict(self.net.named_parameters()), dict(saved.named_parameters()), file)
         if len(self.heads):
             file = os.path.join(folder, "q_head.safetensors")
-            fill({f"{kind}.{k}": v for kind in ("heads", "targets") for k, v in getattr(self, kind).state_dict().items()}, read(file), file)
+            fill_parameters(self.critic_tensors(), read_tensors(file), file)
 
 
-class Sampler(LogitsProcessor):
-    """Bans, corrects by the critic (logits + q_weight * A), keeps the log-probabilities and draws: argmax(logp + Gumbel noise)."""
-
-    def __init__(self, vlm, temperature, generator, q_weight):
-        self.vlm, self.temperature, self.generator, self.q_weight, self.logps = vlm, temperature, generator, q_weight, []
-
-    def __call__(self, ids, logits):
-        logits = logits.float().masked_fill(self.vlm.banned, -1e9)
-        if self.q_weight:
-            q = self.vlm.q(self.vlm._hidden[:, -1]).mean(0)                          # (B, V)
-            logits = logits + self.q_weight * (q - (logits.softmax(-1) * q).sum(-1, keepdim=True)).masked_fill(self.vlm.banned, 0)
-        scores = logp = (logits / (self.temperature or 1.0)).log_softmax(-1)
-        if self.temperature:
-            u = torch.rand(logp.shape, generator=self.generator, device=self.generator.device if self.generator else logp.device).to(logp.device)
-            scores = logp - torch.log(-torch.log(u.clamp(1e-20, 1 - 1e-7)))
-        self.logps.append(logp.gather(1, scores.argmax(-1, keepdim=True)))          # of the token that `generate` will take: the whole (B, V) would be kept for every token
-        return scores
-
-
-def nbytes(tensors):
-    return sum(t.numel() * t.element_size() for t in tree_leaves(dict(tensors)))
-
-
-def special_tokens(tokenizer):
-    """{id: text} of the control tokens: the named ones (pad, eos, ...) and all others that the tokenizer's file marks as special."""
-    return {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special} | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
-
-
-def find_image_token(net, processor):
-    """Id of the token that stands for an image in the text, by the config's or the processor's word; None if there is none."""
-    ids = [getattr(net.config, k, None) for k in IMAGE_KEYS] + [getattr(processor, k, None) for k in IMAGE_KEYS]
-    ids = [processor.tokenizer.convert_tokens_to_ids(str(getattr(i, "content", i))) if isinstance(i, str) or hasattr(i, "content") else i for i in ids]
-    return next((i for i in ids if isinstance(i, int)), None)
-
-
-def find_end_of_turn(processor, config):
-    """Id of the token that ends an assistant's turn: the first token behind its text in the chat template that is special, or that
-    the config of the language model names as its end (MiniGPT-4's `##` is a plain one); else the tokenizer's eos."""
-    tok = processor.tokenizer
-    if getattr(processor, "chat_template", None):
-        chat = [{"role": r, "content": [{"type": "text", "text": "XQX"}]} for r in ("user", "assistant")]
-        tail = processor.apply_chat_template(chat, tokenize=False).rpartition("XQX")[2]
-        named, cut = getattr(config.get_text_config(), "eos_token_id", None), lambda text: tok(text, add_special_tokens=False).input_ids
-        ends = {*special_tokens(tok), *(named if isinstance(named, list) else [named])}
-        end = [i for i in cut("XQX" + tail)[len(cut("XQX")):] if i in ends]
-        if end:
-            return end[0]
-    if tok.eos_token_id is None:
-        raise SystemExit("The tokenizer has no end-of-turn token: set its eos_token.")
-    return tok.eos_token_id
+# -- from a config to a model -------------------------------------------------------------------------------
 
 
 def load_model(path, texts=(), dtype=torch.float32, device="cpu", trust_remote_code=False, image_size=80):
     """Open a hub id, a local folder, or 'scratch' (the tiny LLaVA with random weights) -> (net, processor).
 
-    The shipped bases are found by name from any working directory, with or without bases/ before it.
-    SystemExit with one sentence if the folder does not hold a model that can act here, see extras/model_folders.py.
+    texts: what the tokenizer of 'scratch' is trained on; image_size: the side of its pictures, pixels.
+    SystemExit with one sentence if it is not a model that can act here, see extras/model_folders.py.
     """
     if path == "scratch":
         net, processor = llava(texts, image_size=image_size)
         return net.to(device), processor
-    for folder in (path, os.path.join(ROOT, path), os.path.join(ROOT, "bases", path)):
-        if os.path.isdir(folder):
-            path = folder
-            break
+    path = find_folder(path)
     net, processor = open_folder(path, dtype, trust_remote_code)
     if not hasattr(processor, "tokenizer") or find_image_token(net, processor) is None:
-        raise SystemExit(f"model={path!r} has a processor without an image token, so no picture can be shown to it: its folder needs the model's own processor files.")
+        raise SystemExit(
+            f"model={path!r} has a processor without an image token, so no picture can be shown to it:"
+            " its folder needs the model's own processor files."
+        )
     return net.to(device), processor
 
 
+def choose_device(cfg):
+    """Return the device that a config asks for: 'auto' is cuda if there is one, else cpu."""
+    if cfg.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return cfg.device
+
+
 def load_base(cfg, texts=()):
-    """(net, processor) that a config asks for."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    half = cfg.lora_r > 0 and device == "cuda" and cfg.dtype != "float32"
-    home = "cpu" if cfg.shard and ranks()[1] > 1 else device                              # what is to be sharded may fit no device
-    net, processor = load_model(cfg.model, texts, torch.bfloat16 if half else torch.float32, home, cfg.trust_remote_code, cfg.size)
+    """Load the (net, processor) that a config asks for."""
+    device = choose_device(cfg)
+    # A frozen base on a GPU is kept in half the memory.
+    dtype = torch.float32
+    if cfg.lora_r > 0 and device == "cuda" and cfg.dtype != "float32":
+        dtype = torch.bfloat16
+    # A model that is to be sharded may fit on no single device.
+    home = device
+    if cfg.shard and ranks()[1] > 1:
+        home = "cpu"
+    net, processor = load_model(cfg.model, texts, dtype, home, cfg.trust_remote_code, cfg.size)
     if cfg.grad_checkpointing:
-        on = getattr(net, "activation_checkpointing_enable", None) or net.gradient_checkpointing_enable      # what older transformers (5.17) call it
-        on(dict(use_reentrant=False))
+        enable = getattr(net, "activation_checkpointing_enable", None)
+        # The name in transformers up to 5.17.
+        enable = enable or net.gradient_checkpointing_enable
+        enable(dict(use_reentrant=False))
     if device == "cpu" and cfg.dtype == "bfloat16":
-        net.set_attn_implementation("eager")  # the CPU's fused attention is seven times slower backwards in bfloat16 (torch 2.13)
+        # The CPU's fused attention has a very slow backward pass in bfloat16 (torch 2.13).
+        net.set_attn_implementation("eager")
     return net, processor
 
 
 def build(cfg, base=None, q_init=0.0):
-    """The VLM that a config asks for: its base with adapters and critics, as they are before training."""
-    critics = cfg.n_critics if cfg.actor_loss in ("afsft", "awr") else 0
-    vlm = VLM(*(base or load_base(cfg)), cfg.lora_r, lora_targets=cfg.lora_targets, q_head=cfg.q_head, n_critics=critics, q_init=q_init, vision_cache_mb=cfg.vision_cache_mb, name=cfg.model)
-    vlm.bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and vlm.device.type == "cuda"
+    """Build the VLM that a config asks for, as it is before training.
+
+    base: (net, processor), if `load_base` was called already. q_init: where Q starts.
+    """
+    net, processor = base or load_base(cfg)
+    vlm = VLM(net, processor, cfg.model, vision_cache_mb=cfg.vision_cache_mb)
+    if cfg.lora_r:
+        # lora_alpha was a key once: the config of an old run has a value of its own.
+        vlm.add_adapters(cfg.lora_r, cfg.lora_targets, getattr(cfg, "lora_alpha", LORA_ALPHA))
+    if cfg.actor_loss in ("afsft", "awr"):
+        vlm.add_critics(cfg.n_critics, cfg.q_head, q_init)
+    vlm.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and vlm.device.type == "cuda")
     if cfg.trust_remote_code:
         rehearse(vlm)
-    return vlm.shard("cpu" if cfg.device == "cpu" or not torch.cuda.is_available() else "cuda") if cfg.shard and ranks()[1] > 1 else vlm
+    if cfg.shard and ranks()[1] > 1:
+        return vlm.shard(choose_device(cfg))
+    return vlm
 
 
 def latest_checkpoint(run, must=True):
-    """A run's checkpoint folder; the older one if a crash fell between two renames; None if there is none (SystemExit if it must be there)."""
-    found = [p for p in (os.path.join(run, "ckpt"), os.path.join(run, "ckpt.old")) if os.path.exists(os.path.join(p, "state.json"))]
-    if must and not found:
+    """Return the folder of a run's checkpoint, the older one if a crash fell between two renames.
+
+    If there is none: SystemExit, or None with must=False.
+    """
+    for name in ("ckpt", "ckpt.old"):
+        folder = os.path.join(run, name)
+        if os.path.exists(os.path.join(folder, "state.json")):
+            return folder
+    if must:
         raise SystemExit(f"{run!r} holds no checkpoint: let its training reach one first.")
-    return found[0] if found else None
+    return None

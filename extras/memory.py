@@ -1,5 +1,7 @@
 """
-What a run takes: `python train.py config/x.py --dry_run=True`.
+Measure the memory that a run takes, by part, before it starts.
+
+    python train.py config/numberline.py --dry_run=True
 """
 import numpy as np
 import torch
@@ -9,52 +11,144 @@ from agent_rl import compute_loss
 from buffer import make_batch, reply_text
 from evaluate import model_agent
 
+MIB = 2**20
 
-def peak_bytes(f, device):
-    """Bytes that tensors take while f() runs, at most, beyond those that were there before. By the allocator's own count on cuda, by the profiler's record on the
-    cpu: what a process holds there says more about its malloc than about the tensors."""
+
+def peak_bytes(function, device):
+    """Return the most bytes that tensors take while function() runs, beyond what was there.
+
+    On cuda the allocator counts. On the CPU the profiler records: what the process holds there says more
+    about its malloc than about the tensors.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        f()
+        function()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        f()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-    return int(max(np.cumsum([0] + [n for _, n in changes])))
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        function()
+    changes = []
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            changes.append((event.start_ns(), event.nbytes()))
+    changes.sort()
+    return int(max(np.cumsum([0] + [n_bytes for _, n_bytes in changes])))
+
+
+# ---- weights ----
+
+
+def weight_bytes(vlm):
+    """Return the bytes of the weights on this rank: {"weights", "adapters", "heads"}."""
+    net = tensor_bytes([*vlm.net.parameters(), *vlm.net.buffers()])
+    adapters = 0
+    if vlm.lora:
+        adapters = tensor_bytes(p for p in vlm.net.parameters() if p.requires_grad)
+    heads = tensor_bytes([*vlm.heads.parameters(), *vlm.targets.parameters()])
+    return dict(weights=net - adapters, adapters=adapters, heads=heads)
+
+
+def tensor_bytes(tensors):
+    """Sum the bytes of tensors; shared memory counts once, of a sharded tensor only this rank's part."""
+    by_address = {}
+    for tensor in tensors:
+        if hasattr(tensor, "to_local"):
+            tensor = tensor.to_local()
+        by_address[tensor.data_ptr()] = tensor
+    return sum(tensor.numel() * tensor.element_size() for tensor in by_address.values())
+
+
+# ---- the largest batches ----
+
+
+def repeat_to(items, n):
+    """Return n items: the first ones, or all of them again and again."""
+    return (items * n)[:n]
+
+
+def longest_rows(data, n):
+    """Return the numbers of the n rows with the longest texts, longest first, repeated if too few."""
+
+    def text_length(i):
+        parts = [part for message in data.rows[i]["messages"] for part in message["content"]]
+        return sum(len(part["text"] or "") for part in parts)
+
+    by_length = sorted(range(len(data)), key=text_length, reverse=True)
+    return repeat_to(by_length, n)
+
+
+def windows_from(data, row_numbers, window):
+    """Return the window that starts at each of these rows."""
+    windows = []
+    for i in row_numbers:
+        episode, position = data.positions[i]
+        windows.append(data.episodes[episode][position:][:window])
+    return windows
+
+
+def run_update(vlm, data, windows, cfg, autocast):
+    """Run all forward and backward passes of an update."""
+    for start in range(0, len(windows), cfg.micro_batch):
+        micro = windows[start : start + cfg.micro_batch]
+        batch = make_batch([(data, micro)], vlm, envs.MARKER, cfg.gamma)
+        with autocast():
+            loss, _ = compute_loss(vlm, batch, cfg)
+        loss.backward()
+
+
+def run_rollout(vlm, data, rows, cfg, autocast):
+    """Reply to the prompts of some rows at once."""
+    generator = torch.Generator(vlm.device).manual_seed(0)
+    act = model_agent(vlm, cfg.max_new_tokens, 1.0, generator)
+    images = [data.image(row["images_file_names"][0]) for row in rows]
+    with autocast():
+        act(None, rows, images)
+
+
+# ---- the table ----
+
+
+def print_parts(parts, cfg, n_prompts, device):
+    """Print one line per part, and the peak: what stays, and the larger one of update and rollout."""
+    update = f"{cfg.batch_size} windows of {cfg.window} turns, {cfg.micro_batch} at once"
+    meanings = dict(
+        weights="the net, frozen or not",
+        adapters="LoRA",
+        heads="critics and their targets",
+        optimizer="AdamW's two moments",
+        update=f"{update}: activations, gradients",
+        rollout=f"{n_prompts} turns at once, {cfg.max_new_tokens} new tokens",
+    )
+    for name, meaning in meanings.items():
+        print(f"{name:<12}{parts[name] / MIB:10.1f} MiB   {meaning}")
+    permanent = sum(parts[name] for name in ("weights", "adapters", "heads", "optimizer"))
+    peak = permanent + max(parts["update"], parts["rollout"])
+    if device.type == "cpu":
+        total = " (the program itself takes about 0.5 GiB more)"
+    else:
+        total = f" of {torch.cuda.get_device_properties(0).total_memory / MIB:,.0f} MiB"
+    print(f"{'peak':<12}{peak / MIB:10.1f} MiB   of tensors on {device}{total}")
 
 
 def measure_memory(vlm, optimizer, data, cfg, autocast):
-    """train.py --dry_run=True: the longest batch forward, backward, one optimizer step and a rollout of the longest prompts; prints the peak by part -> {part: bytes}."""
-    here = lambda t: t.to_local() if hasattr(t, "to_local") else t                                  # a sharded weight's part on this rank
-    size = lambda tensors: sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in map(here, tensors)}.values())
-    length = lambda i: sum(len(part["text"] or "") for m in data.rows[i]["messages"] for part in m["content"])
-    by_length = sorted(range(len(data)), key=length, reverse=True)
-    longest = (by_length * cfg.batch_size)[:cfg.batch_size]
-    windows = [data.episodes[name][k:][:cfg.window] for name, k in (data.place[i] for i in longest)]
-    def update():
-        for i in range(0, len(windows), cfg.micro_batch):
-            b = make_batch([(data, windows[i:i + cfg.micro_batch])], vlm, envs.MARKER, cfg.gamma)
-            with autocast():
-                loss = compute_loss(vlm, b, cfg)[0]
-            loss.backward()
-    adapters = [p for p in vlm.net.parameters() if p.requires_grad]
+    """Measure and print the peak memory of a run by part -> {part: bytes}.
+
+    The longest batch goes forward and backward, the optimizer takes one step, and the model replies to the
+    longest prompts. data: a Buffer. autocast(): returns the context in which the run computes.
+    """
     vlm.train()
-    parts = dict(weights=size([*vlm.net.parameters(), *vlm.net.buffers()]) - (size(adapters) if vlm.lora else 0), adapters=size(adapters) if vlm.lora else 0,
-                 heads=size([*vlm.heads.parameters(), *vlm.targets.parameters()]))
-    parts["update"] = peak_bytes(update, vlm.device)                                        # activations, and the gradients that stay
+    parts = weight_bytes(vlm)
+    longest = longest_rows(data, cfg.batch_size)
+
+    # Activations, and the gradients that stay.
+    windows = windows_from(data, longest, cfg.window)
+    parts["update"] = peak_bytes(lambda: run_update(vlm, data, windows, cfg, autocast), vlm.device)
     parts["optimizer"] = peak_bytes(optimizer.step, vlm.device)
     optimizer.zero_grad(set_to_none=True)
-    rows = [data.rows[i] for i in (longest * cfg.num_envs)[:cfg.num_envs] if reply_text(data.rows[i]) is not None]
-    act = model_agent(vlm, cfg.max_new_tokens, 1.0, torch.Generator(vlm.device).manual_seed(0))
-    def rollout():
-        with autocast():
-            act(None, rows, [data.image(row["images_file_names"][0]) for row in rows])
-    parts["rollout"] = peak_bytes(rollout, vlm.device)
-    fixed = sum(parts[k] for k in ("weights", "adapters", "heads", "optimizer"))
-    for name, what in dict(weights="the net, frozen or not", adapters="LoRA", heads="critics and their targets", optimizer="AdamW's two moments", update=f"{cfg.batch_size} windows of "
-                           f"{cfg.window} turns, {cfg.micro_batch} at once: activations, gradients", rollout=f"{len(rows)} turns at once, {cfg.max_new_tokens} new tokens").items():
-        print(f"{name:<12}{parts[name] / 2 ** 20:10.1f} MiB   {what}")
-    print(f"{'peak':<12}{(fixed + max(parts['update'], parts['rollout'])) / 2 ** 20:10.1f} MiB   of tensors on {vlm.device}" + (" (the program itself takes about 0.5 GiB more)" if vlm.device.type == "cpu" else
-          f" of {torch.cuda.get_device_properties(0).total_memory / 2 ** 20:,.0f} MiB"))
+
+    rows = [data.rows[i] for i in repeat_to(longest, cfg.num_envs)]
+    rows = [row for row in rows if reply_text(row) is not None]
+    parts["rollout"] = peak_bytes(lambda: run_rollout(vlm, data, rows, cfg, autocast), vlm.device)
+    print_parts(parts, cfg, len(rows), vlm.device)
     return parts

@@ -1,77 +1,195 @@
 """
-Models that bring Python files of their own: the permission they need, and what they must offer, checked before they train. model.py calls this.
+Open a model folder or hub id, and say in one sentence what is wrong with it. model.load_model calls this.
+
+A folder may bring Python files of its own, which run only with the user's permission:
 
     python train.py config/numberline.py --model=FOLDER --trust_remote_code=True
+
+Such code can lack a piece that the library's models have. `check_pieces` finds that when the folder is
+opened, `rehearse` when the model has its adapters and before it trains.
 """
+import os
+
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-
-def first_sentence(error):
-    """The first sentence of a library's error, on one line."""
-    return " ".join(str(error).split()).split(". ")[0].rstrip(".")[:200]
-
-
-def permission(path, error):
-    """SystemExit if it was a permission not given that stopped the library. It is told True or False and so never asks on stdin."""
-    if "trust_remote_code" in str(error):
-        raise SystemExit(f"model={path!r} brings Python files of its own, which would be run on this machine with all your rights: read them, then set trust_remote_code=True.")
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# The auto classes under which authors name their own model class, the best match first: xGen-MM uses one
+# that is gone from the library, Moondream one for language models.
+AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM", "AutoModel")
 
 
-def pieces(net, path):
-    """SystemExit names the first piece that the library's own models have and this one lacks."""
-    for lacks, piece in ((not hasattr(net.get_output_embeddings(), "weight"), "get_output_embeddings() that gives the layer behind its logits: a critic reads what goes in there"),
-                         (net.get_decoder() is net, "get_decoder() that gives its language model: the adapters go there"),
-                         (not hasattr(net, "_update_model_kwargs_for_generation"), "generate() of the library's GenerationMixin: it rolls out")):
-        if lacks:
-            raise SystemExit(f"model={path!r} lacks a piece in its own code: no {piece}.")
+def find_folder(path):
+    """Return the folder that a model's name means; a hub id is returned as it is.
+
+    The shipped bases are found from any working directory, with or without bases/ before their name.
+    """
+    for folder in (path, os.path.join(ROOT, path), os.path.join(ROOT, "bases", path)):
+        if os.path.isdir(folder):
+            return folder
+    return path
 
 
 def open_folder(path, dtype=torch.float32, trust_remote_code=False):
-    """Open a folder or hub id of any image-text-to-text model -> (net, processor), or SystemExit with one sentence that says why not."""
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as e:
-        permission(path, e)
-        raise SystemExit(f"model={path!r} cannot be opened: no such folder with a config.json here, and the hub did not give it ({first_sentence(e)}).")
-    known = type(config) in AutoModelForImageTextToText._model_mapping.keys()
-    own = {} if known and type(config).__module__.startswith("transformers.") else getattr(config, "auto_map", None) or {}
-    # a model that brings its code names it by one auto class or another (xGen-MM by one that is gone, Moondream as a language model): {ours: file.class}
-    own = {"AutoModelForImageTextToText": own[k] for k in ("AutoModel", "AutoModelForCausalLM", "AutoModelForVision2Seq", "AutoModelForImageTextToText") if k in own}
-    if not known and not own:
-        raise SystemExit(f"model={path!r} is a {config.model_type!r} model, which takes no image and text: choose an image-text-to-text model such as LLaVA or Qwen2-VL.")
-    if any(getattr(c, "is_encoder_decoder", False) for c in (config, getattr(config, "text_config", None))):
-        raise SystemExit(f"model={path!r} writes with an encoder-decoder, and here prompt and reply are one sequence: choose its sister with a decoder only, such as blip2-opt for blip2-flan-t5.")
+    """Open any image-text-to-text model in a folder or on the hub -> (net, processor).
+
+    SystemExit with one sentence if it cannot be opened, or does not hold a model that can act here.
+    """
+    config = open_config(path, trust_remote_code)
+    custom_class = find_custom_class(config)
+    check_kind(config, custom_class, path)
+    check_decoder_only(config, path)
+    options = dict(dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True)
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-        if own:
-            config.auto_map |= own
-        net, report = AutoModelForImageTextToText.from_pretrained(path, **dict(config=config) if own else {}, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True)
-    except Exception as e:  # a library has many words for a torn folder, and ImportError for a processor that needs torchvision
-        permission(path, e)
-        raise SystemExit(f"model={path!r} does not load: {first_sentence(e)}" + (" (in code of its own, perhaps written for another version of transformers)." if own else "."))
-    if report["missing_keys"]:
-        raise SystemExit(f"model={path!r} lacks {len(report['missing_keys'])} weights, {sorted(report['missing_keys'])[0]} for one: the folder is incomplete.")
-    if own:
-        pieces(net, path)
+        if custom_class:
+            config.auto_map["AutoModelForImageTextToText"] = custom_class
+            options["config"] = config
+        net, report = AutoModelForImageTextToText.from_pretrained(path, **options)
+    # The library has many errors for a damaged folder, and ImportError for a missing torchvision.
+    except Exception as error:
+        check_permission(path, error)
+        raise SystemExit(describe_failure(path, error, custom_class))
+    check_weights(report, path)
+    if custom_class:
+        check_pieces(net, path)
     return net, processor
+
+
+def open_config(path, trust_remote_code):
+    """Read config.json, as an object of the library or of the folder's own code."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        check_permission(path, error)
+        raise SystemExit(
+            f"model={path!r} cannot be opened: there is no such folder with a config.json here,"
+            f" and the hub did not give it ({first_sentence(error)})."
+        )
+
+
+def is_in_library(config):
+    """Tell whether an image-text-to-text model is registered for a config."""
+    return type(config) in AutoModelForImageTextToText._model_mapping.keys()
+
+
+def find_custom_class(config):
+    """Return "file.Class" of the model class in the folder's own code, None for a model of the library."""
+    if is_in_library(config) and type(config).__module__.startswith("transformers."):
+        return None
+    auto_map = getattr(config, "auto_map", None) or {}
+    return next((auto_map[name] for name in AUTO_CLASSES if name in auto_map), None)
+
+
+# -- diagnoses: one sentence each ---------------------------------------------------------------------------
+
+
+def first_sentence(error):
+    """Return the first sentence of a library's error, on one line."""
+    one_line = " ".join(str(error).split())
+    return one_line.split(". ")[0].rstrip(".")[:200]
+
+
+def check_permission(path, error):
+    """Refuse a folder with its own code if the library failed because it had no permission to run it.
+
+    The library is always given True or False for trust_remote_code, so it never asks on stdin.
+    """
+    if "trust_remote_code" in str(error):
+        raise SystemExit(
+            f"model={path!r} brings Python files of its own, which would be run on this machine with all your"
+            " rights: read them, then set trust_remote_code=True."
+        )
+
+
+def check_kind(config, custom_class, path):
+    """Refuse a model that does not take images and text."""
+    if not is_in_library(config) and not custom_class:
+        raise SystemExit(
+            f"model={path!r} is a {config.model_type!r} model, which takes no image and text:"
+            " choose an image-text-to-text model such as LLaVA or Qwen2-VL."
+        )
+
+
+def check_decoder_only(config, path):
+    """Refuse an encoder-decoder, which cannot read prompt and reply as one sequence."""
+    configs = [config, getattr(config, "text_config", None)]
+    if any(getattr(part, "is_encoder_decoder", False) for part in configs):
+        raise SystemExit(
+            f"model={path!r} writes with an encoder-decoder, and here prompt and reply are one sequence:"
+            " choose a variant with a decoder only, such as blip2-opt for blip2-flan-t5."
+        )
+
+
+def describe_failure(path, error, custom_class):
+    """Describe an error of the library while it read the processor or the weights."""
+    hint = ""
+    if custom_class:
+        hint = " (in code of its own, perhaps written for another version of transformers)"
+    return f"model={path!r} does not load: {first_sentence(error)}{hint}."
+
+
+def check_weights(report, path):
+    """Refuse a folder that lacks weights; the library would fill them with random numbers."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise SystemExit(
+            f"model={path!r} lacks {len(missing)} weights, for example {missing[0]}:"
+            " the folder is incomplete."
+        )
+
+
+def check_pieces(net, path):
+    """Refuse a model of the folder's own code that lacks a piece of the library's models."""
+    piece = None
+    if not hasattr(net.get_output_embeddings(), "weight"):
+        piece = "get_output_embeddings() that gives the layer behind its logits: a critic reads its input"
+    elif net.get_decoder() is net:
+        piece = "get_decoder() that gives its language model: the adapters go there"
+    elif not hasattr(net, "_update_model_kwargs_for_generation"):
+        piece = "generate() of the library's GenerationMixin: rollouts use it"
+    if piece:
+        raise SystemExit(f"model={path!r} lacks a piece in its own code: no {piece}.")
+
+
+# -- rehearsal ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def rehearse(vlm):
-    """A short rollout and its replay on the training path must agree: a forward() that forgets the KV cache would train another policy than it plays, in silence. SystemExit with one sentence if they do not."""
+    """Check that the probabilities of a short rollout are those of the training path.
+
+    A forward() that forgets the KV cache would train another policy than it plays, without an error.
+    SystemExit with one sentence if they differ, or if the model cannot play at all.
+    """
     was_training = vlm.training
     vlm.eval()
     try:
-        prompt = vlm.encode([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "1 2"}]}], [Image.new("RGB", (64, 64))])
-        vlm.banned[vlm.eos] = True   # four tokens, whatever it would like to say
-        (ids,), (kept,) = vlm.generate([prompt], 4, temperature=0)
-        inputs, P, reply_ids, _ = vlm.collate([prompt], [ids])
-        replay = vlm(inputs, P, len(reply_ids[0]))[0].log_softmax(-1).gather(2, reply_ids[..., None])[0, :, 0].tolist()
-        vlm.banned[vlm.eos] = False
-    except Exception as e:
-        raise SystemExit(f"model={vlm.name!r} does not play a turn with its own code: {first_sentence(e)}.")
+        rollout_logps, training_logps = play_and_replay(vlm)
+    except Exception as error:
+        raise SystemExit(
+            f"model={vlm.name!r} does not play a turn with its own code: {first_sentence(error)}."
+        )
     vlm.train(was_training)
-    if max(abs(a - b) for a, b in zip(replay, kept)) > (1e-2 if vlm.net.dtype == torch.float32 else 0.3):
-        raise SystemExit(f"model={vlm.name!r} gives other probabilities token by token than at once: its own forward() does not use past_key_values, or pads and positions matter to it.")
+    difference = max(abs(a - b) for a, b in zip(rollout_logps, training_logps))
+    tolerance = 1e-2 if vlm.net.dtype == torch.float32 else 0.3
+    if difference > tolerance:
+        raise SystemExit(
+            f"model={vlm.name!r} gives other probabilities token by token than at once: its own forward()"
+            " does not use past_key_values, or its result depends on padding and positions."
+        )
+
+
+def play_and_replay(vlm):
+    """Generate four tokens greedily -> their log-probabilities in the rollout and in the training path."""
+    content = [{"type": "image"}, {"type": "text", "text": "1 2"}]
+    prompt = vlm.encode([{"role": "user", "content": content}], [Image.new("RGB", (64, 64))])
+    # With the end of the turn banned, the reply is as long as it can be.
+    vlm.banned[vlm.eos] = True
+    (ids,), (rollout_logps,) = vlm.generate([prompt], 4, temperature=0)
+    inputs, P, reply_ids, _ = vlm.collate([prompt], [ids])
+    logits, _ = vlm(inputs, P, len(reply_ids[0]))
+    logps = logits.log_softmax(-1).gather(2, reply_ids[..., None])
+    vlm.banned[vlm.eos] = False
+    return rollout_logps, logps[0, :, 0].tolist()

@@ -1,7 +1,19 @@
 """
-The page that shows what an agent does: one HTML file with everything in it, curves.svg, a GIF a game. `python evaluate.py out/numberline --report` writes them.
+Write the page that shows what an agent does: report.html with everything in it, curves.svg, a GIF per game.
+
+    python evaluate.py out/numberline --report           # a run: its evaluation, its curves
+    python evaluate.py out/numberline/data --report      # a folder of episodes
+
+The order below: which episodes, what the critic thinks of their tokens, the page's data, charts, the table of
+results, the GIF, and write_report, which puts them together. The page itself is assets/report.html.
 """
-import base64, io, json, math, os, re
+import base64
+import functools
+import io
+import json
+import math
+import os
+import re
 from html import escape
 
 import numpy as np
@@ -10,249 +22,705 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import envs
-from agent_rl import AWR_TEMPERATURE, advantages, clip_reward, filter_weight, state_value
-from buffer import make_batch, reply_text
+from agent_rl import advantages, clip_reward, filter_weight, pick_token, state_value
+from buffer import make_batch, prompt_messages, reply_text
+
+ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets")
 
 
-def choose(buf, n, start=0):
-    """n episodes of those from row `start` on, evenly from every game's reached and missed ones -> {episode: how many of its kind it stands for}."""
-    kinds, chosen = {}, {}
+def read_asset(name):
+    """Read a text file of assets/."""
+    with open(os.path.join(ASSETS, name), encoding="utf-8") as f:
+        return f.read()
+
+
+# the colours and lines of charts: the page and curves.svg share them
+LOOK = "\n" + read_asset("charts.css")
+
+
+# ---- which episodes ----
+
+
+def choose_episodes(buf, n, start=0):
+    """Choose n of the episodes that begin at row `start` or later.
+
+    They come evenly from the successes and the failures of every game, in the order of the buffer.
+    Returns {name of an episode: how many episodes of its kind it stands for}.
+    """
+    kinds = {}
     for name, turns in buf.episodes.items():
         if turns[0] >= start:
-            kinds.setdefault((buf.rows[turns[0]].get("env", ""), buf.rows[turns[-1]]["success"]), []).append(name)
-    for left, kind in zip(range(len(kinds), 0, -1), sorted(kinds.values(), key=len)):   # a small kind leaves its share to the larger ones
-        m = min(len(kind), -(-(n - len(chosen)) // left))
-        chosen |= {kind[k * len(kind) // m]: len(kind) / m for k in range(m)}
+            game = buf.rows[turns[0]].get("env", "")
+            success = buf.rows[turns[-1]]["success"]
+            kinds.setdefault((game, success), []).append(name)
+    chosen = {}
+    # the smallest kind first: what it cannot fill of its share is left to the larger ones
+    for done, names in enumerate(sorted(kinds.values(), key=len)):
+        share = math.ceil((n - len(chosen)) / (len(kinds) - done))
+        count = min(len(names), share)
+        for k in range(count):
+            chosen[names[k * len(names) // count]] = len(names) / count
     return {name: chosen[name] for name in buf.episodes if name in chosen}
 
 
+# ---- what the critic thinks of their tokens ----
+
+
+def judge_tokens(vlm, batch, run_cfg, top):
+    """Compute what the loss sees of each reply token of a batch -> (alternatives, taken, others).
+
+    alternatives (B, R, top): ids of the likeliest tokens, the one that was taken among them.
+    taken (B, R, 5): p, Q, V, A, f of what was taken. others (B, R, top, 2): p, Q of the alternatives.
+    Without a critic there is only p: (B, R, 1) and (B, R, top, 1).
+    """
+    actions = batch["reply_ids"]
+    logits, hidden = vlm(batch["inputs"], batch["P"], actions.shape[1])
+    pi = logits.softmax(-1)
+    alternatives = pi.topk(top).indices
+    is_listed = (alternatives == actions[..., None]).any(-1)
+    alternatives[..., -1] = torch.where(is_listed, alternatives[..., -1], actions)
+
+    taken = [pick_token(pi, actions)]
+    others = [pi.gather(-1, alternatives)]
+    if len(vlm.heads):
+        q = vlm.q(hidden)  # (C, B, R, V)
+        qa = pick_token(q, actions)
+        v = state_value(logits, q.mean(0))
+        adv = advantages(qa, v, batch["mask"], run_cfg)
+        f = filter_weight(adv, run_cfg.actor_loss, run_cfg.beta)
+        taken += [qa.mean(0), v, adv, f]
+        others.append(q.mean(0).gather(-1, alternatives))
+    return alternatives, torch.stack(taken, -1), torch.stack(others, -1)
+
+
+def for_json(numbers, n):
+    """Round numbers to five digits and append None up to n numbers; nan becomes None, JSON has none."""
+    out = [None] * n
+    for k, x in enumerate(numbers):
+        if math.isfinite(x):
+            out[k] = float(f"{x:.5g}")
+    return out
+
+
 @torch.no_grad()
-def inspect(buf, rows, vlm, run_cfg, top=10, chunk=8):
-    """What the loss sees of recorded replies. rows: row numbers -> {row: (V of its first state, tokens)}; a token is [id, p, Q, V, A, f, alternatives], the
-    `top` likeliest alternatives are [id, p, Q], the token itself among them. Without a critic only p is known, the others are None."""
-    seen, vlm = {}, vlm.eval()
-    short = lambda x: float(f"{x:.5g}") if math.isfinite(x) else None                    # JSON has no nan
-    for i in tqdm(range(0, len(rows), chunk), desc="critic", disable=None, leave=False):
-        b = make_batch([(buf, [[row] for row in rows[i:i + chunk]])], vlm, envs.MARKER, run_cfg.gamma)
-        a, mask = b["reply_ids"], b["mask"]
-        logits, hidden = vlm(b["inputs"], b["P"], a.shape[1])
-        pi = logits.softmax(-1)
-        likely = pi.topk(top).indices                                                    # (B, R, top)
-        likely[..., -1] = torch.where((likely == a[..., None]).any(-1), likely[..., -1], a)
-        said, other = [pi.gather(-1, a[..., None])[..., 0]], [pi.gather(-1, likely)]
-        if len(vlm.heads):
-            q = vlm.q(hidden)
-            qa, v = q.gather(-1, a.expand(len(q), *a.shape)[..., None])[..., 0], state_value(logits, q.mean(0))
-            adv = advantages(qa, v, mask, run_cfg)
-            said += [qa.mean(0), v, adv, filter_weight(adv, run_cfg.actor_loss, run_cfg.beta, AWR_TEMPERATURE)]
-            other += [q.mean(0).gather(-1, likely)]
-        said, other = torch.stack(said, -1).tolist(), torch.stack(other, -1).tolist()
-        full = lambda x, n: [*map(short, x), *[None] * (n - len(x))]
-        for k, row in enumerate(rows[i:i + chunk]):
-            tokens = [[int(a[k, j]), *full(said[k][j], 5), [[int(w), *full(x, 2)] for w, x in zip(likely[k, j], other[k][j])]] for j in range(int(mask[k].sum()))]
-            seen[row] = full(said[k][0], 5)[2], tokens
-    return seen
+def inspect_replies(buf, rows, vlm, run_cfg, top=10, chunk=8):
+    """Compute what the loss sees of recorded replies -> {row: (V of its first state, tokens)}.
+
+    rows: row numbers. A token is [id, p, Q, V, A, f, alternatives]; the alternatives are the `top` likeliest
+    tokens, the token itself among them, each [id, p, Q]. What a run without a critic does not know is None.
+    """
+    vlm.eval()
+    replies = {}
+    for start in tqdm(range(0, len(rows), chunk), desc="critic", disable=None, leave=False):
+        part = rows[start : start + chunk]
+        batch = make_batch([(buf, [[row] for row in part])], vlm, envs.MARKER, run_cfg.gamma)
+        alternatives, taken, others = (x.tolist() for x in judge_tokens(vlm, batch, run_cfg, top))
+        ids = batch["reply_ids"].tolist()
+        for k, row in enumerate(part):
+            tokens = []
+            for j in range(int(batch["mask"][k].sum())):
+                pairs = zip(alternatives[k][j], others[k][j])
+                listed = [[token, *for_json(numbers, 2)] for token, numbers in pairs]
+                tokens.append([ids[k][j], *for_json(taken[k][j], 5), listed])
+            v = for_json(taken[k][0], 5)[2]
+            replies[row] = (v, tokens)
+    return replies
 
 
-def word(vlm, i):
-    """One token as text. Decoded alone, SentencePiece's tokens lose the blank they begin with."""
-    text, raw = vlm.tokenizer.decode([i], clean_up_tokenization_spaces=False), vlm.tokenizer.convert_ids_to_tokens(i) or ""
-    return " " + text if raw[:1] in ("\u2581", "\u0120") and text[:1] != " " else text
+# ---- the page's data ----
+
+
+def token_text(vlm, token):
+    """Decode one token; decoded alone, SentencePiece's tokens lose the blank that they begin with."""
+    text = vlm.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    raw = vlm.tokenizer.convert_ids_to_tokens(token) or ""
+    if raw[:1] in ("\u2581", "\u0120") and text[:1] != " ":
+        return " " + text
+    return text
 
 
 def data_uri(image):
-    """A picture as the page holds it: PNG where that is small, else WebP; at most 640 pixels wide or high."""
-    image.thumbnail((640, 640)) if max(image.size) > 640 else None
+    """Encode a picture for the page, as PNG where that is small, else as WebP; at most 640 x 640 pixels."""
+    if max(image.size) > 640:
+        image.thumbnail((640, 640))
     for kind, options in (("png", dict(optimize=True)), ("webp", dict(quality=80))):
-        image.save(file := io.BytesIO(), kind, **options)
+        file = io.BytesIO()
+        image.save(file, kind, **options)
         if file.tell() < 12_000:
             break
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+def json_size(content):
+    """Count the bytes that some content takes on the page, where each < is written as \\u003c."""
+    text = json.dumps(content)
+    return len(text) + 5 * text.count("<")
+
+
+class PageStore:
+    """The prompts and pictures of a page: each is stored once, and turns refer to it by its number.
+
+    size: bytes of the page so far
+    """
+
+    def __init__(self):
+        self.texts = {}
+        self.files = {}
+        self.pictures = []
+        self.size = 0
+
+    def text_number(self, text):
+        if text not in self.texts:
+            self.texts[text] = len(self.texts)
+            self.size += json_size(text)
+        return self.texts[text]
+
+    def picture_number(self, buf, file):
+        if file not in self.files:
+            self.files[file] = len(self.pictures)
+            self.pictures.append(data_uri(buf.image(file).copy()))
+            self.size += len(self.pictures[-1])
+        return self.files[file]
+
+
+def shown_prompt(row):
+    """Return a row's prompt as the page shows it: the text alone, or a conversation with its roles."""
+    parts = []
+    for message in prompt_messages(row):
+        texts = [part["text"] for part in message["content"] if part["text"]]
+        parts.append((message["role"], "\n".join(texts)))
+    if len(parts) == 1:
+        return parts[0][1]
+    return "\n\n".join(f"{role}: {text}" for role, text in parts)
+
+
+def turn_data(buf, i, store, replies, run_cfg):
+    """Return what the page shows of row i. replies: see inspect_replies, empty if nobody judges."""
+    row = buf.rows[i]
+    v, tokens = replies.get(i, (None, None))
+    return_to_go = None
+    if run_cfg:
+        return_to_go = round(buf.return_to_go(i, run_cfg.gamma), 4)
+    return dict(
+        pics=[store.picture_number(buf, file) for file in row["images_file_names"]],
+        prompt=store.text_number(shown_prompt(row)),
+        reply=reply_text(row),
+        tokens=tokens,
+        v=v,
+        go=return_to_go,
+        action=row.get("action"),
+        valid=row.get("valid"),
+        reward=row.get("reward"),
+        source=row.get("source"),
+    )
+
+
+def token_words(vlm, tokens):
+    """Decode the tokens of a page and their alternatives -> {id: text}. tokens: see inspect_replies."""
+    ids = set()
+    for token, *_, alternatives in tokens:
+        ids.add(token)
+        ids.update(alternative[0] for alternative in alternatives)
+    return {token: token_text(vlm, token) for token in sorted(ids)}
+
+
+def colour_scale(tokens):
+    """Return the advantage at which colours are full: few tokens have a larger one."""
+    # the fifth entry of a token is A
+    sizes = [abs(token[4]) for token in tokens if token[4] is not None]
+    return max(float(np.quantile(sizes or [1.0], 0.95)), 1e-3)
+
+
 def page_data(buf, chosen, vlm=None, run_cfg=None, limit=25e6):
-    """Episodes -> (what the page's script reads, points of the calibration plot: (V, observed return, how many turns it stands for)).
-    Texts and pictures stand there once, and are named by number. Episodes that would take it over `limit` bytes are left out."""
-    seen = inspect(buf, [i for e in chosen for i in buf.episodes[e]], vlm, run_cfg) if vlm else {}
-    weight = lambda x: len(text := json.dumps(x)) + 5 * text.count("<")                  # as it will be escaped
-    texts, places, pictures, words, size, out, points = {}, {}, [], set(), 0, [], []
+    """Collect what the page's script reads, and the points of the calibration chart -> (dict, points).
+
+    chosen: see choose_episodes. A point is (V, observed return, how many turns it stands for).
+    Episodes that would make the page larger than `limit` bytes are left out.
+    """
+    replies = {}
+    if vlm:
+        rows = [i for name in chosen for i in buf.episodes[name]]
+        replies = inspect_replies(buf, rows, vlm, run_cfg)
+    store = PageStore()
+    episodes = []
+    points = []
     for name, stands_for in chosen.items():
-        if size > limit:
+        if store.size > limit:
             break
-        turns = []
-        for i in buf.episodes[name]:
-            row, (v, tokens) = buf.rows[i], seen.get(i, (None, None))
-            asked = [(m["role"], "\n".join(p["text"] for p in m["content"] if p["text"])) for m in row["messages"][:len(row["messages"]) - (reply_text(row) is not None)]]
-            prompt = asked[0][1] if len(asked) == 1 else "\n\n".join(f"{role}: {text}" for role, text in asked)
-            for file in row["images_file_names"]:
-                if file not in places:
-                    places[file] = len(pictures)
-                    pictures.append(data_uri(buf.image(file).copy()))
-                    size += len(pictures[-1])
-            size += weight(prompt) if prompt not in texts else 0
-            words |= {w for t in tokens or [] for w in [t[0], *(x[0] for x in t[-1])]}
-            turns.append(dict(pics=[places[file] for file in row["images_file_names"]], prompt=texts.setdefault(prompt, len(texts)), reply=reply_text(row), tokens=tokens, v=v,
-                              go=round(buf.return_to_go(i, run_cfg.gamma), 4) if run_cfg else None, **{k: row.get(k) for k in ("action", "valid", "reward", "source")}))
-            if v is not None and tokens:
-                points.append((v, turns[-1]["go"], stands_for))
+        turns = [turn_data(buf, i, store, replies, run_cfg) for i in buf.episodes[name]]
         last = buf.rows[buf.episodes[name][-1]]
-        out.append(dict(name=name, env=last.get("env", ""), reached=last["success"], total=round(buf.episode_return(name), 4), turns=turns))
-        size += weight(out[-1])
-    scale = np.quantile([abs(t[4]) for e in out for x in e["turns"] for t in x["tokens"] or [] if t[4] is not None] or [1.0], 0.95)
-    return dict(episodes=out, texts=list(texts), pictures=pictures, words={w: word(vlm, w) for w in sorted(words)}, scale=max(float(scale), 1e-3),
-                critic=bool(vlm and len(vlm.heads)), kind=run_cfg.actor_loss if run_cfg else "", beta=run_cfg.beta if run_cfg else 0, turn=bool(run_cfg and run_cfg.mdp == "turn")), points
+        episode = dict(
+            name=name,
+            env=last.get("env", ""),
+            reached=last["success"],
+            total=round(buf.episode_return(name), 4),
+            turns=turns,
+        )
+        episodes.append(episode)
+        store.size += json_size(episode)
+        for turn in turns:
+            if turn["v"] is not None and turn["tokens"]:
+                points.append((turn["v"], turn["go"], stands_for))
+
+    tokens = [token for episode in episodes for turn in episode["turns"] for token in turn["tokens"] or []]
+    data = dict(
+        episodes=episodes,
+        texts=list(store.texts),
+        pictures=store.pictures,
+        words=token_words(vlm, tokens),
+        scale=colour_scale(tokens),
+        critic=bool(vlm and len(vlm.heads)),
+        kind="",
+        beta=0,
+        turn=False,
+    )
+    if run_cfg:
+        data |= dict(kind=run_cfg.actor_loss, beta=run_cfg.beta, turn=run_cfg.mdp == "turn")
+    return data, points
 
 
-def nice(lo, hi, n=4):
-    """At most n + 1 round numbers between lo and hi."""
-    step = 10.0 ** math.floor(math.log10((hi - lo) / n))
-    step *= next(k for k in (1, 2, 5, 10) if (hi - lo) / (step * k) <= n + 1e-9)
-    return [k * step for k in range(math.ceil(lo / step - 1e-9), math.floor(hi / step + 1e-9) + 1)]
+# ---- charts ----
+
+# the plot area, in the units of an SVG of 340 x 240; its top depends on the legend
+LEFT = 44
+RIGHT = 324
+BOTTOM = 204
+
+
+def round_numbers(low, high, n=4):
+    """Return at most n + 1 round numbers between two limits."""
+    step = 10.0 ** math.floor(math.log10((high - low) / n))
+    step *= next(k for k in (1, 2, 5, 10) if (high - low) / (step * k) <= n + 1e-9)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [k * step for k in range(first, last + 1)]
+
+
+def limits(values):
+    """Return the smallest and the largest value, one apart from both if they are equal."""
+    low = min(values)
+    high = max(values)
+    if low < high:
+        return low, high
+    return low - 1, high + 1
+
+
+class Axes:
+    """The plot area of a chart: x() and y() turn data into positions.
+
+    xs, ys: all values, or the ends of an axis. log: ys are exponents of 10, and the axis has whole decades.
+    square: both axes have one scale.
+    """
+
+    def __init__(self, xs, ys, top, log=False, square=False):
+        if square:
+            xs = ys = [*xs, *ys]
+        self.x0, self.x1 = limits(xs)
+        low, high = limits(ys)
+        margin = 0.04 * (high - low)
+        self.y0 = low - margin
+        self.y1 = high + margin
+        if log:
+            self.y0 = math.floor(low)
+            self.y1 = math.ceil(high)
+        self.top = top
+        self.log = log
+
+    def x(self, value):
+        return round(LEFT + (RIGHT - LEFT) * (value - self.x0) / (self.x1 - self.x0), 1)
+
+    def y(self, value):
+        inside = min(max(value, self.y0), self.y1)
+        return round(BOTTOM - (BOTTOM - self.top) * (inside - self.y0) / (self.y1 - self.y0), 1)
+
+
+def draw_grid(axes, x_label):
+    """Yield the grid lines with their numbers, the numbers below the plot, and the label of the x axis."""
+    for value in round_numbers(axes.y0, axes.y1):
+        number = value
+        if axes.log:
+            if value != round(value):
+                continue
+            number = 10**value
+        y = axes.y(value)
+        yield f'<path class="g" d="M{LEFT} {y}H{RIGHT}"/>'
+        yield f'<text x="{LEFT - 5}" y="{y + 3.5}" text-anchor="end">{number:.6g}</text>'
+    for value in round_numbers(axes.x0, axes.x1, 5):
+        yield f'<text x="{axes.x(value)}" y="{BOTTOM + 14}" text-anchor="middle">{value:.6g}</text>'
+    middle = (LEFT + RIGHT) / 2
+    yield f'<text x="{middle}" y="{BOTTOM + 29}" text-anchor="middle">{escape(x_label)}</text>'
+
+
+def draw_series(axes, colour, points):
+    """Yield a line through points (x, y), or (x, y, half an interval); with dots if they are few."""
+    path = "L".join(f"{axes.x(point[0])} {axes.y(point[1])}" for point in points)
+    yield f'<path class="s s{colour}" d="M{path}"/>'
+    for x, y, *error in points:
+        if error:
+            low = axes.y(y - error[0])
+            high = axes.y(y + error[0])
+            yield f'<path class="s s{colour} w" d="M{axes.x(x)} {low}V{high}"/>'
+    if len(points) <= 40:
+        for point in points:
+            yield f'<circle class="d{colour}" cx="{axes.x(point[0])}" cy="{axes.y(point[1])}" r="2.2"/>'
+
+
+def draw_legend(labels, n_series):
+    """Yield the legend, two entries to a line: lines first, then the entry for dots."""
+    for k, text in enumerate(labels):
+        x = 8 + 166 * (k % 2)
+        y = 30 + 14 * (k // 2)
+        sign = f'<path class="s s{k % 4}" d="M{x} {y - 3}h18"/>'
+        if k >= n_series:
+            sign = f'<path class="dots" d="M{x + 9} {y - 3}h0"/>'
+        yield f'{sign}<text x="{x + 23}" y="{y}">{escape(text)}</text>'
 
 
 def chart(title, series, x_label, x_range=None, online=None, log=False, dots=(), square=False):
-    """A small plot -> the inside of an SVG of 340 x 240. series: {label: [(x, y) or (x, y, half an interval)]}; x_range: ends of the axis; online: the x after which the
-    run played itself; log: y in decades; dots: more points, [(x, y)]; square: both axes have one scale, and the line where they are equal is drawn."""
-    series = {label: [(x, math.log10(y) if log else y, *e) for x, y, *e in points] for label, points in series.items()}
-    every = [p for points in (*series.values(), dots) for p in points]
-    xs, ys = x_range or [p[0] for p in every], [p[1] for p in every]
-    limits = lambda v: (min(v), max(v)) if min(v) < max(v) else (min(v) - 1, max(v) + 1)
-    (x0, x1), (y0, y1) = (limits([*xs, *ys]),) * 2 if square else (limits(xs), limits(ys))
-    y0, y1 = (math.floor(y0), math.ceil(y1)) if log else (y0 - 0.04 * (y1 - y0), y1 + 0.04 * (y1 - y0))
-    legend = list(series) + ["one turn"] * bool(dots)
-    left, right, top, bottom = 44, 324, 28 + 14 * -(-len(legend) // 2), 204
-    X, Y = lambda x: round(left + (right - left) * (x - x0) / (x1 - x0), 1), lambda y: round(bottom - (bottom - top) * (min(max(y, y0), y1) - y0) / (y1 - y0), 1)
+    """Draw a small plot -> the inside of an SVG of 340 x 240.
+
+    series: {label: [(x, y) or (x, y, half an interval)]}. x_range: the ends of the x axis. online: the x
+    after which the run played itself. log: y is an exponent of 10. dots: more points, [(x, y)]. square: both
+    axes have one scale, and the line where they are equal is drawn.
+    """
+    labels = list(series)
+    if dots:
+        labels.append("one turn")
+    top = 28 + 14 * math.ceil(len(labels) / 2)
+    points = [point for line in (*series.values(), dots) for point in line]
+    xs = x_range or [point[0] for point in points]
+    axes = Axes(xs, [point[1] for point in points], top, log, square)
+
     out = [f'<text class="t" x="6" y="15">{escape(title)}</text>']
     if online is not None:
-        out.append(f'<rect class="on" x="{X(online)}" y="{top}" width="{right - X(online)}" height="{bottom - top}"/>')
-    for y in nice(y0, y1):
-        if not log or y == round(y):
-            out.append(f'<path class="g" d="M{left} {Y(y)}H{right}"/><text x="{left - 5}" y="{Y(y) + 3.5}" text-anchor="end">{10 ** y if log else y:.6g}</text>')
-    out += [f'<text x="{X(x)}" y="{bottom + 14}" text-anchor="middle">{x:.6g}</text>' for x in nice(x0, x1, 5)] + [f'<text x="{(left + right) / 2}" y="{bottom + 29}" text-anchor="middle">{escape(x_label)}</text>']
+        x = axes.x(online)
+        out.append(f'<rect class="on" x="{x}" y="{top}" width="{RIGHT - x}" height="{BOTTOM - top}"/>')
+    out += draw_grid(axes, x_label)
     if square:
-        out.append(f'<path class="g eq" d="M{X(x0)} {Y(x0)}L{X(x1)} {Y(x1)}"/>')
+        start = f"{axes.x(axes.x0)} {axes.y(axes.x0)}"
+        end = f"{axes.x(axes.x1)} {axes.y(axes.x1)}"
+        out.append(f'<path class="g eq" d="M{start}L{end}"/>')
     if dots:
-        out.append('<path class="dots" d="' + "".join(f"M{X(x)} {Y(y)}h0" for x, y in dots) + '"/>')
-    for k, (label, points) in enumerate(series.items()):
-        out.append(f'<path class="s s{k % 4}" d="M' + "L".join(f"{X(p[0])} {Y(p[1])}" for p in points) + '"/>')
-        out += [f'<path class="s s{k % 4} w" d="M{X(x)} {Y(y - e[0])}V{Y(y + e[0])}"/>' for x, y, *e in points if e]
-        out += [f'<circle class="d{k % 4}" cx="{X(p[0])}" cy="{Y(p[1])}" r="2.2"/>' for p in points] if len(points) <= 40 else []
-    for k, label in enumerate(legend):
-        x, y = 8 + 166 * (k % 2), 30 + 14 * (k // 2)
-        out.append((f'<path class="s s{k % 4}" d="M{x} {y - 3}h18"/>' if k < len(series) else f'<path class="dots" d="M{x + 9} {y - 3}h0"/>') + f'<text x="{x + 23}" y="{y}">{escape(label)}</text>')
+        path = "".join(f"M{axes.x(x)} {axes.y(y)}h0" for x, y in dots)
+        out.append(f'<path class="dots" d="{path}"/>')
+    for k, line in enumerate(series.values()):
+        out += draw_series(axes, k % 4, line)
+    out += draw_legend(labels, len(series))
     return "".join(out)
 
 
-# what the page and curves.svg share; the page itself is assets/report.html
-LOOK = """
-:root { --bg: #fff; --ink: #1a1f25; --soft: #59636e; --line: #d8dde3; --card: #f5f7f9; --good: #0072b2; --bad: #b34d00; --hot: #0072b2; --cold: #d55e00; --c2: #00805c; --c3: #b0468a; color-scheme: light dark }
-@media (prefers-color-scheme: dark) { :root { --bg: #14181c; --ink: #e6e9ec; --soft: #9aa5b0; --line: #323a42; --card: #1c2228; --good: #56b4e9; --bad: #f09a3e; --hot: #2272a8; --cold: #b0621a; --c2: #35c79a; --c3: #e391c4 } }
-.chart text { font: 11px system-ui, sans-serif; fill: var(--soft) }  .chart .t { font-weight: 600; font-size: 13px; fill: var(--ink) }
-.chart .g { stroke: var(--line) }  .chart .eq { stroke: var(--soft); stroke-dasharray: 3 3 }  .chart .on { fill: var(--good); opacity: .09 }
-.chart .s { fill: none; stroke-width: 1.8; stroke-linejoin: round }  .chart .w { stroke-width: 1; stroke-dasharray: none }
-.chart .dots { stroke: var(--soft); stroke-width: 4; stroke-linecap: round; opacity: .45 }
-.s0 { stroke: var(--good) }  .s1 { stroke: var(--bad); stroke-dasharray: 6 2 }  .s2 { stroke: var(--c2); stroke-dasharray: 2 2 }  .s3 { stroke: var(--c3); stroke-dasharray: 8 2 2 2 }
-.d0 { fill: var(--good) }  .d1 { fill: var(--bad) }  .d2 { fill: var(--c2) }  .d3 { fill: var(--c3) }
-"""
+# (title, factor, metrics as a regular expression, whether y is in decades)
+CURVES = [
+    ("Return of an episode", 1, r"(rollout|eval)/(.*/)?episode_return", False),
+    ("Success, %", 100, r"(rollout|eval)/(.*/)?success(_return)?", False),
+    ("Valid actions, %", 100, r"(rollout|eval)/(.*/)?valid", False),
+    ("Tokens that pass the filter, %", 100, "pass_.*", False),
+    ("Losses, in decades", 1, "nll|td_error|pess", True),
+    ("Values and returns, discounted", 1, "[qv]_mean|return_.*", False),
+]
 
-CURVES = (("Return of an episode", 1, r"(rollout|eval)/(.*/)?episode_return"), ("Success, %", 100, r"(rollout|eval)/(.*/)?success(_return)?"), ("Valid actions, %", 100, r"(rollout|eval)/(.*/)?valid"),
-          ("Tokens that pass the filter, %", 100, "pass_.*"), ("Losses, in decades", 1, "nll|td_error|pess"), ("Values and returns, discounted", 1, "[qv]_mean|return_.*"))
+
+def curve_series(rows, factor, pattern, log):
+    """Collect the metrics whose names match a pattern -> {name: [(step, value)]}; log: their logarithms."""
+    series = {}
+    for row in rows:
+        for name, value in row.items():
+            if not re.fullmatch(pattern, name) or not math.isfinite(value):
+                continue
+            if log and value <= 0:
+                continue
+            y = factor * value
+            if log:
+                y = math.log10(y)
+            series.setdefault(name, []).append((row["step"], y))
+    return series
 
 
 def learning_curves(run):
-    """The charts of a run's metrics.jsonl, those that it has numbers for; the online phase is shaded."""
+    """Draw the charts that a run's metrics.jsonl has numbers for; the online phase is shaded."""
     with open(os.path.join(run, "metrics.jsonl")) as f:
         rows = [json.loads(line) for line in f if line.endswith("\n")]
-    online = max([0, *(r["step"] for r in rows if r["phase"] == "offline")]) if any(r["phase"] == "online" for r in rows) else None
-    charts, x_label = [], "update, offline" if online is None else "update (shaded: online)"
-    for title, scale, keys in CURVES:
-        log, series = "decades" in title, {}
-        for r in rows:
-            for k, y in r.items():
-                if re.fullmatch(keys, k) and math.isfinite(y) and (y > 0 or not log):
-                    series.setdefault(k, []).append((r["step"], scale * y))
-        charts += [chart(title, series, x_label, (0, rows[-1]["step"]), online, log)] if series else []
+    online = None
+    x_label = "update, offline"
+    if any(row["phase"] == "online" for row in rows):
+        online = max([0, *(row["step"] for row in rows if row["phase"] == "offline")])
+        x_label = "update (shaded: online)"
+    charts = []
+    for title, factor, pattern, log in CURVES:
+        series = curve_series(rows, factor, pattern, log)
+        if series:
+            charts.append(chart(title, series, x_label, (0, rows[-1]["step"]), online, log))
     return charts
 
 
-def calibration(points):
-    """The chart of predicted against observed returns, and the mean of each tenth of the predictions with a 95 % interval, weighted by what a turn stands for."""
-    v, go, w = np.array(sorted(points)).T
-    parts = np.array_split(np.arange(len(v)), min(10, -(-len(v) // 8)))
-    mean = lambda x, i: float((w[i] * x[i]).sum() / w[i].sum())
-    means = [(mean(v, i), m := mean(go, i), 1.96 * float(np.sqrt((w[i] ** 2 * (go[i] - m) ** 2).sum()) / w[i].sum())) for i in parts]
-    return chart("Return, observed (up) against predicted", {"mean, 95 % interval": means}, "V at a reply's first token", dots=list(zip(v, go))[::-(-len(v) // 1500)], square=True)
+def calibration_chart(points):
+    """Draw observed against predicted returns; see page_data for the points.
+
+    The line shows the mean of each tenth of the predictions with a 95 % interval. A turn has the weight of
+    the episodes that it stands for. At most 1,500 turns are drawn as dots.
+    """
+    predicted, observed, weight = np.array(sorted(points)).T
+    n_parts = min(10, math.ceil(len(predicted) / 8))
+    means = []
+    for part in np.array_split(np.arange(len(predicted)), n_parts):
+        w = weight[part]
+        x = float((w * predicted[part]).sum() / w.sum())
+        y = float((w * observed[part]).sum() / w.sum())
+        deviation = float(np.sqrt((w**2 * (observed[part] - y) ** 2).sum()) / w.sum())
+        means.append((x, y, 1.96 * deviation))
+    every = math.ceil(len(predicted) / 1500)
+    return chart(
+        "Return, observed (up) against predicted",
+        {"mean, 95 % interval": means},
+        "V at a reply's first token",
+        dots=list(zip(predicted, observed))[::every],
+        square=True,
+    )
+
+
+def curves_svg(charts):
+    """Arrange charts as one SVG file, three in a row."""
+    height = 240 * math.ceil(len(charts) / 3)
+    head = '<svg xmlns="http://www.w3.org/2000/svg" class="chart" width="1020"'
+    background = '<rect width="100%" height="100%" fill="var(--bg)"/>'
+    out = [f'{head} viewBox="0 0 1020 {height}"><style>{LOOK}</style>{background}']
+    for k, drawing in enumerate(charts):
+        place = f"translate({340 * (k % 3)} {240 * (k // 3)})"
+        out.append(f'<g transform="{place}">{drawing}</g>')
+    return "".join(out) + "</svg>\n"
+
+
+# ---- the table of results ----
+
+
+def rate_cell(summary, key, title):
+    """Return a cell with a rate and its interval, and the interval drawn on a line from 0 to 100 %."""
+    rate = summary[key]
+    low, high = (100 * x for x in summary.get(key + "_95", (rate, rate)))
+    bar = f'<rect class="in" x="{min(low, 99):.1f}" width="{max(1, high - low):.1f}" height="3"/>'
+    return (
+        f'<td class="rate" data-of="{title}, %">{100 * rate:.1f} <small>[{low:.1f}, {high:.1f}]</small>'
+        '<svg class="bar" viewBox="0 0 100 3" preserveAspectRatio="none">'
+        f'<rect width="100" height="3"/>{bar}</svg></td>'
+    )
+
+
+def summary_row(name, summary, attributes=""):
+    """Return the row of one evaluation."""
+    return (
+        f'<tr{attributes}><th scope="row">{escape(name)}</th>'
+        f'{rate_cell(summary, "success", "goal reached")}'
+        f'{rate_cell(summary, "success_return", "summed reward &gt; 0")}'
+        f'<td data-of="return">{summary["episode_return"]:.3f}</td>'
+        f'<td data-of="turns">{summary["turns"]:.2f}</td>'
+        f'<td data-of="valid, %">{100 * summary["valid"]:.1f}</td>'
+        f'<td data-of="episodes">{summary["episodes"]}</td></tr>'
+    )
+
+
+def tag_row(tag, group):
+    """Return the row of the episodes that an environment gives one tag."""
+    return (
+        f'<tr class="tag"><th scope="row">{escape(tag)}</th>'
+        f'<td class="rate" data-of="goal reached, %">{100 * group["success"]:.1f} <small></small></td>'
+        f'<td colspan="4"></td><td data-of="episodes">{group["episodes"]}</td></tr>'
+    )
 
 
 def html_table(results):
-    """{name: summary} -> the rows of the page's table; under a rate a line from 0 to 100 % with its interval."""
+    """Turn {name: summary} into the rows of the page's table, with a row per game and per tag."""
     out = []
-    for name, s, cls in ((n, x, c) for name, of in results.items() for n, x, c in ((name, of, ""), *((env, x, ' class="tag"') for env, x in of.get("by_env", {}).items()))):
-        cells = []
-        for key, of in (("success", "goal reached"), ("success_return", "summed reward &gt; 0")):
-            lo, hi = (100 * x for x in s.get(key + "_95", (s[key], s[key])))
-            cells.append(f'<td class="rate" data-of="{of}, %">{100 * s[key]:.1f} <small>[{lo:.1f}, {hi:.1f}]</small><svg class="bar" viewBox="0 0 100 3" preserveAspectRatio="none">'
-                         f'<rect width="100" height="3"/><rect class="in" x="{min(lo, 99):.1f}" width="{max(1, hi - lo):.1f}" height="3"/></svg></td>')
-        out.append(f'<tr{cls}><th scope="row">{escape(name)}</th>{"".join(cells)}<td data-of="return">{s["episode_return"]:.3f}</td><td data-of="turns">{s["turns"]:.2f}</td>'
-                   f'<td data-of="valid, %">{100 * s["valid"]:.1f}</td><td data-of="episodes">{s["episodes"]}</td></tr>')
-        out += [f'<tr class="tag"><th scope="row">{escape(tag)}</th><td class="rate" data-of="goal reached, %">{100 * g["success"]:.1f} <small></small></td>'
-                f'<td colspan="4"></td><td data-of="episodes">{g["episodes"]}</td></tr>' for tag, g in s.get("by_tag", {}).items()]
+    for name, summary in results.items():
+        rows = [(name, summary, "")]
+        for game, part in summary.get("by_env", {}).items():
+            rows.append((game, part, ' class="tag"'))
+        for title, part, attributes in rows:
+            out.append(summary_row(title, part, attributes))
+            out += [tag_row(tag, group) for tag, group in part.get("by_tag", {}).items()]
     return "".join(out)
 
 
-def gif(buf, episodes, file, side=240):
-    """Episodes as one moving picture: each turn's picture with what was done under it, 0.8 s a turn, an episode's last one 2 s."""
-    frames, fonts, soft = [], [ImageFont.load_default(size=x) for x in (15, 13)], (165, 175, 185)
-    w, h = buf.image(buf.rows[buf.episodes[episodes[0]][0]]["images_file_names"][-1]).size
-    scale = min(max(1, -(-side // min(w, h))), 480 / max(w, h))
-    w, h = round(w * scale), round(h * scale)
-    wide = max(w, side)
-    for n, name in enumerate(episodes, 1):
-        for t, i in enumerate(buf.episodes[name], 1):
-            row, end = buf.rows[i], i == buf.episodes[name][-1]
-            frame, said = Image.new("RGB", (wide, h + 44), (24, 28, 33)), reply_text(row)
-            frame.paste(buf.image(row["images_file_names"][-1]).resize((w, h), Image.LANCZOS), ((wide - w) // 2, 0))
-            did = " ".join(("cut off here" if said is None else row["action"] if row["valid"] else f"invalid: {said}").split())
-            while len(did) > 1 and fonts[0].getlength(did) > wide - 110:
-                did = did[:-2] + "\u2026"
-            outcome = f"{'reached' if row['success'] else 'missed'} the goal, return {buf.episode_return(name):g}" if end else f"turn {t}"
-            for x, y, text, font, fill in ((8, 4, did, 0, "white" if row["valid"] else "orange"), (wide - 8, 4, f"reward {row['reward']:+g}" if said is not None else "", 0, "orange" if row["reward"] < 0 else "skyblue"),
-                                           (8, 24, outcome, 1, soft), (wide - 8, 24, f"{n}/{len(episodes)}", 1, soft)):
-                ImageDraw.Draw(frame).text((x, h + y), text, fill=fill, font=fonts[font], anchor="la" if x == 8 else "ra")
-            frames.append((frame.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE), 2000 if end else 800))
-    frames[0][0].save(file, save_all=True, append_images=[f for f, _ in frames[1:]], duration=[ms for _, ms in frames], loop=0, optimize=True)
+# ---- the GIF ----
+
+# pixels: the shorter side of a frame's picture is at least GIF_SIDE, the longer one at most GIF_LIMIT
+GIF_SIDE = 240
+GIF_LIMIT = 480
+# pixels below the picture, for two lines of text
+CAPTION = 44
+SOFT = (165, 175, 185)
+
+
+@functools.cache
+def load_font(size):
+    """Load Pillow's own font at a size in pixels."""
+    return ImageFont.load_default(size=size)
+
+
+def gif_size(image):
+    """Return the size of a picture in a GIF: small ones are enlarged by a whole number."""
+    shorter = min(image.size)
+    longer = max(image.size)
+    scale = min(max(1, math.ceil(GIF_SIDE / shorter)), GIF_LIMIT / longer)
+    return round(image.width * scale), round(image.height * scale)
+
+
+def shown_action(row):
+    """Return what the agent did in a turn, on one line."""
+    reply = reply_text(row)
+    text = row["action"]
+    if reply is None:
+        text = "cut off here"
+    elif not row["valid"]:
+        text = f"invalid: {reply}"
+    return " ".join(text.split())
+
+
+def draw_frame(image, size, row, status, counter):
+    """Draw a turn: its picture, then a line with action and reward, then one with status and counter."""
+    width = max(size[0], GIF_SIDE)
+    frame = Image.new("RGB", (width, size[1] + CAPTION), (24, 28, 33))
+    frame.paste(image.resize(size, Image.LANCZOS), ((width - size[0]) // 2, 0))
+
+    large = load_font(15)
+    small = load_font(13)
+    action = shown_action(row)
+    while len(action) > 1 and large.getlength(action) > width - 110:
+        action = action[:-2] + "\u2026"
+    action_colour = "white" if row["valid"] else "orange"
+    reward = ""
+    if reply_text(row) is not None:
+        reward = f"reward {row['reward']:+g}"
+    reward_colour = "orange" if row["reward"] < 0 else "skyblue"
+
+    draw = ImageDraw.Draw(frame)
+    first_line = size[1] + 4
+    second_line = size[1] + 24
+    draw.text((8, first_line), action, fill=action_colour, font=large, anchor="la")
+    draw.text((width - 8, first_line), reward, fill=reward_colour, font=large, anchor="ra")
+    draw.text((8, second_line), status, fill=SOFT, font=small, anchor="la")
+    draw.text((width - 8, second_line), counter, fill=SOFT, font=small, anchor="ra")
+    return frame
+
+
+def write_gif(buf, episodes, file):
+    """Write episodes as one moving picture: 0.8 s per turn, 2 s for the last one of an episode."""
+    frames = []
+    durations = []
+    size = None
+    for number, name in enumerate(episodes, 1):
+        turns = buf.episodes[name]
+        for turn, i in enumerate(turns, 1):
+            row = buf.rows[i]
+            image = buf.image(row["images_file_names"][-1])
+            # all frames have the size of the first
+            size = size or gif_size(image)
+            is_last = turn == len(turns)
+            status = f"turn {turn}"
+            if is_last:
+                outcome = "reached" if row["success"] else "missed"
+                status = f"{outcome} the goal, return {buf.episode_return(name):g}"
+            frame = draw_frame(image, size, row, status, f"{number}/{len(episodes)}")
+            frames.append(frame.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE))
+            durations.append(2000 if is_last else 800)
+    frames[0].save(file, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
+
+
+def write_game_gif(buf, chosen, game, folder):
+    """Write the GIF of a game: at most six of the chosen episodes, from long to short -> its path."""
+    names = [name for name in chosen if buf.rows[buf.episodes[name][0]].get("env", "") == game]
+    names.sort(key=lambda name: -len(buf.episodes[name]))
+    every = math.ceil(len(names) / 6)
+    file = os.path.join(folder, re.sub(r"\W+", "_", game or "episodes") + ".gif")
+    write_gif(buf, names[::every], file)
+    return file
+
+
+# ---- the page ----
+
+
+def judge_note(vlm, run, run_cfg):
+    """Say who judged the tokens."""
+    if not vlm:
+        return (
+            "There is no trained run behind these episodes, so their tokens are not coloured: "
+            "--critic=out/x names one."
+        )
+    if len(vlm.heads):
+        return f"Tokens are judged by the critic of {run}."
+    kind = f"actor_loss = {run_cfg.actor_loss!r}"
+    return f"{run} trained no critic ({kind}), so a token shows its probability alone."
+
+
+def count_note(n, n_chosen, total):
+    """Say how many of all episodes are on the page, and why not more of those that were chosen."""
+    if n == total:
+        return f"All {total} episodes are shown."
+    kinds = "evenly of those that reached the goal and those that did not"
+    count = f"{n} of {total} episodes are shown, {kinds}"
+    if n < n_chosen:
+        return f"{count}; more would make the page too large to open fast."
+    return f"{count}."
+
+
+def fill_page(parts):
+    """Put the parts into assets/report.html, in one pass: what is inserted is not searched again."""
+    return re.sub(r"@([A-Z]+)@", lambda match: parts[match[1]], read_asset("report.html"))
+
+
+def page_charts(charts, points):
+    """Return the heading, the drawings and the remark of the page's charts, as parts of the page."""
+    head = "What the critic predicts"
+    if charts:
+        head = "How it learned"
+    remark = ""
+    if len(points) > 1:
+        charts = [*charts, calibration_chart(points)]
+        remark = (
+            "A point on the dashed line was predicted exactly. The critic predicts what the policy gets from "
+            "here on; what others played may well have got less."
+        )
+    drawings = [f'<svg class="chart" viewBox="0 0 340 240">{drawing}</svg>' for drawing in charts]
+    return dict(HEAD=head, CHARTS="".join(drawings), LINE=remark)
 
 
 def write_report(folder, buf, results, vlm=None, run=None, run_cfg=None, n=100, start=0):
-    """Write folder/report.html about n of the episodes from row `start` on, judged by the VLM of a run if there is one. A run's own folder also gets
-    curves.svg and <game>.gif; a folder of data does not, a picture in there would be data."""
+    """Write folder/report.html about n of the episodes that begin at row `start` or later.
+
+    results: {name: summary}, the table. vlm, run, run_cfg: the run whose critic judges them, if there is one.
+    A run's own folder also gets curves.svg and a GIF per game. A folder of data does not: a picture in there
+    would be data.
+    """
     if run_cfg:
-        buf.shape = lambda reward: clip_reward(reward, run_cfg)
-    chosen, total = choose(buf, n, start), sum(turns[0] >= start for turns in buf.episodes.values())
+        buf.reward_fn = lambda reward: clip_reward(reward, run_cfg)
+    chosen = choose_episodes(buf, n, start)
+    total = sum(turns[0] >= start for turns in buf.episodes.values())
     data, points = page_data(buf, chosen, vlm, run_cfg)
-    own, games, written = run == folder, list(dict.fromkeys(e["env"] for e in data["episodes"])), []
-    charts = learning_curves(run) if own and os.path.exists(os.path.join(run, "metrics.jsonl")) else []
-    if charts:
-        written.append(os.path.join(folder, "curves.svg"))
-        with open(written[-1], "w") as f:
-            f.write(f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" width="1020" viewBox="0 0 1020 {240 * -(-len(charts) // 3)}"><style>{LOOK}</style><rect width="100%" height="100%" fill="var(--bg)"/>'
-                    + "".join(f'<g transform="translate({340 * (k % 3)} {240 * (k // 3)})">{c}</g>' for k, c in enumerate(charts)) + "</svg>\n")
-    for game in games if own else ():
-        names = sorted((e for e in chosen if buf.rows[buf.episodes[e][0]].get("env", "") == game), key=lambda e: -len(buf.episodes[e]))   # from long to short
-        written.append(os.path.join(folder, re.sub(r"\W+", "_", game or "episodes") + ".gif"))
-        gif(buf, names[::-(-len(names) // 6)], written[-1])
-    judge = "There is no trained run behind these episodes, so their tokens are not coloured: --critic=out/x names one." if not vlm else \
-        f"Tokens are judged by the critic of {run}." if data["critic"] else f"{run} trained no critic (actor_loss = {run_cfg.actor_loss!r}), so a token shows its probability alone."
-    count = f"All {total} episodes are shown." if len(data["episodes"]) == total else f"{len(data['episodes'])} of {total} episodes are shown, evenly of those that reached the goal and those that did not"
-    count += ("; more would make the page too large to open fast." if len(data["episodes"]) < len(chosen) else "." if len(chosen) < total else "")
-    head = "How it learned" if charts else "What the critic predicts"
-    line = "A point on the dashed line was predicted exactly. The critic predicts what the policy gets from here on; what others played may well have got less." if len(points) > 1 else ""
-    parts = dict(LOOK=LOOK, HEAD=head, LINE=line, TITLE=escape(", ".join(games) or "Episodes"), FOLDER=escape(folder), NOTE=escape(f"{judge} {count}"), ROWS=html_table(results),
-                 CHARTS="".join(f'<svg class="chart" viewBox="0 0 340 240">{c}</svg>' for c in charts + ([calibration(points)] if len(points) > 1 else [])),
-                 DATA=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))     # pure ASCII, and no reply can end the script
-    with open(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets", "report.html"), encoding="utf-8") as f:
-        page = re.sub(r"@([A-Z]+)@", lambda m: parts[m[1]], f.read())                    # in one pass: what is put in is not searched again
-    written.insert(0, os.path.join(folder, "report.html"))
+    games = list(dict.fromkeys(episode["env"] for episode in data["episodes"]))
+    count = count_note(len(data["episodes"]), len(chosen), total)
+
+    written = [os.path.join(folder, "report.html")]
+    charts = []
+    if run == folder:
+        if os.path.exists(os.path.join(run, "metrics.jsonl")):
+            charts = learning_curves(run)
+        if charts:
+            written.append(os.path.join(folder, "curves.svg"))
+            with open(written[-1], "w") as f:
+                f.write(curves_svg(charts))
+        written += [write_game_gif(buf, chosen, game, folder) for game in games]
+
+    # pure ASCII, and no reply can end the script
+    content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    parts = dict(
+        LOOK=LOOK,
+        TITLE=escape(", ".join(games) or "Episodes"),
+        FOLDER=escape(folder),
+        NOTE=escape(f"{judge_note(vlm, run, run_cfg)} {count}"),
+        ROWS=html_table(results),
+        DATA=content,
+    )
+    page = fill_page(parts | page_charts(charts, points))
     with open(written[0], "w") as f:
         f.write(page)
-    print(f"report   {', '.join(written)}: {len(page) / 1e6:.1f} MB, {len(data['episodes'])} of {total} episodes")
+    megabytes = len(page) / 1e6
+    print(f"report   {', '.join(written)}: {megabytes:.1f} MB, {len(data['episodes'])} of {total} episodes")

@@ -1,7 +1,20 @@
 """
-Players that are not here: a model behind a server, and a person at the terminal. `python evaluate.py --agent=openai ...` and `--agent=human` play them.
+Play with someone who is not part of this program: a model behind a server, or a person at the terminal.
+
+    python evaluate.py --agent=openai --base_url=http://localhost:8000/v1 --model=NAME --env=EZPoints
+    python evaluate.py --agent=human --env=EZPoints --save=data/me
 """
-import base64, email.utils, http.client, io, json, os, random, re, sys, time, urllib.request
+import base64
+import email.utils
+import http.client
+import io
+import json
+import os
+import random
+import re
+import sys
+import time
+import urllib.request
 from collections import Counter
 from multiprocessing.pool import ThreadPool
 
@@ -11,121 +24,342 @@ from PIL import Image
 import envs
 from configurator import ConfigError, show
 
-BACKOFF, LONGEST = 1.0, 60.0  # seconds before a request's second try, doubled for each further one; the most that is waited, whatever a server asks for
+# seconds before the second try of a request; doubled for each further one
+BACKOFF = 1.0
+# the longest pause in seconds, whatever a server asks for
+LONGEST = 60.0
+
+MAX_ANSWER_BYTES = 2**22
+NO_CONNECTION = -1
+NO_ANSWER = 0
+# What may pass: an answer without a text (200), a time-out, a conflict, too early, too many requests.
+PASSING = (NO_ANSWER, 200, 408, 409, 425, 429)
 
 
-def openai_agent(cfg, counts):
-    """A player for `play`: a model behind a server that speaks OpenAI's chat-completions protocol, asked about all environments at once; `counts`, a Counter, learns what happened.
-    What may pass (time-outs, lost connections, 408, 409, 425, 429, 5xx, answers without a text) is tried again; then the turn, and its episode, is lost. What will not (no such server,
-    key, model; a request that is refused before any was answered; nothing but losses) is a ConfigError."""
-    if not cfg.model or not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", cfg.base_url):      # an address with a password in it would be printed
-        raise ConfigError("--agent=openai needs a server's address and a model's name, for instance --base_url=http://localhost:8000/v1 --model=NAME; a key goes into OPENAI_API_KEY.")
-    key, body = os.environ.get(cfg.api_key_env, "").strip(), dict(model=cfg.model, temperature=cfg.temperature, max_tokens=cfg.max_tokens)
-    if not re.fullmatch(r"[!#-\[\]-~]*", key) or not key and cfg.api_key_env != "OPENAI_API_KEY":
-        raise ConfigError("The environment variable that --api_key_env names is not set, or what it holds is no key.")
+# ---- a model behind a server: its key, its address, its answers ----
+
+
+def read_key(variable):
+    """Read the API key from an environment variable; "" if OPENAI_API_KEY is not set."""
+    key = os.environ.get(variable, "").strip()
+    is_key = re.fullmatch(r"[!#-\[\]-~]*", key)
+    if not is_key or (not key and variable != "OPENAI_API_KEY"):
+        raise ConfigError(
+            "The environment variable that --api_key_env names is not set, or what it holds is no key."
+        )
+    return key
+
+
+def secret_pattern(key):
+    """Build the pattern that finds a key however a server echoes it: whole, escaped, or cut off."""
     escaped = [rf"(?:\\?{re.escape(c)}|(?:\\u00|%){ord(c):02x})" for c in key]
-    secret = re.compile("".join(escaped) + "|" + "".join(escaped[:max(8, len(key) // 2)]) + r"[\w.~+/=\\%-]*", re.I)   # however a server echoes it: whole, escaped, cut off
-    hide, gone, jitter = lambda text: secret.sub("[key]", text) if key else text, 0, random.Random()
-    local = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", cfg.base_url + "/")
-    opener = urllib.request.OpenerDirector()    # a bare one: every status is an answer, no redirect is followed (it would take the key along)
-    for handler in (urllib.request.ProxyHandler({} if local else None), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()):
-        opener.add_handler(handler)
-
-    def post(content):
-        """One try -> (HTTP status, body, headers); without an answer (0, why, {}), or -1 if there is no server to connect to."""
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        data, end, raw = json.dumps(body | dict(messages=[dict(role="user", content=content)])).encode(), time.monotonic() + cfg.timeout, b""
-        try:
-            with opener.open(urllib.request.Request(f"{cfg.base_url.rstrip('/')}/chat/completions", data, headers), timeout=cfg.timeout) as answer:
-                while part := answer.read1(2 ** 16):
-                    raw += part
-                    if len(raw) > 2 ** 22 or time.monotonic() > end:
-                        return 0, "longer than 4 MB" if len(raw) > 2 ** 22 else "time-out", {}
-                return answer.status, raw.decode("utf-8", "replace"), answer.headers
-        except (OSError, http.client.HTTPException, ValueError, OverflowError) as e:
-            reason = getattr(e, "reason", e)
-            if isinstance(reason, (TimeoutError, ConnectionError, http.client.HTTPException)) and not isinstance(reason, (ConnectionRefusedError, http.client.InvalidURL)):
-                return 0, "time-out" if isinstance(reason, TimeoutError) else "connection lost", {}
-            return -1, f"no connection: {reason}", {}
-
-    def read(text):
-        """The body of an answer -> (reply, ""), or (None, what is wrong with it)."""
-        try:
-            reply = json.loads(text)["choices"][0]["message"]["content"]
-            wrong = "no text" if not isinstance(reply, str) else "longer than asked for" if len(reply) > 64 * cfg.max_tokens else ""
-        except (ValueError, RecursionError):
-            wrong = "no JSON"
-        except (TypeError, LookupError):
-            wrong = "no choices"
-        # a key of a few characters, `EMPTY` or `x`, may well be a word of the reply; half a character (a lone surrogate) could not be tokenised
-        return (None, wrong) if wrong else ((hide(reply) if len(key) > 7 else reply).encode("utf-8", "replace").decode(), "")
-
-    def ask(content):
-        """All tries for one turn -> (reply or None, Counter of what happened, what went wrong last, the sentence that ends it all or "")."""
-        seen = Counter()
-        for k in range(cfg.retries + 1):
-            status, text, headers = post(content)
-            reply, wrong = read(text) if status == 200 else (None, f"HTTP {status}" if status > 0 else text.partition(":")[0])
-            seen.update(["requests", wrong or "replies"])
-            if reply is not None:
-                return reply, seen, "", ""
-            if status == 400 and "max_completion_tokens" in text and body.pop("max_tokens", 0):      # newer models of OpenAI's call it so
-                body["max_completion_tokens"] = cfg.max_tokens
-                return ask(content)
-            why = show(hide(f"{wrong}: {headers.get('Location') or text}" if status > 0 else text), 300)
-            passes = status in (0, 200, 408, 409, 425, 429) or status >= 500 and status != 501 or status == -1 and counts["replies"]
-            if status in (401, 403, 404) or status == 429 and "insufficient_quota" in text or not passes and not counts["replies"]:
-                remedy = {-1: "start the server, or correct --base_url", 401: f"put the server's key into the environment variable {cfg.api_key_env}",
-                          403: f"the key in {cfg.api_key_env} must be one that may use this model", 404: "--base_url mostly ends in /v1, and --model must be a name that it lists under /models"}
-                return None, seen, why, f"{cfg.base_url}, model {cfg.model!r}: {why}; {remedy.get(status, 'see what it says about the address, the model, the picture or the settings')}."
-            if not passes or k == cfg.retries:
-                break
-            pause = min(LONGEST, asked_to_wait(headers.get("Retry-After", "")) + BACKOFF * 2 ** k * jitter.uniform(0.5, 1.0))    # not all at once again
-            seen["seconds waited"] += pause
-            time.sleep(pause)
-        return None, seen + Counter(["turns given up"]), why, ""
-
-    def act(envs_, rows, images):
-        nonlocal gone
-        contents, answers, alone = [], [], int(not counts["replies"])       # the first request goes alone: what is wrong for all is said once
-        for row, image in zip(rows, images):
-            image.save(file := io.BytesIO(), "png")
-            picture = dict(type="image_url", image_url=dict(url=f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"))
-            contents.append([picture if part["type"] == "image" else part for part in row["messages"][0]["content"]])
-        for some in filter(None, (contents[:alone], contents[alone:])):
-            with ThreadPool(len(some)) as pool:     # its threads are daemons: Ctrl-C does not wait for an answer
-                for reply, seen, why, stop in pool.map(ask, some, 1):
-                    counts.update(seen)
-                    if stop:
-                        raise ConfigError(stop)
-                    answers.append(dict(reply=reply or "", source=f"openai:{cfg.model}") | (dict(lost=why) if reply is None else {}))
-        gone = 0 if any("lost" not in a for a in answers) else gone + len(answers)
-        if gone >= max(8, cfg.num_envs):
-            raise ConfigError(f"{cfg.base_url}, model {cfg.model!r}: no answer to the last {gone} turns ({answers[-1]['lost']}): look after the server, then go on with another --seed.")
-        return answers
-    return act
+    whole = "".join(escaped)
+    beginning = "".join(escaped[: max(8, len(key) // 2)]) + r"[\w.~+/=\\%-]*"
+    return re.compile(f"{whole}|{beginning}", re.I)
 
 
-def asked_to_wait(text):
-    """A Retry-After header, a number or a date -> seconds, 0 for what is neither."""
+def make_opener(base_url):
+    """Make a bare opener: every status is an answer, and no redirect is followed.
+
+    A redirect would take the key along. A local server is asked without the system's proxy.
+    """
+    is_local = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", base_url + "/")
+    proxies = {} if is_local else None
+    opener = urllib.request.OpenerDirector()
+    opener.add_handler(urllib.request.ProxyHandler(proxies))
+    opener.add_handler(urllib.request.HTTPHandler())
+    opener.add_handler(urllib.request.HTTPSHandler())
+    return opener
+
+
+def message_content(row, image):
+    """Turn an observation into the content of a message: the picture as a data address, and the text."""
+    file = io.BytesIO()
+    image.save(file, "png")
+    data = base64.b64encode(file.getvalue()).decode()
+    picture = dict(type="image_url", image_url=dict(url=f"data:image/png;base64,{data}"))
+    parts = row["messages"][0]["content"]
+    return [picture if part["type"] == "image" else part for part in parts]
+
+
+def read_body(answer, end):
+    """Read an answer to its end, or to a limit of bytes, or of time on the monotonic clock.
+
+    Returns (status, body, headers) like OpenAIAgent.post.
+    """
+    raw = b""
+    while part := answer.read1(2**16):
+        raw += part
+        if len(raw) > MAX_ANSWER_BYTES:
+            return NO_ANSWER, "longer than 4 MB", {}
+        if time.monotonic() > end:
+            return NO_ANSWER, "time-out", {}
+    return answer.status, raw.decode("utf-8", "replace"), answer.headers
+
+
+def connection_fault(error):
+    """Sort the error of a request without an answer -> (status, reason, {}) like OpenAIAgent.post."""
+    reason = getattr(error, "reason", error)
+    if isinstance(reason, TimeoutError):
+        return NO_ANSWER, "time-out", {}
+    is_permanent = isinstance(reason, (ConnectionRefusedError, http.client.InvalidURL))
+    if isinstance(reason, (ConnectionError, http.client.HTTPException)) and not is_permanent:
+        return NO_ANSWER, "connection lost", {}
+    return NO_CONNECTION, f"no connection: {reason}", {}
+
+
+def retry_after_seconds(text):
+    """Read a Retry-After header, a number or a date -> seconds from now; 0 if it is neither."""
     try:
-        return max(0.0, float(text) if re.fullmatch(r"[0-9.]{1,9}", text) else email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+        if re.fullmatch(r"[0-9.]{1,9}", text):
+            return max(0.0, float(text))
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError):
         return 0.0
 
 
+class OpenAIAgent:
+    """A player for `play`: a model behind a server of OpenAI's chat-completions protocol.
+
+    It is asked about all environments at once. What may pass (time-outs, lost connections, 408, 409, 425,
+    429, 5xx, answers without a text) is tried again; then the turn, and with it its episode, is lost. What
+    will not pass is a ConfigError: no such server, key or model; a request that is refused before any was
+    answered; nothing but losses.
+
+    cfg: the settings of evaluate.py. counts: a Counter that learns what happened.
+    """
+
+    def __init__(self, cfg, counts):
+        # an address with a password in it would be printed
+        is_address = re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", cfg.base_url)
+        if not cfg.model or not is_address:
+            raise ConfigError(
+                "--agent=openai needs a server's address and a model's name, for instance "
+                "--base_url=http://localhost:8000/v1 --model=NAME; a key goes into OPENAI_API_KEY."
+            )
+        self.cfg = cfg
+        self.counts = counts
+        self.key = read_key(cfg.api_key_env)
+        self.secret = secret_pattern(self.key)
+        self.opener = make_opener(cfg.base_url)
+        self.settings = dict(model=cfg.model, temperature=cfg.temperature, max_tokens=cfg.max_tokens)
+        self.jitter = random.Random()
+        self.losses_in_a_row = 0
+
+    def __call__(self, envs_, rows, images):
+        """Reply to observations, as `play` asks for it; a lost turn has `lost`, the reason."""
+        contents = [message_content(row, image) for row, image in zip(rows, images)]
+        # The very first request goes alone: what is wrong for all of them is reported once.
+        n_first = 0 if self.counts["replies"] else 1
+        answers = self.ask_together(contents[:n_first]) + self.ask_together(contents[n_first:])
+        if all("lost" in answer for answer in answers):
+            self.losses_in_a_row += len(answers)
+        else:
+            self.losses_in_a_row = 0
+        if self.losses_in_a_row >= max(8, self.cfg.num_envs):
+            raise ConfigError(
+                f"{self.name()}: no answer to the last {self.losses_in_a_row} turns "
+                f"({answers[-1]['lost']}): see to the server, then continue with another --seed."
+            )
+        return answers
+
+    def ask_together(self, contents):
+        """Ask about several prompts at once, each in a thread -> list of answers."""
+        if not contents:
+            return []
+        answers = []
+        # The threads of this pool are daemons: Ctrl-C does not wait for an answer.
+        with ThreadPool(len(contents)) as pool:
+            for answer, events, failure in pool.map(self.ask, contents, 1):
+                self.counts.update(events)
+                if failure:
+                    raise ConfigError(failure)
+                answers.append(answer)
+        return answers
+
+    def ask(self, content):
+        """Ask about one prompt, with all tries.
+
+        Returns the answer for `play`, a Counter of what happened, and the sentence that ends the run, or "".
+        """
+        events = Counter()
+        for attempt in range(self.cfg.retries + 1):
+            status, text, headers = self.post(content)
+            reply, fault = self.read_answer(status, text)
+            events.update(["requests", fault or "replies"])
+            if reply is not None:
+                return self.answer(reply), events, ""
+            if self.takes_other_limit(status, text):
+                return self.ask(content)
+            reason = self.describe(status, text, headers, fault)
+            if self.is_fatal(status, text):
+                failure = f"{self.name()}: {reason}; {self.remedy(status)}."
+                return self.answer("", lost=reason), events, failure
+            if not self.may_pass(status) or attempt == self.cfg.retries:
+                break
+            pause = self.pause(attempt, headers)
+            events["seconds waited"] += pause
+            time.sleep(pause)
+        events["turns given up"] += 1
+        return self.answer("", lost=reason), events, ""
+
+    # ---- one request ----
+
+    def post(self, content):
+        """Send one request -> (HTTP status, body, headers).
+
+        Without an answer: (NO_ANSWER, reason, {}), or (NO_CONNECTION, reason, {}) if there is no server.
+        """
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        body = self.settings | dict(messages=[dict(role="user", content=content)])
+        url = f"{self.cfg.base_url.rstrip('/')}/chat/completions"
+        data = json.dumps(body).encode()
+        end = time.monotonic() + self.cfg.timeout
+        try:
+            request = urllib.request.Request(url, data, headers)
+            with self.opener.open(request, timeout=self.cfg.timeout) as answer:
+                return read_body(answer, end)
+        except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
+            return connection_fault(error)
+
+    def read_answer(self, status, text):
+        """Read what the server sent -> (reply, ""), or (None, what is wrong)."""
+        if status > 0 and status != 200:
+            return None, f"HTTP {status}"
+        if status != 200:
+            return None, text.partition(":")[0]
+        try:
+            reply = json.loads(text)["choices"][0]["message"]["content"]
+        except (ValueError, RecursionError):
+            return None, "no JSON"
+        except (TypeError, LookupError):
+            return None, "no choices"
+        if not isinstance(reply, str):
+            return None, "no text"
+        if len(reply) > 64 * self.cfg.max_tokens:
+            return None, "longer than asked for"
+        # A key of a few characters, `EMPTY` or `x`, may well be a word of the reply.
+        if len(self.key) > 7:
+            reply = self.hide_key(reply)
+        # Half a character (a lone surrogate) cannot be tokenised.
+        return reply.encode("utf-8", "replace").decode(), ""
+
+    def answer(self, reply, **lost):
+        """Make an answer for `play`."""
+        return dict(reply=reply, source=f"openai:{self.cfg.model}", **lost)
+
+    # ---- what to do without a reply ----
+
+    def takes_other_limit(self, status, text):
+        """Switch to the name that newer models of OpenAI use for the limit, if the server asks for it."""
+        if status != 400 or "max_completion_tokens" not in text or not self.settings.pop("max_tokens", 0):
+            return False
+        self.settings["max_completion_tokens"] = self.cfg.max_tokens
+        return True
+
+    def may_pass(self, status):
+        """Tell whether another try may succeed."""
+        if status == NO_CONNECTION:
+            # a server that has answered before may come back
+            return bool(self.counts["replies"])
+        return status in PASSING or (status >= 500 and status != 501)
+
+    def is_fatal(self, status, text):
+        """Tell whether no further request of this run can succeed."""
+        is_refused = status in (401, 403, 404)
+        is_out_of_quota = status == 429 and "insufficient_quota" in text
+        never_worked = not self.may_pass(status) and not self.counts["replies"]
+        return is_refused or is_out_of_quota or never_worked
+
+    def pause(self, attempt, headers):
+        """Return the seconds to wait before the next try.
+
+        1, 2, 4, ... seconds less a random half, so that requests do not all come back at once, and on top
+        what the server asks for.
+        """
+        backoff = BACKOFF * 2**attempt * self.jitter.uniform(0.5, 1.0)
+        return min(LONGEST, retry_after_seconds(headers.get("Retry-After", "")) + backoff)
+
+    def describe(self, status, text, headers, fault):
+        """Describe a fault on one line, in the server's words, without the key."""
+        if status > 0:
+            text = f"{fault}: {headers.get('Location') or text}"
+        return show(self.hide_key(text), 300)
+
+    def remedy(self, status):
+        """Say what to do about a fault that will not pass."""
+        key_env = self.cfg.api_key_env
+        remedies = {
+            NO_CONNECTION: "start the server, or correct --base_url",
+            401: f"put the server's key into the environment variable {key_env}",
+            403: f"the key in {key_env} must be one that may use this model",
+            404: "--base_url mostly ends in /v1, and --model must be a name that it lists under /models",
+        }
+        otherwise = "see what it says about the address, the model, the picture or the settings"
+        return remedies.get(status, otherwise)
+
+    def name(self):
+        """Name the server and the model, for messages."""
+        return f"{self.cfg.base_url}, model {self.cfg.model!r}"
+
+    def hide_key(self, text):
+        """Replace the key in a text, wherever a server echoes it."""
+        if not self.key:
+            return text
+        return self.secret.sub("[key]", text)
+
+
+# ---- a person at the terminal ----
+
+
 def human_agent(folder):
-    """A player for `play`: a person at the terminal, who types an action's words or a whole reply. EOFError when they have had enough."""
+    """Make a player for `play`: a person who types an action or a whole reply.
+
+    The current picture lies in `folder`. EOFError when the person has had enough.
+    """
+
     def act(envs_, rows, images):
-        [env], [row], [image], path = envs_, rows, images, os.path.join(folder, "picture.png")
+        [env] = envs_
+        [row] = rows
+        [image] = images
+        path = os.path.join(folder, "picture.png")
         image.save(path)
-        print(f"\nTurn {env.turns + 1} of at most {env.max_turns}, return so far {env.total:g}. The picture: {path}\n{row['messages'][0]['content'][1]['text']}")
-        if sys.stdout.isatty():     # a small rendering of 40 columns: a half block has two pixels, one in its own colour, one in the background's
-            small = np.asarray(image.convert("RGB").resize((40, 2 * max(1, round(20 * image.height / image.width))), Image.LANCZOS))
-            print("\n".join("".join("\033[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*up, *down) for up, down in zip(*small[y:y + 2])) + "\033[0m" for y in range(0, len(small), 2)))
-        while not (said := input("action (quit ends)> ").encode("utf-8", "replace").decode().strip()):
-            pass
-        if said == "quit":
-            raise EOFError
-        return [dict(reply=said if envs.MARKER in said or not env.marker else f"{envs.MARKER} {said}", source="human")]
+        turn = f"Turn {env.turns + 1} of at most {env.max_turns}"
+        print(f"\n{turn}, return so far {env.total:g}. The picture: {path}")
+        print(row["messages"][0]["content"][1]["text"])
+        if sys.stdout.isatty():
+            print(render(image))
+        text = read_line()
+        if envs.MARKER not in text and env.marker:
+            text = f"{envs.MARKER} {text}"
+        return [dict(reply=text, source="human")]
+
     return act
+
+
+def read_line():
+    """Ask until something is typed; EOFError for `quit`."""
+    text = ""
+    while not text:
+        text = input("action (quit ends)> ").encode("utf-8", "replace").decode().strip()
+    if text == "quit":
+        raise EOFError
+    return text
+
+
+def render(image, columns=40):
+    """Draw a picture with terminal colours, two pixels per character.
+
+    An upper half block has the upper pixel as its own colour and the lower one as its background.
+    """
+    height = 2 * max(1, round(columns / 2 * image.height / image.width))
+    pixels = np.asarray(image.convert("RGB").resize((columns, height), Image.LANCZOS))
+    lines = []
+    for y in range(0, height, 2):
+        blocks = []
+        for upper, lower in zip(pixels[y], pixels[y + 1]):
+            blocks.append("\033[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*upper, *lower))
+        lines.append("".join(blocks) + "\033[0m")
+    return "\n".join(lines)

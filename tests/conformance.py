@@ -1,53 +1,109 @@
 """
-Which families keep which promise: a table of families x properties, on the CPU, in minutes, without a download.
-    python tests/conformance.py [-k gemma3]        (what follows goes to pytest)
-The checks are the family tests of test_model.py, and PEFT's of extra_formats.py where peft is installed; here is only the table.
-ok; FAIL; no = a known limit, refused in one sentence; - = did not run.
+Print which families keep which promise: a table on the CPU, in minutes, without a download.
+
+    python tests/conformance.py [-k gemma3]        (the arguments go to pytest)
+
+The checks are the family tests of test_model.py, and PEFT's of extra_formats.py where peft is installed. Here
+is only the table. A cell says: ok; FAIL; no (a known limit, refused in one sentence); - (did not run).
 """
-import importlib.util, os, sys, time
-os.environ["HF_HUB_OFFLINE"] = "1"
+import importlib.util
+import os
+import sys
+import time
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
+# Before anything imports the Hugging Face libraries.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pytest
 
-PROPERTIES = {"test_logits_are_the_librarys": "logits", "test_greedy_is_the_librarys": "greedy", "test_rollout_agrees_with_training": "rollout",
-              "test_left_padding_changes_nothing": "padding", "test_prompt_is_the_librarys": "prompt", "test_two_pictures_in_one_prompt": "pictures", "test_cached_features_give_the_same_logits": "cached",
-              "test_lora_is_on_the_language_model_only": "LoRA", "test_one_step_moves_adapters_and_heads": "update", "test_save_and_load": "reload",
-              "test_peft_opens_our_adapter": "PEFT"}
-LEGEND = """logits    at reply positions = the library's own full forward (< 1e-5)     greedy    generate = the library's greedy generate
-rollout   log-probabilities while playing = those of the training path      padding   a row alone = the row beside longer ones
-prompt    = the library's chat template, or the documented plain prompt     pictures  two in one prompt, beside prompts with one
-LoRA      on the language model's linear layers only                        update    changes adapters and heads, nothing else
-reload    what was saved comes back bit for bit                             PEFT      opens our folder without a word: the same logits
-cached    vision features from memory: the same logits and replies (< 1e-4), nothing is looked at twice"""
+# {test: column}
+PROPERTIES = {
+    "test_logits_are_the_librarys": "logits",
+    "test_greedy_replies_are_the_librarys": "greedy",
+    "test_rollout_agrees_with_training": "rollout",
+    "test_left_padding_changes_nothing": "padding",
+    "test_prompt_is_the_librarys": "prompt",
+    "test_two_pictures_in_one_prompt": "pictures",
+    "test_cached_features_give_the_same_logits": "cached",
+    "test_lora_is_on_the_language_model_only": "LoRA",
+    "test_one_step_moves_adapters_and_heads": "update",
+    "test_save_and_load": "reload",
+    "test_peft_opens_our_adapter": "PEFT",
+}
+LEGEND = """\
+"the same" allows for rounding: 1e-4 of the largest value
+logits    at the reply's positions the same as in the library's own full forward pass
+greedy    generate() says the same as the library's greedy generate()
+rollout   log-probabilities while playing are the same as in the training path
+padding   a row is the same alone and beside longer ones
+prompt    is what the library's chat template makes, or the documented plain prompt
+pictures  two in one prompt, beside prompts with one
+cached    vision features from memory: the same logits and replies, nothing is computed twice
+LoRA      on the language model's linear layers only
+update    changes adapters and heads, nothing else
+reload    what was saved comes back bit for bit
+PEFT      opens our folder without a warning: the same logits
+"""
 
 
 class Table:
-    """pytest's plugin: keeps the family tests of the properties above, and the worst outcome of each."""
+    """A pytest plugin: selects the family tests of PROPERTIES, and collects the worst outcome of each."""
+
     def __init__(self):
-        self.where, self.cells = {}, {}
+        # {test id: (family, column)} and {(family, column): text}
+        self.places = {}
+        self.cells = {}
 
     def pytest_collection_modifyitems(self, items):
-        items[:] = [item for item in items if getattr(item, "originalname", "") in PROPERTIES and "family" in item.callspec.params]
-        self.where = {item.nodeid: (item.callspec.params["family"], PROPERTIES[item.originalname]) for item in items}
+        selected = []
+        for item in items:
+            name = getattr(item, "originalname", "")
+            if name in PROPERTIES and "family" in item.callspec.params:
+                selected.append(item)
+                self.places[item.nodeid] = (item.callspec.params["family"], PROPERTIES[name])
+        items[:] = selected
 
     def pytest_runtest_logreport(self, report):
-        if report.when == "call" or report.failed:
-            word = "FAIL" if report.failed else "-" if report.skipped else dict(report.user_properties).get("known", "ok")
-            cell = self.where[report.nodeid]
-            self.cells[cell] = "FAIL" if self.cells.get(cell) == "FAIL" else word
+        if report.when != "call" and not report.failed:
+            return
+        place = self.places[report.nodeid]
+        if self.cells.get(place) == "FAIL":
+            return
+        if report.failed:
+            self.cells[place] = "FAIL"
+        elif report.skipped:
+            self.cells[place] = "-"
+        else:
+            self.cells[place] = dict(report.user_properties).get("known", "ok")
 
 
 def main(argv):
-    table, since, peft = Table(), time.time(), importlib.util.find_spec("peft") is not None
-    files = [os.path.join(HERE, name) for name in ["test_model.py"] + ["extra_formats.py"] * peft]
-    code = pytest.main([*files, "-q", "--tb=short", "--no-header", *argv], plugins=[table])
-    import families  # now, so that pytest has seen every module first
-    print("\n" + " " * 18 + "".join(f"{name:>9}" for name in PROPERTIES.values()))
+    """Run the tests and print the table; return pytest's exit status."""
+    table = Table()
+    start = time.time()
+    files = ["test_model.py"]
+    has_peft = importlib.util.find_spec("peft") is not None
+    if has_peft:
+        files.append("extra_formats.py")
+    paths = [os.path.join(HERE, name) for name in files]
+    code = pytest.main([*paths, "-q", "--tb=short", "--no-header", *argv], plugins=[table])
+
+    # Imported now, so that pytest sees every module first.
+    import families
+
+    columns = PROPERTIES.values()
+    print("\n" + " " * 18 + "".join(f"{column:>9}" for column in columns))
     for family in families.FAMILIES:
-        print(f"{family:18}" + "".join(f"{table.cells.get((family, name), '-'):>9}" for name in PROPERTIES.values()))
-    print(f"\n{LEGEND}\nno: {' and '.join(families.ONE_PICTURE)} take one picture a prompt." + ("" if peft else " PEFT is not installed: pip install peft."))
-    print(f"{len(table.cells)} cells, {sum(word == 'FAIL' for word in table.cells.values())} FAIL, in {time.time() - since:.0f} s")
+        cells = [table.cells.get((family, column), "-") for column in columns]
+        print(f"{family:18}" + "".join(f"{cell:>9}" for cell in cells))
+    print("\n" + LEGEND)
+    print(f"no: {' and '.join(families.ONE_PICTURE)} take one picture per prompt.")
+    if not has_peft:
+        print("PEFT is not installed: pip install peft.")
+    failures = list(table.cells.values()).count("FAIL")
+    print(f"{len(table.cells)} cells, {failures} FAIL, in {time.time() - start:.0f} s")
     return code
 
 

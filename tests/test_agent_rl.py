@@ -1,441 +1,1013 @@
 """
-The method: targets, values, filters and the whole loss against exact solutions and a second, slow version in NumPy.
+Check the method: targets, values, filters and the whole loss.
+
+They are compared with exact solutions, with hand calculations, and with a second, slow version in NumPy.
+
     python -m pytest tests/test_agent_rl.py
 """
-import copy, os, sys
+import copy
+import math
 from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-import agent_rl
-from agent_rl import compute_loss, filter_weight, state_value, summarise, td_targets
 
-V, D = 7, 5
+import agent_rl
+from agent_rl import AWR_MAX_WEIGHT, AWR_TEMPERATURE
+from agent_rl import clip_reward, compute_loss, filter_weight, longest_chain
+from agent_rl import state_value, summarise, td_targets
+
+VOCAB = 7
+HIDDEN = 5
+COLUMNS = 6
 
 
 def settings(**changes):
-    return SimpleNamespace(**dict(actor_loss="afsft", mdp="token", bc_coef=0.3, af_coef=0.9, critic_coef=0.7, cql_coef=0.05, pess_coef=0.2, v_support=0.0, beta=-0.02,
-                                  awr_temperature=0.5, gamma=0.9, gamma_token=0.95, trace="tree", lam=0.6, critic_detach=False) | changes)
+    """Make the settings that the loss reads, none of them at a value that hides a term."""
+    cfg = dict(
+        actor_loss="afsft",
+        mdp="token",
+        trace="tree",
+        lam=0.6,
+        gamma=0.9,
+        beta=-0.02,
+        bc_coef=0.3,
+        critic_coef=0.7,
+        pess_coef=0.2,
+    )
+    return SimpleNamespace(**cfg | changes)
 
 
 class Stub(nn.Module):
-    """What compute_loss needs of a VLM: hidden states are given, a linear policy and linear critics are on top of them."""
+    """What compute_loss needs of a VLM: the hidden states are given, policy and critics are linear layers."""
+
     def __init__(self, critics=2, seed=0):
         super().__init__()
-        self.q_init, self.vocab_size = -0.8, V
+        self.q_init = -0.8
+        self.vocab_size = VOCAB
         torch.manual_seed(seed)
-        self.trunk, self.policy = nn.Linear(D, D), nn.Linear(D, V)
-        self.heads = nn.ModuleList(nn.Linear(D, V) for _ in range(critics))
+        self.trunk = nn.Linear(HIDDEN, HIDDEN)
+        self.policy = nn.Linear(HIDDEN, VOCAB)
+        self.heads = nn.ModuleList()
+        for _ in range(critics):
+            self.heads.append(nn.Linear(HIDDEN, VOCAB))
         self.targets = copy.deepcopy(self.heads).requires_grad_(False)
         for p in self.targets.parameters():
             p.add_(0.3 * torch.randn_like(p))
-    def states(self, inputs, P, R): return self.trunk(inputs["x"][:, :R])
-    def logits(self, hidden): return self.policy(hidden)
-    def forward(self, inputs, P, R):
-        hidden = self.states(inputs, P, R)
-        return self.logits(hidden), hidden
-    def q(self, hidden, target=False): return torch.stack([head(hidden) for head in (self.targets if target else self.heads)])
+
+    def states(self, inputs, P, R):
+        return self.trunk(inputs["x"][:, :R])
+
+    def logits(self, hidden):
+        return self.policy(hidden)
+
+    def q(self, hidden, target=False):
+        heads = self.targets if target else self.heads
+        return torch.stack([head(hidden) for head in heads])
 
 
-def random_batch(seed=0, windows=5, R=6):
-    """Windows of 1 to 3 turns: replies of different lengths, terminated turns, truncated ones with their last observation, missing successors."""
-    rng = np.random.default_rng(seed)
-    length, reward, terminated, nexts = [], [], [], []
-    for w in range(windows):
-        n, end = int(rng.integers(1, 4)), w % 3                           # end: 0 terminated, 1 the window just stops, 2 truncated
-        for k in range(n):
-            length.append(int(rng.integers(1, R + 1)))
+class Tabular(nn.Module):
+    """Two token positions, the same in every turn: a table of logits and a table of Q."""
+
+    def __init__(self, q_init):
+        super().__init__()
+        self.q_init = q_init
+        self.vocab_size = VOCAB
+        logits = torch.zeros(2, VOCAB)
+        self.policy = nn.Parameter(logits)
+        self.table = nn.Parameter(logits + q_init)
+        self.heads = [self.table]
+
+    def states(self, inputs, P, R):
+        rows = len(inputs["x"])
+        return torch.eye(2).expand(rows, 2, 2)
+
+    def logits(self, hidden):
+        return hidden @ self.policy
+
+    def q(self, hidden, target=False):
+        table = self.table.detach() if target else self.table
+        return (hidden @ table)[None]
+
+
+def floats(x):
+    """Make a float32 tensor."""
+    return torch.tensor(x, dtype=torch.float32)
+
+
+def random_turns(rng, windows):
+    """Draw windows of 1 to 3 turns -> lists of lengths, rewards, terminated, next; an entry per row.
+
+    In turn, a window ends with a terminated turn, without a successor, or with a truncated turn. A truncated
+    turn is followed by its last observation, a row without a reply.
+    """
+    length = []
+    reward = []
+    terminated = []
+    nexts = []
+    for window in range(windows):
+        turns = int(rng.integers(1, 4))
+        is_terminated = window % 3 == 0
+        is_truncated = window % 3 == 2
+        for turn in range(turns):
+            is_last = turn == turns - 1
+            length.append(int(rng.integers(1, COLUMNS + 1)))
             reward.append(float(rng.normal()))
-            terminated.append(float(end == 0 and k == n - 1))
-            nexts.append(len(nexts) + 1 if k < n - 1 or end == 2 else -1)
-        if end == 2:
-            length, reward, terminated, nexts = length + [0], reward + [0.0], terminated + [0.0], nexts + [-1]
-    B, t = len(length), lambda x: torch.tensor(x, dtype=torch.float32)
-    mask = t([[float(j < n) for j in range(R)] for n in length])
-    span = mask * t((rng.random((B, R)) < 0.5).astype(float))
-    return dict(inputs=dict(x=t(rng.normal(size=(B, R, D)))), P=3, mask=mask, span=span, reply_ids=torch.tensor(rng.integers(0, V, (B, R))), reward=t(reward),
-                terminated=t(terminated), next=torch.tensor(nexts), return_to_go=t(rng.normal(size=B)), ep_return=t(rng.normal(size=B)))
+            terminated.append(float(is_last and is_terminated))
+            has_next = is_truncated or not is_last
+            nexts.append(len(nexts) + 1 if has_next else -1)
+        if is_truncated:
+            length.append(0)
+            reward.append(0.0)
+            terminated.append(0.0)
+            nexts.append(-1)
+    return length, reward, terminated, nexts
 
 
-def rows(batch, a, b):
-    """Rows a..b of a batch (whole windows) as a batch of its own."""
-    cut = {k: x[a:b] for k, x in batch.items() if torch.is_tensor(x)}
-    return cut | dict(inputs=dict(x=batch["inputs"]["x"][a:b]), P=3, next=torch.where(cut["next"] >= 0, cut["next"] - a, -1))
+def random_batch(seed=0, windows=5):
+    """Draw a batch of windows of every shape, with replies of different lengths."""
+    rng = np.random.default_rng(seed)
+    length, reward, terminated, nexts = random_turns(rng, windows)
+    rows = len(length)
+    shape = (rows, COLUMNS)
+    lengths = np.array(length)
+    mask = np.arange(COLUMNS) < lengths[:, None]
+    coin = rng.random(shape) < 0.5
+    x = rng.normal(size=(*shape, HIDDEN))
+    actions = rng.integers(0, VOCAB, shape)
+    return dict(
+        inputs=dict(x=floats(x)),
+        P=3,
+        mask=floats(mask),
+        span=floats(mask & coin),
+        reply_ids=torch.tensor(actions),
+        reward=floats(reward),
+        terminated=floats(terminated),
+        next=torch.tensor(nexts),
+        return_to_go=floats(rng.normal(size=rows)),
+        ep_return=floats(rng.normal(size=rows)),
+    )
+
+
+def two_token_batch(replies, reward):
+    """Make a batch of terminated turns of two tokens each; the first is syntax, the second an action."""
+    turns = len(replies)
+    ones = torch.ones(turns, 2)
+    return dict(
+        inputs=dict(x=torch.zeros(turns, 2)),
+        P=3,
+        mask=ones,
+        span=ones * torch.tensor([0.0, 1.0]),
+        reply_ids=replies,
+        reward=reward,
+        terminated=torch.ones(turns),
+        next=torch.full((turns,), -1),
+        return_to_go=reward,
+        ep_return=reward,
+    )
+
+
+def cut_rows(batch, begin, end):
+    """Cut the rows of whole windows out of a batch."""
+    cut = dict(batch)
+    for key, value in batch.items():
+        if torch.is_tensor(value):
+            cut[key] = value[begin:end]
+    x = batch["inputs"]["x"]
+    cut["inputs"] = dict(x=x[begin:end])
+    has_next = cut["next"] >= 0
+    cut["next"] = torch.where(has_next, cut["next"] - begin, -1)
+    return cut
+
+
+def reply_lengths(batch):
+    """List the number of reply tokens of each row."""
+    return batch["mask"].sum(1).int().tolist()
+
+
+def known_turns(batch):
+    """Tell for each row whether its target is known."""
+    return (batch["terminated"] > 0) | (batch["next"] >= 0)
 
 
 def gradients(vlm, loss):
+    """Return the gradients of a loss by parameter."""
     vlm.zero_grad()
     loss.backward()
-    return {k: p.grad.clone() for k, p in vlm.named_parameters() if p.grad is not None}
+    found = {}
+    for name, p in vlm.named_parameters():
+        if p.grad is not None:
+            found[name] = p.grad.clone()
+    return found
 
-# ---------------------------------------------------------------------------------------------------------- the same in NumPy
+
+def loss_of(vlm, batch, warm=False, quantile=0.0, **changes):
+    """Compute the loss with some settings changed -> (loss, info)."""
+    cfg = settings(**changes)
+    return compute_loss(vlm, batch, cfg, warm, quantile)
+
+
+def assert_close(one, two, tolerance=1e-4):
+    """Assert that two tensors, or two dicts of tensors, are equal up to rounding."""
+    torch.testing.assert_close(
+        one,
+        two,
+        rtol=tolerance,
+        atol=tolerance / 10,
+    )
+
+
+def assert_equal_to_exact(tensor, exact):
+    """Assert that a tensor in double precision has the exact values."""
+    np.testing.assert_allclose(
+        tensor.numpy(),
+        exact,
+        rtol=1e-8,
+        atol=1e-9,
+    )
+
+
+def near(expected):
+    """Compare numbers up to the rounding of float32."""
+    return pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def is_zero(gradient):
+    """Tell whether a gradient is absent or zero everywhere."""
+    return gradient is None or not gradient.abs().sum() > 0
+
+
+# ---- the same loss in NumPy ----
+
 
 def np_softmax(x):
+    """Compute the softmax of a vector."""
     e = np.exp(x - x.max())
     return e / e.sum()
 
 
-def np_value(logits, q, support):
-    pi = np_softmax(logits)
-    keep = [i for i in range(len(pi)) if pi[i] >= support * pi.max()] if support else range(len(pi))
-    return sum(pi[i] * q[i] for i in keep) / sum(pi[i] for i in keep)
+def np_targets(v, batch, gamma, lam, q=None, pi=None):
+    """Compute td_targets one token at a time, from the last turn of a window to its first."""
+    length = reply_lengths(batch)
+    reward = batch["reward"].tolist()
+    terminated = batch["terminated"].tolist()
+    nexts = batch["next"].tolist()
+    y = np.zeros(v.shape)
+    known = np.zeros(len(v), bool)
 
+    def after(b, j):
+        """Compute the value of what follows the token before (b, j)."""
+        if q is None:
+            return lam * y[b, j] + (1 - lam) * v[b, j]
+        correction = pi[b, j] * (y[b, j] - q[b, j])
+        return v[b, j] + lam * correction
 
-def np_targets(v, length, reward, terminated, nexts, gamma, gamma_token, lam, q=None, pi=None):
-    y, known = np.zeros(v.shape), np.zeros(len(v), bool)
-    for b in reversed(range(len(length))):                                # a turn stands before the one that follows it
-        n, to = length[b], nexts[b]
-        if n == 0:
+    for b in reversed(range(len(length))):
+        last = length[b] - 1
+        following = nexts[b]
+        if last < 0:
             continue
-        known[b] = bool(terminated[b]) or to >= 0
-        y[b, n - 1] = reward[b] if known[b] or q is None else q[b, n - 1]
-        if to >= 0 and not terminated[b]:
-            y[b, n - 1] += gamma * (v[to, 0] + (lam * pi[to, 0] * (y[to, 0] - q[to, 0]) if q is not None and length[to] else 0))
-        for j in range(n - 2, -1, -1):
-            y[b, j] = gamma_token * (lam * y[b, j + 1] + (1 - lam) * v[b, j + 1] if q is None else v[b, j + 1] + lam * pi[b, j + 1] * (y[b, j + 1] - q[b, j + 1]))
+        known[b] = terminated[b] == 1 or following >= 0
+        y[b, last] = reward[b]
+        if q is not None and not known[b]:
+            y[b, last] = q[b, last]
+        if following >= 0 and not terminated[b]:
+            v_next = v[following, 0]
+            if q is not None and length[following]:
+                v_next = after(following, 0)
+            y[b, last] += gamma * v_next
+        for j in reversed(range(last)):
+            y[b, j] = after(b, j + 1)
     return y, known
 
 
+def np_pick(table, actions):
+    """Pick the entries of the actions (B, R) out of a table (..., B, R, V)."""
+    index = np.broadcast_to(actions, table.shape[:-1])
+    return np.take_along_axis(table, index[..., None], -1)[..., 0]
+
+
+def np_values(vlm, batch):
+    """Compute what np_loss needs, in double precision -> dict."""
+    actions = batch["reply_ids"].numpy()
+    with torch.no_grad():
+        hidden = vlm.states(batch["inputs"], 3, COLUMNS)
+        logits = vlm.logits(hidden).double().numpy()
+        q = vlm.q(hidden).double().numpy()
+        q_target = vlm.q(hidden, target=True).double().numpy()
+    pi = np.apply_along_axis(np_softmax, -1, logits)
+    mean = q.mean(0)
+    lowest = q_target.min(0)
+    return dict(
+        q=q,
+        qa=np_pick(q, actions),
+        pi=np_pick(pi, actions),
+        v=(pi * mean).sum(-1),
+        v_target=(pi * lowest).sum(-1),
+        qa_target=np_pick(lowest, actions),
+    )
+
+
+def np_filter(adv, episode_return, cfg, quantile):
+    """Compute filter_weight of one token."""
+    weights = dict(
+        sft=1.0,
+        afsft=float(adv > cfg.beta),
+        awr=min(np.exp(adv / AWR_TEMPERATURE), AWR_MAX_WEIGHT),
+        fbc=float(episode_return >= quantile),
+    )
+    return weights[cfg.actor_loss]
+
+
 def np_loss(vlm, batch, cfg, warm=False, quantile=0.0):
-    logits, hidden = vlm(batch["inputs"], 3, batch["mask"].shape[1])
-    q, qt = vlm.q(hidden).detach().double().numpy(), vlm.q(hidden, target=True).detach().double().numpy()
-    logits, a, mask = logits.detach().double().numpy(), batch["reply_ids"].numpy(), batch["mask"].numpy()
-    B, R = mask.shape
-    length, turn = mask.sum(1).astype(int), cfg.mdp == "turn"
-    v = np.array([[np_value(logits[b, j], q.mean(0)[b, j], cfg.v_support) for j in range(R)] for b in range(B)])
-    vt = np.array([[np_value(logits[b, j], qt.min(0)[b, j], cfg.v_support) for j in range(R)] for b in range(B)])
-    said = [[(qt.min(0)[b, j, a[b, j]], np_softmax(logits[b, j])[a[b, j]]) for j in range(R)] for b in range(B)]
-    tree = np.moveaxis(np.array(said), 2, 0) if cfg.trace == "tree" and not turn else ()
-    y, known = np_targets(vt, length, batch["reward"].numpy(), batch["terminated"].numpy(), batch["next"].numpy(), cfg.gamma, 1.0 if turn else cfg.gamma_token, 1.0 if turn else cfg.lam, *tree)
-    actor = critic = n_critic = 0.0
-    for b in range(B):
-        for j in range(length[b]):
-            qa = [q[c, b, j, a[b, j]] for c in range(len(q))]
-            adv = np.mean(qa) - v[b, j]
-            if turn:
-                adv = q.mean(0)[b, length[b] - 1, a[b, length[b] - 1]] - v[b, 0]
-            f = dict(sft=1.0, afsft=float(adv > cfg.beta), awr=min(np.exp(adv / cfg.awr_temperature), 20.0), fbc=float(batch["ep_return"][b] >= quantile))[cfg.actor_loss]
-            actor -= (cfg.bc_coef + cfg.af_coef * (1.0 if warm else f)) * np.log(np_softmax(logits[b, j])[a[b, j]])
+    """Compute the whole loss with loops over rows and tokens."""
+    values = np_values(vlm, batch)
+    length = reply_lengths(batch)
+    episode_return = batch["ep_return"].tolist()
+    turn_level = cfg.mdp == "turn"
+    lam = cfg.lam
+    tree = {}
+    if turn_level:
+        lam = 1.0
+    elif cfg.trace == "tree":
+        tree = dict(q=values["qa_target"], pi=values["pi"])
+    y, known = np_targets(values["v_target"], batch, cfg.gamma, lam, **tree)
+
+    logp = np.log(values["pi"])
+    q_mean = values["qa"].mean(0)
+    v = values["v"]
+    td_error = ((values["qa"] - y) ** 2).mean(0)
+    pessimism = ((values["q"] - vlm.q_init) ** 2).mean(-1).mean(0)
+    actor = 0.0
+    critic = 0.0
+    critic_tokens = 0
+    for b, n in enumerate(length):
+        for j in range(n):
+            adv = q_mean[b, j] - v[b, j]
+            if turn_level:
+                adv = q_mean[b, n - 1] - v[b, 0]
+            f = np_filter(adv, episode_return[b], cfg, quantile)
+            if warm:
+                f = 1.0
+            actor -= (cfg.bc_coef + f) * logp[b, j]
             if known[b]:
-                n_critic += 1
-                critic += np.mean([(x - y[b, j]) ** 2 for x in qa]) + cfg.cql_coef * np.mean([np.log(np.exp(q[c, b, j]).sum()) - qa[c] for c in range(len(q))])
-                critic += cfg.pess_coef * np.mean([(q[c, b, j, i] - vlm.q_init) ** 2 for c in range(len(q)) for i in range(V)])
-    return actor / mask.sum() + cfg.critic_coef * critic / max(n_critic, 1)
+                critic_tokens += 1
+                critic += td_error[b, j]
+                critic += cfg.pess_coef * pessimism[b, j]
+    actor /= sum(length)
+    critic /= max(critic_tokens, 1)
+    return actor + cfg.critic_coef * critic
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(lam=0.0), dict(trace="plain"), dict(lam=1.0, gamma_token=1.0), dict(trace="plain", lam=1.0), dict(v_support=0.3), dict(actor_loss="awr"), dict(actor_loss="sft"),
-                                     dict(actor_loss="fbc"), dict(mdp="turn"), dict(mdp="turn", actor_loss="awr"), dict(cql_coef=0.0, bc_coef=0.0), dict(pess_coef=0.0)])
-@pytest.mark.parametrize("critics, warm", [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(lam=0.0),
+        dict(lam=1.0),
+        dict(trace="plain"),
+        dict(trace="plain", lam=1.0),
+        dict(actor_loss="awr"),
+        dict(actor_loss="sft"),
+        dict(actor_loss="fbc"),
+        dict(mdp="turn"),
+        dict(mdp="turn", actor_loss="awr"),
+        dict(bc_coef=0.0),
+        dict(pess_coef=0.0),
+    ],
+)
+@pytest.mark.parametrize("critics", [1, 2])
+@pytest.mark.parametrize("warm", [False, True])
 def test_loss_equals_numpy(changes, critics, warm):
-    """The whole loss, on random windows of every shape, is what ten lines of loops say."""
-    cfg, vlm = settings(**changes), Stub(critics)
+    """The whole loss, on random windows of every shape, equals plain loops in double precision."""
+    cfg = settings(**changes)
+    vlm = Stub(critics)
     for seed in range(4):
         batch = random_batch(seed)
         loss, info = compute_loss(vlm, batch, cfg, warm, quantile=0.2)
-        assert loss.item() == pytest.approx(np_loss(vlm, batch, cfg, warm, quantile=0.2), abs=2e-5)
-        assert info["tokens"] == batch["mask"].sum() and all(np.isfinite(x) for x in summarise([info]).values())
+        expected = np_loss(vlm, batch, cfg, warm, quantile=0.2)
+        assert loss.item() == near(expected)
+        assert info["tokens"] == batch["mask"].sum()
+        metrics = summarise([info])
+        assert all(map(np.isfinite, metrics.values()))
+
+
+# ---- targets ----
 
 
 def test_targets_equal_numpy():
-    """TD(lambda): different lengths, missing successors, terminated, truncated, an empty reply."""
+    """Both traces, on replies of different lengths: terminated, truncated, without a successor, empty."""
     rng = np.random.default_rng(1)
     for seed in range(20):
-        b = random_batch(seed, windows=7)
-        (v, q), pi, (gamma, gt, lam) = rng.normal(size=(2, *b["mask"].shape)), rng.random(b["mask"].shape), rng.random(3)
-        tree = (q, pi) if seed % 2 else ()
-        y, known = td_targets(torch.tensor(v), b["mask"], b["reward"], b["terminated"], b["next"], gamma, gt, lam, *map(torch.tensor, tree))
-        want, want_known = np_targets(v, b["mask"].sum(1).int().numpy(), b["reward"].numpy(), b["terminated"].numpy(), b["next"].numpy(), gamma, gt, lam, *tree)
-        np.testing.assert_allclose(y.numpy(), want, atol=1e-6)
-        assert known.tolist() == want_known.tolist()
+        batch = random_batch(seed, windows=7)
+        shape = batch["mask"].shape
+        v = rng.normal(size=shape)
+        gamma, lam = rng.random(2)
+        tree = {}
+        tensors = {}
+        if seed % 2:
+            tree["q"] = rng.normal(size=shape)
+            tree["pi"] = rng.random(shape)
+            tensors = {name: torch.tensor(value) for name, value in tree.items()}
+        y, known = td_targets(torch.tensor(v), batch, gamma, lam, **tensors)
+        expected_y, expected_known = np_targets(v, batch, gamma, lam, **tree)
+        np.testing.assert_allclose(y, expected_y, rtol=1e-4, atol=1e-5)
+        assert known.tolist() == expected_known.tolist()
+
+
+def turns_by_hand(nexts, terminated=(0, 0, 0)):
+    """Make turn 0 (two tokens), turn 1 (one token) and an observation without a reply."""
+    mask = [[1, 1], [1, 0], [0, 0]]
+    return dict(
+        mask=floats(mask),
+        reward=floats([-1, 1, 0]),
+        terminated=floats(terminated),
+        next=torch.tensor(nexts),
+    )
+
+
+V_BY_HAND = floats([[1, 2], [3, 4], [5, 6]])
 
 
 def test_targets_by_hand():
-    """Two turns, then a time limit: terminated kills the bootstrap, truncated has its last observation's value, no successor is unknown."""
-    v = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])                 # rows: turn 0 (2 tokens), turn 1 (1 token), last observation (none)
-    mask = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
-    reward, zero, nexts = torch.tensor([-1.0, 1.0, 0.0]), torch.zeros(3), torch.tensor([1, 2, -1])
-    y, known = td_targets(v, mask, reward, zero, nexts, gamma=0.5, gamma_token=0.8, lam=0.25)
-    assert y.tolist() == [[pytest.approx(0.8 * (0.25 * 0.5 + 0.75 * 2.0)), 0.5], [3.5, 0.0], [0.0, 0.0]]    # -1 + .5 * 3;  1 + .5 * 5
+    """A terminated turn has no bootstrap, a truncated one has its last observation's value."""
+    truncated = turns_by_hand([1, 2, -1])
+    y, known = td_targets(V_BY_HAND, truncated, gamma=0.5, lam=0.25)
+    # last tokens: -1 + 0.5 * 3 and 1 + 0.5 * 5
+    first = 0.25 * 0.5 + 0.75 * 2.0
+    assert y[0].tolist() == near([first, 0.5])
+    assert y[1].tolist() == [3.5, 0]
+    assert y[2].tolist() == [0, 0]
     assert known.tolist() == [True, True, False]
-    y, known = td_targets(v, mask, reward, torch.tensor([0.0, 1.0, 0.0]), nexts, gamma=0.5)
-    assert y[1, 0] == 1.0 and known.tolist() == [True, True, False]
-    y, known = td_targets(v, mask, reward, zero, torch.tensor([1, -1, -1]), gamma=0.5)
+
+    terminated = turns_by_hand([1, 2, -1], terminated=(0, 1, 0))
+    y, known = td_targets(V_BY_HAND, terminated, gamma=0.5)
+    assert y[1, 0] == 1
+    assert known.tolist() == [True, True, False]
+
+    cut_off = turns_by_hand([1, -1, -1])
+    _, known = td_targets(V_BY_HAND, cut_off, gamma=0.5)
     assert known.tolist() == [True, False, False]
-    q, pi = torch.tensor([[9.0, 7.0]] * 3), torch.tensor([[0.9, 0.5]] * 3)
-    y, _ = td_targets(v, mask, reward, zero, nexts, gamma=0.5, gamma_token=0.8, lam=0.25, q=q, pi=pi)
-    end = -1 + 0.5 * (3.0 + 0.25 * 0.9 * (3.5 - 9.0))                       # the backup goes on through the next turn's reply
-    assert y[0].tolist() == [pytest.approx(0.8 * (2.0 + 0.25 * 0.5 * (end - 7.0))), pytest.approx(end)]
-    y, known = td_targets(v, mask, reward, zero, torch.tensor([1, -1, -1]), gamma=0.5, gamma_token=0.8, lam=0.25, q=q, pi=pi)
-    assert known.tolist() == [True, False, False] and y[0, 1] == -1 + 0.5 * 3.0     # that turn's outcome is unknown: nothing to correct V' by
 
 
-def test_certain_syntax_hands_the_value_on():
-    """The bootstrap is the value where the next turn *decides*. (It had been V' of its first token, which has no cause to look at the picture: the
-    critic knew at the card that 3 + 4 loses, and still +0.5 was handed to the turn that chose the `+`: hands that need a product stayed at 0 %.)"""
-    v = torch.tensor([[0.0, 0.0, 0.0], [0.5, 0.5, -0.8]])                  # the second turn: two tokens of syntax, then the decision
-    mask, pi = torch.ones(2, 3), torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.3]])
-    q = torch.tensor([[0.0, 0.0, 0.0], [0.5, 0.5, -0.2]])
-    y, known = td_targets(v, mask, torch.zeros(2), torch.zeros(2), torch.tensor([1, -1]), gamma=0.5, q=q, pi=pi)
-    assert known.tolist() == [True, False] and y[0].tolist() == pytest.approx([-0.4] * 3)
-    y, _ = td_targets(v, mask, torch.zeros(2), torch.zeros(2), torch.tensor([1, -1]), gamma=0.5, q=q, pi=pi * torch.tensor([[1.0], [0.0]]))
-    assert y[0].tolist() == pytest.approx([0.25] * 3)                      # the policy would not have said it: V' of the turn's beginning
+def test_tree_backup_by_hand():
+    """The backup runs through the next turn's reply, but not where that turn's outcome is unknown."""
+    tree = dict(
+        q=floats([[9, 7]] * 3),
+        pi=floats([[0.9, 0.5]] * 3),
+    )
+    batch = turns_by_hand([1, 2, -1])
+    y, _ = td_targets(V_BY_HAND, batch, 0.5, 0.25, **tree)
+    next_turn = 3.0 + 0.25 * 0.9 * (3.5 - 9.0)
+    end = -1 + 0.5 * next_turn
+    first = 2.0 + 0.25 * 0.5 * (end - 7.0)
+    assert y[0].tolist() == near([first, end])
+
+    batch = turns_by_hand([1, -1, -1])
+    y, known = td_targets(V_BY_HAND, batch, 0.5, 0.25, **tree)
+    assert known.tolist() == [True, False, False]
+    assert y[0, 1] == -1 + 0.5 * 3.0
 
 
-@pytest.mark.parametrize("gamma_token", [1.0, 0.9])
+@pytest.mark.parametrize(
+    "nexts, turns",
+    [
+        ([-1, -1], 1),
+        ([-1, 2, 3, -1, 5, -1], 3),
+        ([1, 2, 3, -1], 4),
+    ],
+)
+def test_longest_chain(nexts, turns):
+    """Counts the turns of the longest window, wherever it begins."""
+    assert longest_chain(torch.tensor(nexts)) == turns
+
+
+def test_clip_reward():
+    """A reward is cut on both sides, or left alone."""
+    cfg = settings(reward_clip=1.0)
+    assert clip_reward(10.0, cfg) == 1.0
+    assert clip_reward(0.5, cfg) == 0.5
+    assert clip_reward(-3.0, cfg) == -1.0
+    cfg.reward_clip = None
+    assert clip_reward(10.0, cfg) == 10.0
+
+
+def test_certain_syntax_passes_the_value_back():
+    """The bootstrap is the value where the next turn *decides*.
+
+    The story: it had been V' of the turn's first token, which need not look at the picture. The critic knew
+    at the card that 3 + 4 loses, and still +0.5 was passed to the turn that had chosen the `+`: hands that
+    need a product stayed at 0 %.
+    """
+    # the second turn: two tokens of syntax, then the decision
+    v = floats([[0, 0, 0], [0.5, 0.5, -0.8]])
+    q = floats([[0, 0, 0], [0.5, 0.5, -0.2]])
+    pi = floats([[1, 1, 1], [1, 1, 0.3]])
+    batch = dict(
+        mask=torch.ones(2, 3),
+        reward=torch.zeros(2),
+        terminated=torch.zeros(2),
+        next=torch.tensor([1, -1]),
+    )
+    y, known = td_targets(v, batch, 0.5, q=q, pi=pi)
+    assert known.tolist() == [True, False]
+    assert y[0].tolist() == near([-0.4] * 3)
+
+    # the policy would not have produced that reply: V' where the turn begins
+    pi[1] = 0
+    y, _ = td_targets(v, batch, 0.5, q=q, pi=pi)
+    assert y[0].tolist() == near([0.25] * 3)
+
+
+class TokenMDP:
+    """An MDP of 3 states and replies of 2 tokens out of 3.
+
+    Some turns terminate, some lead to the next turn, some are truncated. The batch has a row per state and
+    reply, then a row per state for the last observations.
+    """
+
+    states = 3
+    tokens = 3
+    gamma = 0.8
+
+    def __init__(self):
+        rng = np.random.default_rng(3)
+        S = self.states
+        ones = np.ones(self.tokens)
+        shape = (S, self.tokens, self.tokens)
+        self.turns = list(np.ndindex(shape))
+        # pi(a|s) and pi(b|s,a)
+        self.first = rng.dirichlet(ones, S)
+        self.second = rng.dirichlet(ones, shape[:2])
+        # what another player does in place of pi(b|s,a)
+        other_rng = np.random.default_rng(4)
+        self.other = other_rng.dirichlet(ones, shape[:2])
+        self.reward = rng.normal(size=shape)
+        self.successor = rng.integers(0, S, shape)
+        # 0 terminated, 1 neither, 2 truncated
+        self.end = rng.integers(0, 3, shape)
+
+    def exact_q(self):
+        """Solve the Bellman equations -> Q of the first token (S, K), of the second (S, K, K).
+
+        V(s) = sum_a pi(a|s) sum_b pi(b|s,a) (r + gamma [not terminated] V(s')) is linear in V.
+        """
+        matrix = np.eye(self.states)
+        constant = np.zeros(self.states)
+        bootstrap = np.where(self.end > 0, self.gamma, 0.0)
+        for turn in self.turns:
+            s, a, _ = turn
+            weight = self.first[s, a] * self.second[turn]
+            constant[s] += weight * self.reward[turn]
+            following = self.successor[turn]
+            matrix[s, following] -= weight * bootstrap[turn]
+        value = np.linalg.solve(matrix, constant)
+        second = self.reward + bootstrap * value[self.successor]
+        first = (self.second * second).sum(2)
+        return first, second
+
+    def next_row(self, turn):
+        """Return the row that follows a turn, -1 for none."""
+        state = int(self.successor[turn])
+        if self.end[turn] == 2:
+            return len(self.turns) + state
+        if self.end[turn] == 1:
+            return self.turns.index((state, 0, 0))
+        return -1
+
+    def batch(self):
+        """Make the batch of all turns, then the last observations."""
+        turns = len(self.turns)
+        rows = turns + self.states
+        batch = dict(
+            mask=torch.zeros(rows, 2, dtype=torch.float64),
+            reward=torch.zeros(rows, dtype=torch.float64),
+            terminated=torch.zeros(rows, dtype=torch.float64),
+            next=torch.full((rows,), -1),
+        )
+        batch["mask"][:turns] = 1
+        for row, turn in enumerate(self.turns):
+            batch["reward"][row] = self.reward[turn]
+            batch["terminated"][row] = float(self.end[turn] == 0)
+            batch["next"][row] = self.next_row(turn)
+        return batch
+
+    def token_table(self, first, second, last):
+        """Arrange numbers of both tokens as rows of the batch (B, 2), last (S,) for the last observations."""
+        shape = self.reward.shape
+        columns = [first.expand(shape), second.expand(shape)]
+        turns = torch.stack(columns, -1).flatten(0, 2)
+        observations = torch.stack([last, last], -1)
+        return torch.cat([turns, observations])
+
+    def q_table(self, first, second):
+        """Arrange numbers of the tokens taken; the last observations have none."""
+        zeros = torch.zeros(self.states)
+        return self.token_table(first[..., None], second, zeros)
+
+    def values(self, q_first, q_second):
+        """Compute V before each token (B, 2) under the policy."""
+        log_first = torch.tensor(self.first).log()
+        log_second = torch.tensor(self.second).log()
+        v_first = state_value(log_first, q_first)  # V(s)
+        v_second = state_value(log_second, q_second)  # V(s, a)
+        return self.token_table(
+            v_first[:, None, None],
+            v_second[..., None],
+            v_first,
+        )
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("trace", ["tree", "plain"])
-def test_fixed_point_is_the_exact_value(trace, gamma_token):
-    """A token MDP of 3 states and replies of 2 tokens, some ended, some cut off: iterated targets reach the solution of the Bellman
-    equations, whatever lam is: the tree backup from anybody's play, plain TD(lambda) from the policy's own only. (On recorded play it had learned
-    the value of the players: EZPoints stayed at 0 %, because after a first right card these players nearly always lose.)"""
-    rng, K, S, gamma = np.random.default_rng(3), 3, 3, 0.8
-    first, second = rng.dirichlet(np.ones(K), S), rng.dirichlet(np.ones(K), (S, K))                         # pi(a|s), pi(b|s,a)
-    other = np.random.default_rng(4).dirichlet(np.ones(K), (S, K))                                          # what some player does instead of pi(b|s,a)
-    reward, to, kind = rng.normal(size=(S, K, K)), rng.integers(0, S, (S, K, K)), rng.integers(0, 3, (S, K, K))  # kind 0 ends, 1 goes on, 2 is cut off
+def test_fixed_point_is_the_exact_value(trace, lam):
+    """Iterated targets reach the solution of the Bellman equations, whatever lam is.
 
-    # V(s) = sum_a pi(a|s) gamma_token sum_b pi(b|s,a) (r + gamma [not ended] V(s'))  is linear in V
-    A, c = np.eye(S), np.zeros(S)
-    for s, a, b in np.ndindex(S, K, K):
-        w = first[s, a] * second[s, a, b] * gamma_token
-        c[s] += w * reward[s, a, b]
-        A[s, to[s, a, b]] -= w * gamma * (kind[s, a, b] > 0)
-    value = np.linalg.solve(A, c)
-    exact2 = reward + gamma * (kind > 0) * value[to]
-    exact1 = gamma_token * (second * exact2).sum(2)
-
-    log = lambda p: torch.tensor(np.log(p))
-    turns = list(np.ndindex(S, K, K))
-    index = {turn: i for i, turn in enumerate(turns)}
-    nexts = torch.tensor([len(turns) + to[t] if kind[t] == 2 else index[int(to[t]), 0, 0] if kind[t] == 1 else -1 for t in turns] + [-1] * S)
-    mask = torch.tensor([[1.0, 1.0]] * len(turns) + [[0.0, 0.0]] * S, dtype=torch.float64)             # the last S rows: last observations
-    rewards = torch.tensor([reward[t] for t in turns] + [0.0] * S, dtype=torch.float64)
-    ended = torch.tensor([float(kind[t] == 0) for t in turns] + [0.0] * S, dtype=torch.float64)
-    for lam in (0.0, 0.5, 1.0):
-        q1, q2 = torch.zeros(S, K, dtype=torch.float64), torch.zeros(S, K, K, dtype=torch.float64)
-        for _ in range(200):
-            v1, v2 = state_value(log(first), q1), state_value(log(second), q2)                              # V(s), V(s, a)
-            v = torch.stack([torch.stack([v1[s], v2[s, a]]) for s, a, _ in turns] + [torch.stack([v1[s], v1[s]]) for s in range(S)])
-            said = [torch.stack([torch.stack([x1[s, a], x2[s, a, b]]) for s, a, b in turns] + [torch.zeros(2)] * S) for x1, x2 in ((q1, q2), (torch.tensor(first), torch.tensor(second)))]
-            y, known = td_targets(v, mask, rewards, ended, nexts, gamma, gamma_token, lam, *(said if trace == "tree" else ()))
-            assert known[:len(turns)].all() and not known[len(turns):].any()
-            q2 = y[:len(turns), 1].reshape(S, K, K)
-            q1 = (y[:len(turns), 0].reshape(S, K, K) * torch.tensor(other if trace == "tree" else second)).sum(2)   # what the mean square does with these data
-        np.testing.assert_allclose(q1.numpy(), exact1, atol=1e-9)
-        np.testing.assert_allclose(q2.numpy(), exact2, atol=1e-9)
+    The tree backup does so from any player's data, plain TD(lambda) from the policy's own only. The story:
+    on recorded play it had learned the value of the players. EZPoints stayed at 0 %, because after a right
+    first card these players nearly always lose.
+    """
+    mdp = TokenMDP()
+    turns = len(mdp.turns)
+    batch = mdp.batch()
+    first = torch.tensor(mdp.first)
+    second = torch.tensor(mdp.second)
+    pi = mdp.q_table(first, second)
+    player = second
+    if trace == "tree":
+        player = torch.tensor(mdp.other)
+    q_first = torch.zeros_like(first)
+    q_second = torch.zeros_like(second)
+    for _ in range(200):
+        tree = {}
+        if trace == "tree":
+            tree = dict(q=mdp.q_table(q_first, q_second), pi=pi)
+        v = mdp.values(q_first, q_second)
+        y, known = td_targets(v, batch, mdp.gamma, lam, **tree)
+        assert known[:turns].all()
+        assert not known[turns:].any()
+        # the mean square averages the first token's targets as often as the player chose the second token
+        q_second = y[:turns, 1].view_as(second)
+        y_first = y[:turns, 0].view_as(second)
+        q_first = (y_first * player).sum(2)
+    exact_first, exact_second = mdp.exact_q()
+    assert_equal_to_exact(q_first, exact_first)
+    assert_equal_to_exact(q_second, exact_second)
 
 
-@pytest.mark.parametrize("support", [0.0, 0.1, 0.5, 1.0])
-def test_state_value(support):
-    """The exact expectation; with a threshold over the likely tokens, renormalised; at 1 the value of the likeliest."""
+# ---- values and filters ----
+
+
+def test_state_value():
+    """V is the exact expectation over the vocabulary."""
     rng = np.random.default_rng(0)
-    logits, q = 2 * rng.normal(size=(4, 3, V)), rng.normal(size=(4, 3, V))
-    v = state_value(torch.tensor(logits), torch.tensor(q), support).numpy()
-    np.testing.assert_allclose(v, [[np_value(logits[i, j], q[i, j], support) for j in range(3)] for i in range(4)], atol=1e-9)
-    if support == 1.0:
-        np.testing.assert_allclose(v, np.take_along_axis(q, logits.argmax(-1)[..., None], -1)[..., 0], atol=1e-9)
+    logits = 2 * rng.normal(size=(12, VOCAB))
+    q = rng.normal(size=(12, VOCAB))
+    v = state_value(torch.tensor(logits), torch.tensor(q))
+    expected = []
+    for row, row_q in zip(logits, q):
+        expected.append(np_softmax(row) @ row_q)
+    assert_equal_to_exact(v, expected)
 
 
 def test_constant_q_has_no_advantage():
-    """V is an expectation: where Q is constant A is 0, for every policy and threshold."""
-    logits = 3 * torch.randn(5, 4, V, generator=torch.Generator().manual_seed(0))
-    for support in (0.0, 0.2, 1.0):
-        assert torch.allclose(state_value(logits, torch.full((5, 4, V), -1.7), support), torch.tensor(-1.7), atol=1e-5)
+    """V is an expectation: where Q is constant, A is 0 for every policy."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(20, VOCAB, generator=generator)
+    q = torch.full_like(logits, -1.7)
+    assert_close(state_value(logits, q), q[:, 0])
 
 
 def test_filter_weight():
-    """Each kind by hand; awr is clipped, however large A is; an unknown kind is an error."""
-    adv = torch.tensor([[-1.0, 0.0, 0.5, 1000.0]])
-    assert filter_weight(adv, "sft").tolist() == [[1, 1, 1, 1]]
-    assert filter_weight(adv, "afsft", beta=0.0).tolist() == [[0, 0, 1, 1]]                                 # strictly above
-    assert filter_weight(adv, "afsft", beta=-0.02).tolist() == [[0, 1, 1, 1]]
-    assert filter_weight(adv, "awr", temperature=0.5, max_weight=20.0)[0].tolist() == pytest.approx([np.exp(-2), 1, np.e, 20])
-    assert filter_weight(adv.expand(2, 4), "fbc", good_episode=torch.tensor([True, False])).tolist() == [[1] * 4, [0] * 4]
+    """Each kind by hand; awr is bounded, however large A is; an unknown kind is an error."""
+    adv = floats([[-1, 0, 0.5, 1000]])
+
+    def weights(kind, **options):
+        return filter_weight(adv, kind, **options)[0].tolist()
+
+    assert weights("sft") == [1, 1, 1, 1]
+    # strictly above beta
+    assert weights("afsft", beta=0.0) == [0, 0, 1, 1]
+    assert weights("afsft", beta=-0.02) == [0, 1, 1, 1]
+    low = math.exp(-1 / AWR_TEMPERATURE)
+    high = math.exp(0.5 / AWR_TEMPERATURE)
+    assert weights("awr") == near([low, 1, high, AWR_MAX_WEIGHT])
+    assert weights("fbc", good_episode=torch.tensor([True])) == [1] * 4
+    assert weights("fbc", good_episode=torch.tensor([False])) == [0] * 4
     with pytest.raises(ValueError, match="ppo"):
-        filter_weight(adv, "ppo")
+        weights("ppo")
 
 
-def test_fbc_without_critics():
-    """fbc and sft need no heads: the mean over all tokens of the clones' -log pi, 0 for the worse episodes."""
-    batch, vlm = random_batch(), Stub(critics=0)
-    logits, _ = vlm(batch["inputs"], 3, 6)
-    logp = logits.log_softmax(-1).gather(2, batch["reply_ids"][..., None])[..., 0] * batch["mask"]
+def test_cloning_without_critics():
+    """sft and fbc need no heads: the mean of -log pi over all tokens, where fbc drops the worse episodes."""
+    batch = random_batch()
+    vlm = Stub(critics=0)
+    mask = batch["mask"]
+    hidden = vlm.states(batch["inputs"], 3, COLUMNS)
+    logp = vlm.logits(hidden).log_softmax(-1)
+    index = batch["reply_ids"][..., None]
+    nll = -logp.gather(2, index)[..., 0] * mask
     good = batch["ep_return"] >= 0.1
     assert 0 < good.sum() < len(good)
-    loss, info = compute_loss(vlm, batch, settings(actor_loss="fbc", bc_coef=0.0, af_coef=1.0), quantile=0.1)
-    assert torch.allclose(loss, -logp[good].sum() / batch["mask"].sum()) and set(summarise([info])) == {"tokens", "nll"}
-    loss, _ = compute_loss(vlm, batch, settings(actor_loss="sft", bc_coef=0.0, af_coef=1.0))
-    assert torch.allclose(loss, -logp.sum() / batch["mask"].sum())
+
+    loss, info = loss_of(vlm, batch, actor_loss="fbc", bc_coef=0.0, quantile=0.1)
+    assert_close(loss, nll[good].sum() / mask.sum())
+    assert set(summarise([info])) == {"tokens", "nll"}
+
+    loss, info = loss_of(vlm, batch, actor_loss="sft", bc_coef=0.0)
+    assert_close(loss, nll.sum() / mask.sum())
+    assert summarise([info])["nll"] == near(loss.item())
 
 
 @pytest.mark.parametrize("kind", ["afsft", "awr"])
 def test_warm_clones_all(kind):
-    """While the filter waits the actor's gradient is plain cloning's; afterwards it is not."""
-    batch, vlm, g = random_batch(), Stub(), {}
-    for name, warm in ((kind, True), (kind, False), ("sft", False)):
-        loss, _ = compute_loss(vlm, batch, settings(actor_loss=name, critic_coef=0.0), warm)
-        g[name, warm] = gradients(vlm, loss)["policy.weight"]
-    assert torch.allclose(g[kind, True], g["sft", False]) and not torch.allclose(g[kind, False], g["sft", False])
+    """During the warm-up the actor's gradient is that of plain cloning; afterwards it is not."""
+    batch = random_batch()
+    vlm = Stub()
+
+    def policy_gradient(name, warm):
+        loss, _ = loss_of(vlm, batch, warm, actor_loss=name, critic_coef=0.0)
+        return gradients(vlm, loss)["policy.weight"]
+
+    plain = policy_gradient("sft", warm=False)
+    assert_close(policy_gradient(kind, warm=True), plain)
+    filtered = policy_gradient(kind, warm=False)
+    assert not torch.allclose(filtered, plain, rtol=0.01)
+
+
+# ---- properties of the whole loss ----
 
 
 def test_reward_reaches_the_critic_only_where_it_is_known():
     """Change the reward of a turn: the critic's loss changes, unless the turn's successor is missing."""
-    vlm, cfg = Stub(), settings()
+    vlm = Stub()
     batch = random_batch()
-    known = (batch["terminated"] > 0) | (batch["next"] >= 0)
+    known = known_turns(batch)
     played = batch["mask"].sum(1) > 0
-    assert (known & played).any() and (~known & played).any()
-    before = compute_loss(vlm, batch, cfg)[0]
+    counts = known & played
+    assert counts.any()
+    assert (played & ~known).any()
+    before, _ = loss_of(vlm, batch)
     for b in range(len(known)):
-        changed = batch | dict(reward=batch["reward"].index_add(0, torch.tensor([b]), torch.tensor([3.0])))
-        assert (compute_loss(vlm, changed, cfg)[0] != before) == (known[b] & played[b])
+        other = dict(batch)
+        other["reward"] = batch["reward"].clone()
+        other["reward"][b] += 3
+        after, _ = loss_of(vlm, other)
+        assert (after != before) == counts[b]
 
 
-def test_outside_of_the_mask_nothing_counts():
-    """Flip token ids, hidden states and spans in the padding columns: loss, info and gradients stay. A last observation's first
-    column is a state, not padding."""
-    vlm, batch = Stub(), random_batch()
-    pad = batch["mask"] == 0
-    state = pad.clone()
-    state[:, 0] = False
-    noise = torch.randn(batch["inputs"]["x"].shape, generator=torch.Generator().manual_seed(1))
-    other = batch | dict(reply_ids=torch.where(pad, (batch["reply_ids"] + 3) % V, batch["reply_ids"]), span=torch.where(pad, 1.0, batch["span"]),
-                         inputs=dict(x=torch.where(state[..., None], noise, batch["inputs"]["x"])))
-    for changes in (dict(), dict(actor_loss="awr"), dict(mdp="turn"), dict(v_support=0.2)):
-        (one, info1), (two, info2) = (compute_loss(vlm, b, settings(**changes)) for b in (batch, other))
-        g1, g2 = gradients(vlm, one), gradients(vlm, two)
-        assert torch.allclose(one, two, atol=1e-6) and all(torch.allclose(g1[k], g2[k], atol=1e-6) for k in g1)
-        assert all(torch.allclose(info1[k], info2[k], atol=1e-5) for k in info1)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(actor_loss="awr"),
+        dict(mdp="turn"),
+        dict(trace="plain"),
+    ],
+)
+def test_outside_of_the_mask_nothing_counts(changes):
+    """Other token ids, hidden states and spans in the padding change no loss, no info and no gradient.
+
+    The first column of a last observation is a state, not padding.
+    """
+    vlm = Stub()
+    batch = random_batch()
+    padding = batch["mask"] == 0
+    unused_state = padding.clone()
+    unused_state[:, 0] = False
+    x = batch["inputs"]["x"].clone()
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(x.shape, generator=generator)
+    x[unused_state] = noise[unused_state]
+    actions = batch["reply_ids"].clone()
+    actions[padding] = (actions[padding] + 3) % VOCAB
+    span = batch["span"].clone()
+    span[padding] = 1
+    other = dict(batch, reply_ids=actions, span=span)
+    other["inputs"] = dict(x=x)
+    loss, info = loss_of(vlm, batch, **changes)
+    other_loss, other_info = loss_of(vlm, other, **changes)
+    assert_close(other_loss, loss)
+    assert_close(other_info, info)
+    assert_close(gradients(vlm, other_loss), gradients(vlm, loss))
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(actor_loss="awr"), dict(actor_loss="fbc"), dict(mdp="turn")])
+def window_starts(batch):
+    """List the rows where a window begins."""
+    starts = [0]
+    for row, following in enumerate(batch["next"].tolist()):
+        if following < 0:
+            starts.append(row + 1)
+    return starts[:-1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(actor_loss="awr"),
+        dict(actor_loss="fbc"),
+        dict(mdp="turn"),
+    ],
+)
 def test_any_split_gives_the_same_gradients(changes):
-    """The tokens of the whole update are counted first, so micro-batches of any size add up to the same gradients and metrics."""
-    cfg, batch, vlm = settings(**changes), random_batch(windows=6), Stub()
-    starts = [0] + [b + 1 for b in range(len(batch["next"]) - 1) if batch["next"][b] < 0]                    # where a window begins
-    known = (batch["terminated"] > 0) | (batch["next"] >= 0)
-    tokens, critic_tokens = batch["mask"].sum(), (batch["mask"] * known[:, None]).sum()
+    """Micro-batches of any size add up to the same gradients and metrics.
+
+    The tokens of the whole update are counted first.
+    """
+    cfg = settings(**changes)
+    vlm = Stub()
+    batch = random_batch(windows=6)
+    mask = batch["mask"]
+    known = known_turns(batch)
+    critic_tokens = mask[known].sum()
     loss, info = compute_loss(vlm, batch, cfg, quantile=0.2)
-    whole, metrics = gradients(vlm, loss), summarise([info])
-    for cuts in (starts, starts[::2], starts[::3]):
-        ends, vlm_infos, parts = cuts[1:] + [len(known)], [], {}
-        for a, b in zip(cuts, ends):
-            loss, info = compute_loss(vlm, rows(batch, a, b), cfg, quantile=0.2, tokens=tokens, critic_tokens=critic_tokens)
-            vlm_infos.append(info)
-            for k, g in gradients(vlm, loss).items():
-                parts[k] = parts.get(k, 0) + g
-        assert all(torch.allclose(parts[k], whole[k], atol=1e-6) for k in whole)
-        assert summarise(vlm_infos) == pytest.approx(metrics, abs=1e-5)
+    whole = gradients(vlm, loss)
+    metrics = summarise([info])
+    for step in (1, 2, 3):
+        starts = window_starts(batch)[::step]
+        ends = [*starts[1:], len(mask)]
+        infos = []
+        total = {}
+        for begin, end in zip(starts, ends):
+            loss, info = compute_loss(
+                vlm,
+                cut_rows(batch, begin, end),
+                cfg,
+                quantile=0.2,
+                tokens=mask.sum(),
+                critic_tokens=critic_tokens,
+            )
+            infos.append(info)
+            for name, gradient in gradients(vlm, loss).items():
+                total[name] = total.get(name, 0) + gradient
+        assert_close(total, whole)
+        assert summarise(infos) == near(metrics)
 
 
-def test_weights_carry_no_gradient():
-    """The actor's loss does not pull on the critic, the critic's not on the policy; with critic_detach not on the trunk either."""
-    vlm, batch = Stub(), random_batch()
-    heads = lambda g: {k: x for k, x in g.items() if k.startswith("heads") and x.abs().sum() > 0}
+def test_each_loss_trains_its_own_part():
+    """The actor's loss does not train the critic, the critic's not the policy; both train the trunk."""
+    vlm = Stub()
+    batch = random_batch()
+    heads = ("heads.0.weight", "heads.1.weight")
     for kind in ("awr", "afsft"):
-        g = gradients(vlm, compute_loss(vlm, batch, settings(actor_loss=kind, critic_coef=0.0))[0])
-        assert not heads(g) and g["policy.weight"].abs().sum() > 0
-    cfg = settings(bc_coef=0.0, af_coef=0.0)
-    g = gradients(vlm, compute_loss(vlm, batch, cfg)[0])
-    assert g["policy.weight"].abs().sum() == 0 and heads(g) and g["trunk.weight"].abs().sum() > 0
-    cfg.critic_detach = True
-    g = gradients(vlm, compute_loss(vlm, batch, cfg)[0])
-    assert g.get("trunk.weight", torch.zeros(1)).abs().sum() == 0 and heads(g)
+        loss, _ = loss_of(vlm, batch, actor_loss=kind, critic_coef=0.0)
+        found = gradients(vlm, loss)
+        assert all(is_zero(found.get(name)) for name in heads)
+        assert not is_zero(found["policy.weight"])
+        assert not is_zero(found["trunk.weight"])
+
+    # nothing passes this filter, so only the critic's loss is left
+    loss, info = loss_of(vlm, batch, bc_coef=0.0, beta=math.inf)
+    found = gradients(vlm, loss)
+    metrics = summarise([info])
+    assert metrics["pass_action"] == 0
+    assert metrics["pass_syntax"] == 0
+    assert is_zero(found.get("policy.weight"))
+    assert not any(is_zero(found[name]) for name in heads)
+    assert not is_zero(found["trunk.weight"])
 
 
-@pytest.mark.parametrize("actor_loss, critics", [("afsft", 2), ("sft", 0)])
-def test_a_large_vocabulary_is_taken_some_states_at_a_time(monkeypatch, actor_loss, critics):
-    """With room for the logits of 4 states at once instead of all: the same loss, gradients and metrics, and never more than 4 at once."""
-    vlm, batch, cfg, seen = Stub(critics), random_batch(windows=4), settings(actor_loss=actor_loss), []
+@pytest.mark.parametrize("actor_loss", ["afsft", "sft"])
+def test_a_large_vocabulary_is_computed_in_chunks(monkeypatch, actor_loss):
+    """With room for the logits of 4 states instead of all: the same loss, gradients and metrics."""
+    critics = dict(afsft=2, sft=0)
+    vlm = Stub(critics[actor_loss])
+    batch = random_batch(windows=4)
+    cfg = settings(actor_loss=actor_loss)
     whole, info = compute_loss(vlm, batch, cfg)
     expected = gradients(vlm, whole)
-    monkeypatch.setattr(agent_rl, "LOGITS", 4 * V + 1)
+
     logits = vlm.logits
-    vlm.logits = lambda h: (seen.append(len(h)), logits(h))[1]
-    loss, parts = compute_loss(vlm, batch, cfg)
-    for k, g in gradients(vlm, loss).items():
-        assert torch.allclose(g, expected[k], atol=1e-6), k
-    assert torch.allclose(loss, whole, atol=1e-6) and all(torch.allclose(info[k], parts[k], atol=1e-5) for k in info)
-    assert max(seen) == 4 and sum(seen) == 2 * batch["mask"].numel()            # on the way and once more on the way back
+    chunks = []
+
+    def count_states(hidden):
+        chunks.append(len(hidden))
+        return logits(hidden)
+
+    monkeypatch.setattr(agent_rl, "MAX_LOGITS", 4 * VOCAB + 1)
+    monkeypatch.setattr(vlm, "logits", count_states)
+    loss, chunk_info = compute_loss(vlm, batch, cfg)
+    assert_close(gradients(vlm, loss), expected)
+    assert_close(loss, whole)
+    assert_close(chunk_info, info)
+    # each chunk is computed in the forward pass and again in the backward pass
+    assert max(chunks) == 4
+    assert sum(chunks) == 2 * batch["mask"].numel()
 
 
-def test_turn_has_one_advantage_a_reply():
-    """mdp='turn': all tokens of a reply pass or none, by Q of the last token and V of the first state; gamma_token has no say."""
-    vlm, batch = Stub(), random_batch(windows=8)
-    cfg = settings(mdp="turn", bc_coef=0.0, critic_coef=0.0, actor_loss="afsft", beta=0.0)
-    logits, hidden = vlm(batch["inputs"], 3, 6)
+def test_turn_level_has_one_advantage_per_reply(monkeypatch):
+    """mdp='turn': all tokens of a reply pass or none, by Q of the last token and V of the first state."""
+    vlm = Stub()
+    batch = random_batch(windows=8)
+    hidden = vlm.states(batch["inputs"], 3, COLUMNS)
+    logits = vlm.logits(hidden)
     logits.retain_grad()
-    vlm.states, vlm.logits = lambda *_: hidden, lambda h: logits.flatten(0, 1)
-    compute_loss(vlm, batch, cfg)[0].backward()
-    passed = logits.grad.abs().sum(-1) > 0                                                                   # (B, R)
-    q, length = vlm.q(hidden).mean(0), batch["mask"].sum(1).int()
-    v, share = state_value(logits, q), []
-    for b, n in enumerate(length):
-        if n:
-            adv = q[b, n - 1, batch["reply_ids"][b, n - 1]] - v[b, 0]
-            assert passed[b, :n].tolist() == [bool(adv > 0)] * n and not passed[b, n:].any()
-            share.append(bool(adv > 0))
-    assert 0 < sum(share) < len(share)
-    losses = [compute_loss(vlm, batch, settings(mdp="turn", gamma_token=g))[0] for g in (1.0, 0.5)]
-    assert losses[0] == losses[1]
+    flat = logits.flatten(0, 1)
+    q = vlm.q(hidden).mean(0)
+    qa = agent_rl.pick_token(q.flatten(0, 1), batch["reply_ids"].flatten())
+    qa = qa.view_as(batch["mask"])
+    v = state_value(logits, q)
 
-# ------------------------------------------------------------------------------------------------------------ the story
+    # the gradient on the logits shows which tokens are cloned
+    monkeypatch.setattr(vlm, "states", lambda *_: hidden)
+    monkeypatch.setattr(vlm, "logits", lambda _: flat)
+    only_actor = dict(bc_coef=0.0, critic_coef=0.0)
+    loss, _ = loss_of(vlm, batch, mdp="turn", beta=0.0, **only_actor)
+    loss.backward()
+    passed = logits.grad.abs().sum(-1) > 0
 
-class Tabular(nn.Module):
-    """One state a token place: a table of logits and a table of Q."""
-    def __init__(self, q_init):
-        super().__init__()
-        self.q_init, self.vocab_size = q_init, V
-        self.policy, self.table = nn.Parameter(torch.zeros(2, V)), nn.Parameter(torch.full((2, V), q_init))
-        self.heads = [self.table]
-    def states(self, inputs, P, R): return torch.eye(2).expand(len(inputs["x"]), 2, 2)
-    def logits(self, hidden): return hidden @ self.policy
-    def q(self, hidden, target=False): return (hidden @ (self.table.detach() if target else self.table))[None]
+    replies = []
+    for b, n in enumerate(reply_lengths(batch)):
+        if n == 0:
+            continue
+        adv = qa[b, n - 1] - v[b, 0]
+        is_good = bool(adv > 0)
+        assert passed[b, :n].tolist() == [is_good] * n
+        assert not passed[b, n:].any()
+        replies.append(is_good)
+    assert set(replies) == {True, False}
 
 
-@pytest.mark.parametrize("q_init, support, learns", [(0.0, 0.0, False), (-1.0, 0.0, True), (0.0, 0.9, True)])
-def test_the_story_of_pessimism(q_init, support, learns):
-    """Every reply in the data is `[action]` (token 0) and then one of two moves, and all of it went badly: returns of -1 and -0.5. Tokens
-    that no data shows keep the head's first value. At 0 they look good, V is too high, and the one correct syntax token fails the filter:
-    the policy never learns to say it. From the lowest return in the data it passes. So it does if V asks likely tokens only, once
-    cloning in the warm-up has made it the likeliest."""
-    vlm, n = Tabular(q_init), 8
-    replies, reward = torch.tensor([[0, 1], [0, 2]]).repeat(n // 2, 1), torch.tensor([-1.0, -0.5]).repeat(n // 2)
-    ones = torch.ones(n, 2)
-    batch = dict(inputs=dict(x=torch.zeros(n, 2)), P=3, mask=ones, span=ones * torch.tensor([0.0, 1.0]), reply_ids=replies, reward=reward,
-                 terminated=torch.ones(n), next=torch.full((n,), -1), return_to_go=reward, ep_return=reward)
-    cfg = settings(trace="plain", bc_coef=0.0, af_coef=1.0, cql_coef=0.0, pess_coef=0.0, lam=1.0, gamma_token=1.0, beta=-0.02, v_support=support)
-    optimizer, syntax = torch.optim.SGD(vlm.parameters(), lr=0.5), []
-    for step in range(60):                                                # at first cloned as in filter_warmup; then it is up to the filter
+@pytest.mark.parametrize("lam", [0.2, 1.0])
+@pytest.mark.parametrize("trace", ["tree", "plain"])
+def test_the_trace_does_not_matter_at_turn_level(trace, lam):
+    """mdp='turn' gives all tokens of a reply the turn's own target."""
+    vlm = Stub()
+    batch = random_batch(windows=8)
+    loss, _ = loss_of(vlm, batch, mdp="turn")
+    other, _ = loss_of(vlm, batch, mdp="turn", trace=trace, lam=lam)
+    assert loss == other
+
+
+# ---- why pessimism ----
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_the_story_of_pessimism(learns):
+    """A head that starts at the lowest return in the data keeps the filter from unlearning the syntax.
+
+    Every reply in the data is `[action]` (token 0) and then one of two moves, and all of it went badly, with
+    returns of -1 and -0.5. Tokens that no data shows keep the head's first value. At 0 they look good, V is
+    too high, and the one correct syntax token fails the filter: the policy never learns it. From the lowest
+    return in the data it passes.
+    """
+    q_init = -1.0 if learns else 0.0
+    vlm = Tabular(q_init)
+    replies = torch.tensor([[0, 1], [0, 2]] * 4)
+    reward = floats([-1, -0.5] * 4)
+    batch = two_token_batch(replies, reward)
+    cfg = settings(
+        trace="plain",
+        lam=1.0,
+        bc_coef=0.0,
+        pess_coef=0.0,
+    )
+    optimizer = torch.optim.SGD(vlm.parameters(), lr=0.5)
+    pass_syntax = []
+    for step in range(60):
+        # all is cloned at first, as in filter_warmup; then the filter decides
         loss, info = compute_loss(vlm, batch, cfg, warm=step < 5)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        syntax.append((summarise([info])["pass_syntax"], vlm.policy.softmax(-1)[0, 0].item()))
-    assert vlm.table[0, 0].item() == pytest.approx(-0.75, abs=0.01) and vlm.table[0, 3].item() == q_init
-    assert [passed for passed, _ in syntax[15:]] == [1.0 if learns else 0.0] * 45
-    assert (syntax[-1][1] > 0.9) if learns else (syntax[-1][1] < 0.6), "pi of the only token that the data has here"
+        pass_syntax.append(summarise([info])["pass_syntax"])
+
+    shown = vlm.table[0, 0].item()
+    assert shown == pytest.approx(-0.75, abs=0.01)
+    assert vlm.table[0, 3] == q_init
+    syntax, action = vlm.policy.softmax(-1)
     if learns:
-        assert vlm.policy[1, 2] > vlm.policy[1, 1] + 0.5, "the better of the two moves is preferred"
+        assert pass_syntax[15:] == [1.0] * 45
+        assert syntax[0] > 0.9
+        # the better of the two moves is preferred
+        assert action[2] > 1.7 * action[1]
+    else:
+        assert pass_syntax[15:] == [0.0] * 45
+        assert syntax[0] < 0.6
 
 
 def test_pessimism_has_a_floor():
-    """Raised by chance, tokens that no data shows come back to q_init and no lower (CQL alone would sink without end); what data shows
-    stays close to its return."""
-    vlm, n = Tabular(-1.0), 4
-    ones = torch.ones(n, 2)
+    """Tokens that no data shows, raised by chance, return to q_init; what the data shows is near its return.
+
+    The term of CQL alone has no floor.
+    """
+    vlm = Tabular(-1.0)
     vlm.table.data[:, 3:] = 2.0
-    batch = dict(inputs=dict(x=torch.zeros(n, 2)), P=3, mask=ones, span=ones, reply_ids=torch.tensor([[0, 1]] * n), reward=torch.full((n,), 0.5), terminated=torch.ones(n),
-                 next=torch.full((n,), -1), return_to_go=torch.zeros(n), ep_return=torch.zeros(n))
-    cfg = settings(trace="plain", cql_coef=0.0, pess_coef=0.2, lam=1.0, gamma_token=1.0, critic_coef=1.0)
+    replies = torch.tensor([[0, 1]] * 4)
+    batch = two_token_batch(replies, floats([0.5] * 4))
+    cfg = settings(trace="plain", lam=1.0, critic_coef=1.0)
     optimizer = torch.optim.SGD([vlm.table], lr=1.0)
     for _ in range(500):
+        loss, _ = compute_loss(vlm, batch, cfg)
         optimizer.zero_grad()
-        compute_loss(vlm, batch, cfg)[0].backward()
+        loss.backward()
         optimizer.step()
-    unseen = torch.cat([vlm.table[0, 1:], vlm.table[1, :1], vlm.table[1, 2:]])
-    assert torch.allclose(unseen, torch.tensor(-1.0), atol=1e-3)
-    share = cfg.pess_coef / V                                              # seen: the minimum of (Q - y)^2 + share (Q - q_init)^2
-    assert torch.allclose(vlm.table[[0, 1], [0, 1]], torch.tensor((0.5 - share) / (1 + share)), atol=1e-3)
+    # the minimum of (Q - y)^2 + share (Q - q_init)^2 where there is data, q_init where there is none
+    share = cfg.pess_coef / VOCAB
+    expected = torch.full_like(vlm.table, vlm.q_init)
+    expected[0, 0] = (0.5 + share * vlm.q_init) / (1 + share)
+    expected[1, 1] = expected[0, 0]
+    assert_close(vlm.table.detach(), expected, tolerance=1e-3)

@@ -1,198 +1,578 @@
 """
-MiniWoB++: web pages in a real Chromium.
+MiniWoB++: small web tasks in a real Chromium.
+
+The page is a picture and, in the text, a list of lines such as `button 'ONE' [13]`. The agent clicks on
+numbers or places, types, and presses keys. In this file: how a page is read, how browsers are opened and
+ended, a scripted player for sixteen tasks, and the environment MiniWoB.
 """
-import atexit, contextlib, difflib, importlib.util, io, os, re, shutil, signal, sys, threading, time, zlib
+import atexit
+import contextlib
+import difflib
+import importlib.util
+import io
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import zlib
 
 from PIL import Image
 
 from envs import Command, Env, Words, format_action, require
 
-AREA = (0, 50, 160, 210)        # of a page's 160 x 210 pixels; above it stands the goal, which the prompt has too: this way text is shown pixel for pixel at size 160
-KEYS = {"Enter": "\ue007", "Tab": "\ue004", "Backspace": "\ue003", "ArrowLeft": "\ue012", "ArrowRight": "\ue014", "PageUp": "\ue00e", "PageDown": "\ue00f"}
-ROLES = {"input_text": "textbox", "input_password": "textbox", "textarea": "textbox", "input_checkbox": "checkbox", "input_radio": "radio", "a": "link", "button": "button", "select": "select", "t": "text"}
-PAGE = "const said = core.getUtterance(), over = WOB_DONE_GLOBAL; return [WOB_TASK_READY, over, WOB_RAW_REWARD_GLOBAL, said.utterance || said, over ? null : core.getDOMInfo()];"
-START_SCRIPT = "if (window.jQuery) jQuery.fx.off = true; document.activeElement.blur(); core.EPISODE_MAX_TIME = 1e9; core.endEpisode(0); Math.seedrandom(arguments[0]); core.setDataMode('train'); core.startEpisodeReal(); "
+# A page has 160 x 210 pixels. The upper 50 rows show the goal, which is in the prompt, too. Without them the
+# picture is square, and at size 160 it shows text pixel for pixel.
+PAGE_SIZE = 160
+AREA = (0, 50, PAGE_SIZE, 50 + PAGE_SIZE)
+KEYS = {
+    "Enter": "\ue007",
+    "Tab": "\ue004",
+    "Backspace": "\ue003",
+    "ArrowLeft": "\ue012",
+    "ArrowRight": "\ue014",
+    "PageUp": "\ue00e",
+    "PageDown": "\ue00f",
+}
+# Selenium's codes for keys. They do not belong into a text.
+CONTROL_KEYS = "[\ue000-\uf8ff]"
+
+# tag, as core.getDOMInfo() names it -> role in the prompt
+ROLES = {
+    "input_text": "textbox",
+    "input_password": "textbox",
+    "textarea": "textbox",
+    "input_checkbox": "checkbox",
+    "input_radio": "radio",
+    "a": "link",
+    "button": "button",
+    "select": "select",
+    "t": "text",
+}
+
+# Without animations and without a limit of time, the same seed gives the same page and the same pixels.
+START_SCRIPT = """
+    if (window.jQuery) jQuery.fx.off = true;
+    document.activeElement.blur();
+    core.EPISODE_MAX_TIME = 1e9;
+    core.endEpisode(0);
+    Math.seedrandom(arguments[0]);
+    core.setDataMode('train');
+    core.startEpisodeReal();
+"""
+READ_SCRIPT = """
+    const utterance = core.getUtterance(), over = WOB_DONE_GLOBAL;
+    return [
+        WOB_TASK_READY,
+        over,
+        WOB_RAW_REWARD_GLOBAL,
+        utterance.utterance || utterance,
+        over ? null : core.getDOMInfo(),
+    ];
+"""
+SLIDER_RANGE_SCRIPT = """
+    const slider = $('#slider');
+    return slider.slider('option', 'max') - slider.slider('option', 'min');
+"""
+
+
+# ---- reading a page ----
+def inner_text(node):
+    """Return the text of a node and of everything inside it, joined by spaces."""
+    parts = [str(node.get("text") or "")]
+    parts += [inner_text(child) for child in node.get("children", [])]
+    return " ".join(filter(None, parts))
+
+
+def leaf_elements(node):
+    """Yield the elements in a node that show a text or take input, in the order of the page."""
+    tag = node["tag"].lower()
+    children = node.get("children", [])
+    is_leaf = tag in ROLES or all(child["tag"] == "t" for child in children)
+    if not is_leaf:
+        for child in children:
+            yield from leaf_elements(child)
+        return
+    text = inner_text(node)
+    # A box without text is named by its colour, a slider's handle too. Transparent boxes are only layout.
+    if not text and not tag.startswith("input_") and node.get("bgColor", "").startswith("rgb("):
+        text = node["bgColor"]
+    # The classes of a shape in an SVG are an object.
+    is_shape = not isinstance(node.get("classes", ""), str)
+    if text or tag in ROLES or "value" in node or is_shape:
+        yield dict(
+            ref=node["ref"],
+            role=ROLES.get(tag, tag),
+            text=text,
+            value=node.get("value"),
+            focused=bool(node.get("focused")),
+            classes=str(node.get("classes", "")),
+            box=[node["left"], node["top"] - AREA[1], node["width"], node["height"]],
+        )
+
 
 def page_elements(dom):
-    """What core.getDOMInfo() gives -> [dict(ref, role, text, value, focused, classes, box)] of what says something or takes input, in the page's order.
-    box: left, top, width, height in the pixels of AREA. A piece of text that has no number of its own has a ref below 0."""
-    inside = lambda node: " ".join(filter(None, [str(node.get("text") or ""), *map(inside, node.get("children", []))]))
-    def walk(node):
-        tag, children = node["tag"].lower(), node.get("children", [])
-        whole = tag in ROLES or all(child["tag"] == "t" for child in children)
-        text = inside(node) if whole else ""
-        if not text and not tag.startswith("input_") and node.get("bgColor", "").startswith("rgb("):
-            text = node["bgColor"]                                  # a coloured box or a slider's handle; transparent ones are only there for the layout
-        if whole and (text or tag in ROLES or "value" in node or not isinstance(node.get("classes", ""), str)):    # the last: a shape in an SVG
-            yield dict(ref=node["ref"], role=ROLES.get(tag, tag), text=text, value=node.get("value"), focused=bool(node.get("focused")), classes=str(node.get("classes", "")),
-                       box=[node["left"], node["top"] - AREA[1], node["width"], node["height"]])
-        for child in () if whole else children:
-            yield from walk(child)
-    return list(walk(dom))
+    """Read what core.getDOMInfo() returns -> [dict(ref, role, text, value, focused, classes, box)].
 
-def format_element(e):        # button 'ONE' [13] | checkbox off [5] | textbox 'abc' [7] | 'a piece of text'; who reads from left to right has to have seen the text to find its number behind it
-    said = ("on" if e["value"] else "off") if type(e["value"]) is bool else repr(e["text"] if e["value"] is None else e["value"])
-    return f"{e['role']} {said} [{e['ref']}]" if e["ref"] > 0 else said
+    box: left, top, width, height in the pixels of AREA. ref: the number of the element; a piece of text
+    without a number of its own has a ref below 0.
+    """
+    return list(leaf_elements(dom))
+
+
+def format_element(element):
+    """Write an element as a line: button 'ONE' [13], checkbox off [5], textbox 'abc' [7], 'a piece of text'.
+
+    The number stands behind the text. A model that reads from left to right has to know the text before it
+    can look for the number.
+    """
+    value = element["value"]
+    if type(value) is bool:
+        content = "on" if value else "off"
+    elif value is None:
+        content = repr(element["text"])
+    else:
+        content = repr(value)
+    if element["ref"] <= 0:
+        return content
+    return f"{element['role']} {content} [{element['ref']}]"
+
+
+def grid_point(wanted, low, length):
+    """Return a coordinate near `wanted` inside of a side that begins at `low`.
+
+    It is one of 8, 24, 40, ..., the middles of the tiny VLM's patches, where such a one lies inside, else one
+    of 4, 12, 20, ..., else one of 2, 6, 10, ...: few numbers for a model to tell apart.
+    """
+    for spacing in (16, 8, 4):
+        points = range(spacing // 2, PAGE_SIZE, spacing)
+        for point in sorted(points, key=lambda point: abs(point - wanted)):
+            if low < point < low + length - 1:
+                return point
+    return round(wanted)
+
+
+def click_places(element):
+    """Return places (x, y) to click on an element: its middle, then near its corners."""
+    left, top, width, height = element["box"]
+    places = []
+    for across, down in ((0.5, 0.5), (0.1, 0.2), (0.9, 0.2), (0.1, 0.8), (0.9, 0.8)):
+        x = grid_point(left + across * width, left, width)
+        y = grid_point(top + down * height, top, height)
+        places.append((x, y))
+    return places
+
+
+def covers(element, x, y):
+    """Tell whether a place lies in the box of an element."""
+    left, top, width, height = element["box"]
+    return left <= x <= left + width and top <= y <= top + height
+
+
+# ---- browsers ----
+# All browsers that are open, lent to an episode or idle.
+BROWSERS = []
+
 
 def open_browser(env):
-    """A headless Chromium with a window as wide as the tasks were made for, in a process group of its own, so that it can be ended when it hangs."""
-    webdriver, found = require(env, "selenium.webdriver"), [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome", "chromedriver")]
-    if not found[3] or not any(found[:3]):
-        raise SystemExit(f"env={env!r} needs Chromium and its driver: apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver")
+    """Open a headless Chromium with a window as wide as the tasks were made for.
+
+    It runs in a process group of its own, so that it can be ended when it hangs. env: the environment's name
+    for messages. SystemExit with one sentence if selenium, Chromium or its driver is missing.
+    """
+    webdriver = require(env, "selenium.webdriver")
+    binaries = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
+    driver = shutil.which("chromedriver")
+    if not driver or not any(binaries):
+        raise SystemExit(
+            f"env={env!r} needs Chromium and its driver: "
+            "apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver"
+        )
     options = webdriver.ChromeOptions()
-    options.binary_location = next(filter(None, found))
+    options.binary_location = next(filter(None, binaries))
     for flag in ("headless", "disable-gpu", "no-sandbox", "hide-scrollbars", "disable-dev-shm-usage"):
         options.add_argument(flag)
-    browser = webdriver.Chrome(options, webdriver.ChromeService(found[3], popen_kw={"start_new_session": True}))
+    service = webdriver.ChromeService(driver, popen_kw={"start_new_session": True})
+    browser = webdriver.Chrome(options, service)
     browser.command_executor.client_config.timeout = 20
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(width=500, height=240, deviceScaleFactor=1, mobile=False))
+    metrics = dict(width=500, height=240, deviceScaleFactor=1, mobile=False)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     BROWSERS.append(browser)
     return browser
 
+
 def kill_browser(browser):
+    """End a browser and its driver, whatever state they are in."""
     BROWSERS.remove(browser)
-    with contextlib.suppress(OSError):                              # gone already
+    # The processes may be gone already.
+    with contextlib.suppress(OSError):
         os.killpg(browser.service.process.pid, signal.SIGKILL)
     browser.service.process.wait()
 
-BROWSERS = []               # all that are open
-atexit.register(lambda: [kill_browser(browser) for browser in list(BROWSERS)])
+
+def kill_browsers():
+    """End all browsers."""
+    for browser in list(BROWSERS):
+        kill_browser(browser)
+
+
+def exit_on_signal(number, frame):
+    """Leave the program as Ctrl-C does, so that what is registered with atexit runs."""
+    sys.exit(128 + number)
+
+
+def end_browsers_at_exit():
+    """Let all browsers end with the program, be it by its own end, Ctrl-C, `kill` or `timeout`.
+
+    Call this where an environment is made: browsers are opened in threads, and only the main thread may set
+    a signal handler. A second call changes nothing. A handler that somebody else has set stays.
+    """
+    atexit.unregister(kill_browsers)
+    atexit.register(kill_browsers)
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if is_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, exit_on_signal)
+
+
+# ---- the scripted player: one function per kind of task, each returns the next action ----
+def quoted_texts(goal):
+    """Return the texts in double quotes."""
+    return re.findall(r'"([^"]*)"', goal)
+
+
+def click_label(page):
+    """Click on what the goal names, a button first."""
+    labels = quoted_texts(page.goal) + re.findall(r"Tab #[0-9]+|ONE", page.goal) + ["Click Me!"]
+    # The button that closes a dialog shows an x. Its text says what it does.
+    label = "Close" if labels[0] == "x" else labels[0]
+    candidates = page.with_role("button") + page.elements
+    return page.click(next(element for element in candidates if element["text"] == label))
+
+
+def select_options(page):
+    """Set the checkboxes or the radio button that the goal lists, then submit."""
+    wanted = re.match("Select (.*) and click", page.goal).group(1).split(", ")
+    # The label of a box is the element behind it.
+    for box, label in zip(page.elements, page.elements[1:]):
+        is_wrong = box["value"] != (label["text"] in wanted)
+        if box["role"] == "checkbox" and is_wrong:
+            return page.click(box)
+        # A radio button is switched off by switching on another one.
+        if box["role"] == "radio" and is_wrong and not box["value"]:
+            return page.click(box)
+    return page.submit()
+
+
+def fill_textboxes(page):
+    """Write the quoted texts into the text boxes, then submit."""
+    texts = quoted_texts(page.goal)
+    if page.task == "enter-password":
+        # the password, and once more to confirm it
+        texts = 2 * texts
+    for box, text in zip(page.with_role("textbox"), texts):
+        if box["value"] != text:
+            return page.type_text(box, text)
+    return page.submit()
+
+
+def focus_textbox(page):
+    """Click into the text box that the goal counts, the 2nd one; without a number it is the only one."""
+    number = (re.findall("[0-9]", page.goal) or "1")[0]
+    return page.click(page.with_role("textbox")[int(number) - 1])
+
+
+def open_section(page):
+    """Open the section, then submit with the button in it."""
+    if page.with_role("div"):
+        return page.submit()
+    return page.click(page.elements[0])
+
+
+def move_slider(page):
+    """Focus the slider's handle, move it by keys to the goal's number, then submit."""
+    handle, shown_number = page.elements[:2]
+    wanted = int(re.findall("-?[0-9]+", page.goal)[0])
+    gap = wanted - int(shown_number["text"])
+    if not gap:
+        return page.submit()
+    if not handle["focused"]:
+        return page.click(handle)
+    # jQuery's slider moves by a fifth of its range on PageUp and PageDown.
+    page_step = page.browser.execute_script(SLIDER_RANGE_SCRIPT) // 5
+    keys = ("ArrowLeft", "ArrowRight")
+    if 2 * abs(gap) > page_step > 1:
+        keys = ("PageDown", "PageUp")
+    return f"press {keys[gap > 0]}"
+
+
+EXPERTS = {
+    "click-test": click_label,
+    "click-test-2": click_label,
+    "click-button": click_label,
+    "click-dialog": click_label,
+    "click-dialog-2": click_label,
+    "click-link": click_label,
+    "click-tab": click_label,
+    "click-checkboxes": select_options,
+    "click-option": select_options,
+    "enter-text": fill_textboxes,
+    "enter-password": fill_textboxes,
+    "login-user": fill_textboxes,
+    "focus-text": focus_textbox,
+    "focus-text-2": focus_textbox,
+    "click-collapsible": open_section,
+    "use-slider": move_slider,
+}
+
+
+# ---- the environment ----
+def pages_folder(env):
+    """Return the folder with the tasks' pages; SystemExit with one sentence if the package is missing."""
+    # The package is found, not imported: importing it is slow.
+    spec = importlib.util.find_spec("miniwob")
+    file = getattr(spec, "origin", None) or require(env, "miniwob").__file__
+    return os.path.join(os.path.dirname(file), "html", "miniwob")
+
 
 class MiniWoB(Env):
-    """Any MiniWoB++ task (package miniwob) in a real Chromium: "miniwob/click-test-2-v1" acts by number and by place; with :element behind it by the numbers
-    in the text only, with :coordinate by places only (the text is then the task alone, the page is to be seen). Places are pixels of the page's
-    area below the goal, 160 x 160, whatever the picture's size. A number that no element has and a place outside of the page parse, but cost the penalty. Reward: the page's own without
-    its discount for time; `success`: all of it, 1. The page's clock is off, max_turns ends an episode; the last picture is the last before the page closed.
-    A browser is lent to one episode at a time; one that dies, or does not answer for 20 s, is replaced, and its episode is `lost`."""
-    max_turns, one_in, max_parallel, idle = 20, 4, 4, []
-    element = (Command("click", int, names=("ELEMENT",)), Command("type", int, str, names=("ELEMENT", "TEXT")))
-    coordinate = (Command("click", int, int, names=("X", "Y")), Command("type", str, names=("TEXT",)))
+    """Play any MiniWoB++ task (package miniwob) in a real Chromium: "miniwob/click-test-2-v1".
+
+    The agent acts by the elements' numbers and by places. With :element behind the name it acts by numbers
+    only. With :coordinate it acts by places only: the text is then the goal alone, so it has to look at the
+    page. Places are pixels of the page's area below the goal, 160 x 160, whatever the picture's size.
+    A number that no element has, or a place outside of the page, parses but costs the penalty.
+
+    The reward is the page's own, without its discount for time. `success` means all of it, 1. The page's
+    clock is off; max_turns ends an episode. The last picture is the last one before the page closed.
+
+    An episode borrows a browser, and close() gives it back. A browser that dies, or does not answer for 20
+    seconds, is replaced, and its episode is `lost`.
+    """
+
+    max_turns = 20
+    one_in = 4
+    max_parallel = 4
+    # The browsers that no episode uses. All environments share this list.
+    idle = []
+    element_kinds = (
+        Command("click", int, names=("ELEMENT",)),
+        Command("type", int, str, names=("ELEMENT", "TEXT")),
+    )
+    coordinate_kinds = (
+        Command("click", int, int, names=("X", "Y")),
+        Command("type", str, names=("TEXT",)),
+    )
+
     def __init__(self, name, **kw):
         super().__init__(**kw)
-        page, _, self.way = name.removeprefix("miniwob/").partition(":")
-        self.name, self.task, self.browser, self.shot = name, page.removesuffix("-v1"), None, Image.new("RGB", (160, 160))
-        self.failures = (require(name, "selenium.common.exceptions").WebDriverException, require(name, "urllib3.exceptions").HTTPError, OSError)
-        folder = os.path.join(os.path.dirname(getattr(importlib.util.find_spec("miniwob"), "origin", None) or require(name, "miniwob").__file__), "html", "miniwob")
-        self.url, tasks = f"file://{folder}/{self.task}.html", sorted(file.removesuffix(".html") for file in os.listdir(folder))
-        if self.task not in tasks or self.way not in ("", "element", "coordinate"):
+        page, _, self.mode = name.removeprefix("miniwob/").partition(":")
+        self.name = name
+        self.task = page.removesuffix("-v1")
+        self.browser = None
+        self.screenshot = Image.new("RGB", (PAGE_SIZE, PAGE_SIZE))
+        self.browser_errors = (
+            require(name, "selenium.common.exceptions").WebDriverException,
+            require(name, "urllib3.exceptions").HTTPError,
+            OSError,
+        )
+        folder = pages_folder(name)
+        self.url = f"file://{folder}/{self.task}.html"
+        tasks = sorted(file.removesuffix(".html") for file in os.listdir(folder))
+        if self.task not in tasks or self.mode not in ("", "element", "coordinate"):
             near = difflib.get_close_matches(self.task, tasks, n=2, cutoff=0)
-            raise ValueError(f"env={name!r} is unknown; nearest: {', '.join(f'miniwob/{task}-v1' for task in near)}; with :element or :coordinate behind it, or nothing.")
-        self.kinds = (*(self.element if self.way != "coordinate" else ()), *(self.coordinate if self.way != "element" else ()), Words(*(f"press {key}" for key in KEYS)))
-        self.example = "click 80 112" if self.way == "coordinate" else "click 13"
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # an end by `kill` or `timeout`, too, takes the browsers with it
+            names = ", ".join(f"miniwob/{task}-v1" for task in near)
+            raise ValueError(
+                f"env={name!r} is unknown; nearest: {names}; "
+                "with :element or :coordinate behind it, or nothing."
+            )
+        kinds = []
+        if self.mode != "coordinate":
+            kinds += self.element_kinds
+        if self.mode != "element":
+            kinds += self.coordinate_kinds
+        self.kinds = (*kinds, Words(*(f"press {key}" for key in KEYS)))
+        self.example = "click 80 112" if self.mode == "coordinate" else "click 13"
+        end_browsers_at_exit()
+
+    # ---- the browser and its page ----
+    def borrow_browser(self):
+        """Take a browser for an episode: the own one, an idle one, or a new one."""
+        if not self.browser and self.idle:
+            self.browser = self.idle.pop()
+        if not self.browser:
+            self.browser = open_browser(self.name)
 
     def start(self):
-        for attempt in range(3):
+        """Open the task's page with a seed from self.rng.
+
+        SystemExit if Chromium fails three times in a row.
+        """
+        for _ in range(3):
             try:
-                self.browser = self.browser or (self.idle.pop() if self.idle else open_browser(self.name))
+                self.borrow_browser()
                 if self.browser.current_url != self.url:
                     self.browser.get(self.url)
-                self.browser.execute_cdp_cmd("Input.dispatchMouseEvent", dict(type="mouseMoved", x=0, y=0))     # no button glows under the last episode's pointer
-                self.look(START_SCRIPT, int(self.rng.integers(2 ** 31)))
+                # Move the pointer away: the button under it would look different.
+                corner = dict(type="mouseMoved", x=0, y=0)
+                self.browser.execute_cdp_cmd("Input.dispatchMouseEvent", corner)
+                self.read_page(START_SCRIPT, int(self.rng.integers(2**31)))
                 return
-            except self.failures as error:
-                self.fail(error)
+            except self.browser_errors as error:
+                self.drop_browser(error)
         raise SystemExit(f"env={self.name!r}: Chromium failed three times in a row: {self.lost}.")
-    def look(self, script="", *args):
-        """Runs a script in the page, then reads it -> (is the episode over, its reward)."""
-        for wait in range(40):                                      # some pages come up slowly
-            ready, over, reward, goal, dom = self.browser.execute_script((script if not wait else "") + PAGE, *args)
+
+    def read_page(self, script="", *args):
+        """Run a script in the page, then read goal and elements -> (whether the episode is over, reward)."""
+        # Some pages come up slowly: look again for up to two seconds.
+        for _ in range(40):
+            answer = self.browser.execute_script(script + READ_SCRIPT, *args)
+            ready, over, reward, goal, dom = answer
             if ready:
                 break
+            script = ""
             time.sleep(0.05)
         if not over:
-            self.goal, self.elements, self.seen = goal, page_elements(dom), False
+            self.goal = goal
+            self.elements = page_elements(dom)
+            self.screenshot_is_current = False
         return over, reward
-    def fail(self, error):
+
+    def drop_browser(self, error):
+        """End a browser that failed, and mark the episode as lost."""
         if self.browser:
             kill_browser(self.browser)
-        self.browser, self.lost = None, f"the browser failed ({type(error).__name__})"
+        self.browser = None
+        self.lost = f"the browser failed ({type(error).__name__})"
+
     def close(self):
-        if self.browser:
-            self.idle.append(self.browser) if len(self.idle) < self.max_parallel else kill_browser(self.browser)
+        """Give the browser back, or end it if enough others are idle."""
+        if self.browser and len(self.idle) < self.max_parallel:
+            self.idle.append(self.browser)
+        elif self.browser:
+            kill_browser(self.browser)
         self.browser = None
 
+    # ---- acting ----
     def act(self, action):
+        """Play an action and read the page; a browser that fails ends the episode without a reward."""
         try:
             if not self.perform(action):
                 return self.penalty, False, False
-            over, reward = self.look()
-        except self.failures as error:
-            self.fail(error)
+            over, reward = self.read_page()
+        except self.browser_errors as error:
+            self.drop_browser(error)
             return 0.0, False, True
         self.success = over and reward >= 1
         return (float(reward) if over else 0.0), over, False
+
+    def refs(self):
+        """Return the numbers of the elements."""
+        return [element["ref"] for element in self.elements if element["ref"] > 0]
+
     def perform(self, action):
-        """Plays an action in the page; False if it names what is not there."""
-        numbers, text = [a for a in action[1:] if type(a) is int], "".join(a for a in action[1:] if type(a) is str)
-        keys = KEYS[action[0].removeprefix("press ")] if action[0].startswith("press ") else re.sub("[\ue000-\uf8ff]", "", text)      # those are control keys
+        """Play an action in the page; False if it names an element or a place that is not there."""
+        command, *arguments = action
+        numbers = [argument for argument in arguments if type(argument) is int]
+        texts = [argument for argument in arguments if type(argument) is str]
+        keys = re.sub(CONTROL_KEYS, "", "".join(texts))
+        if command.startswith("press "):
+            keys = KEYS[command.removeprefix("press ")]
         chain = require(self.name, "selenium.webdriver").ActionChains(self.browser, duration=0)
-        if len(numbers) == 1:
-            if numbers[0] not in [e["ref"] for e in self.elements if e["ref"] > 0]:
+        is_place = len(numbers) == 2
+        if is_place:
+            x, y = numbers
+            if not (0 <= x < PAGE_SIZE and 0 <= y < PAGE_SIZE):
                 return False
-            self.browser.execute_script("core.elementClick(arguments[0]);", numbers[0])
+            chain.w3c_actions.pointer_action.move_to_location(x + AREA[0], y + AREA[1]).click()
         elif numbers:
-            if not all(0 <= number < 160 for number in numbers):
+            [ref] = numbers
+            if ref not in self.refs():
                 return False
-            chain.w3c_actions.pointer_action.move_to_location(numbers[0] + AREA[0], numbers[1] + AREA[1]).click()
-        if keys or len(numbers) == 2:
+            self.browser.execute_script("core.elementClick(arguments[0]);", ref)
+        if keys or is_place:
             chain.send_keys(keys).perform()
         return True
 
-    def picture(self):
-        if self.browser and not self.seen:
-            try:
-                self.shot, self.seen = Image.open(io.BytesIO(self.browser.get_screenshot_as_png())).convert("RGB").crop(AREA), True
-            except self.failures as error:
-                self.fail(error)
-        return self.shot.resize((self.size, self.size), Image.LANCZOS)
-    def text(self): return "" if self.way == "coordinate" else "\n".join(map(format_element, self.elements))
-    def fingerprint(self): return f"{self.task} {self.goal} {zlib.crc32(repr([(e['role'], e['text'], e['value'], e['box']) for e in self.elements]).encode())}"
-    def sample(self, rng):                                          # of the numbers and words that are there
+    def sample(self, rng):
+        """Draw an action from the numbers on the page and the words of the goal."""
         kind = self.kinds[rng.integers(len(self.kinds))]
-        refs, words = [e["ref"] for e in self.elements if e["ref"] > 0] or [0], re.findall(r"\w+", self.goal)
-        draw = dict(ELEMENT=lambda: int(rng.choice(refs)), X=lambda: int(rng.integers(160)), Y=lambda: int(rng.integers(160)), TEXT=lambda: str(rng.choice(words)))
-        return kind.sample(rng) if isinstance(kind, Words) else format_action((kind.word, *(draw[name]() for name in kind.names)))
+        if isinstance(kind, Words):
+            return kind.sample(rng)
+        return format_action((kind.word, *(self.sample_argument(name, rng) for name in kind.names)))
 
+    def sample_argument(self, name, rng):
+        """Draw an argument: ELEMENT, X, Y or TEXT."""
+        if name == "ELEMENT":
+            return int(rng.choice(self.refs() or [0]))
+        if name == "TEXT":
+            return str(rng.choice(re.findall(r"\w+", self.goal)))
+        return int(rng.integers(PAGE_SIZE))
+
+    # ---- what the agent observes ----
+    def picture(self):
+        """Take a screenshot where the page may have changed, and resize it."""
+        if self.browser and not self.screenshot_is_current:
+            try:
+                png = self.browser.get_screenshot_as_png()
+                self.screenshot = Image.open(io.BytesIO(png)).convert("RGB").crop(AREA)
+                self.screenshot_is_current = True
+            except self.browser_errors as error:
+                self.drop_browser(error)
+        return self.screenshot.resize((self.size, self.size), Image.LANCZOS)
+
+    def text(self):
+        if self.mode == "coordinate":
+            return ""
+        return "\n".join(map(format_element, self.elements))
+
+    def fingerprint(self):
+        """Return the task, the goal and a checksum of the elements."""
+        content = [(e["role"], e["text"], e["value"], e["box"]) for e in self.elements]
+        return f"{self.task} {self.goal} {zlib.crc32(repr(content).encode())}"
+
+    # ---- for the scripted player ----
     def expert(self):
-        """The next action of a scripted player; ValueError for a task that has none."""
-        said, buttons = re.findall(r'"([^"]*)"', self.goal), [e for e in self.elements if e["role"] == "button"]
-        boxes, texts = [e for e in self.elements if e["role"] == "textbox"], {"enter-text": said, "enter-password": 2 * said, "login-user": said}.get(self.task)
-        if self.task in ("click-test", "click-test-2", "click-button", "click-dialog", "click-dialog-2", "click-link", "click-tab"):
-            label = (said + re.findall(r"Tab #[0-9]+|ONE", self.goal) + ["Click Me!"])[0]
-            return self.click(next(e for e in buttons + self.elements if e["text"] == ("Close" if label == "x" else label)))
-        if self.task in ("click-checkboxes", "click-option"):
-            wanted = re.match("Select (.*) and click", self.goal).group(1).split(", ")
-            wrong = [box for box, label in zip(self.elements, self.elements[1:]) if box["role"] in ("checkbox", "radio") and box["value"] != (label["text"] in wanted)]
-            return self.click(next((box for box in wrong if box["role"] == "checkbox" or not box["value"]), buttons[-1]))
-        if texts:
-            return next((self.type(box, text) for box, text in zip(boxes, texts) if box["value"] != text), self.click(buttons[-1]))
-        if self.task in ("focus-text", "focus-text-2"):
-            return self.click(boxes[int((re.findall("[0-9]", self.goal) or "1")[0]) - 1])
-        if self.task == "click-collapsible":
-            return self.click(buttons[-1] if any(e["role"] == "div" for e in self.elements) else self.elements[0])
-        if self.task == "use-slider":
-            handle, shown = self.elements[:2]
-            gap = int(re.findall("-?[0-9]+", self.goal)[0]) - int(shown["text"])
-            page = self.browser.execute_script("return $('#slider').slider('option', 'max') - $('#slider').slider('option', 'min')") // 5
-            keys = ("PageDown", "PageUp") if 2 * abs(gap) > page > 1 else ("ArrowLeft", "ArrowRight")
-            return self.click(buttons[-1]) if not gap else f"press {keys[gap > 0]}" if handle["focused"] else self.click(handle)
-        raise ValueError(f"env={self.name!r} has no scripted expert: collect its data by a random player or a model, or write one in MiniWoB.expert.")
-    def click(self, e):
-        if self.way != "coordinate":
-            return f"click {e['ref']}"
-        over = [other["box"] for other in self.elements[self.elements.index(e) + 1:]]       # a place that no later element covers
-        free = [(x, y) for x, y in self.places(e) if not any(l <= x <= l + w and t <= y <= t + h for l, t, w, h in over)]
-        return "click {} {}".format(*(free or self.places(e))[0])
-    def places(self, e):
-        """In its middle, then its corners: one of 8, 24, 40, ..., the middles of the tiny VLM's patches, where such a one lies inside, else of 4, 12, 20, ...: few numbers to tell apart."""
-        left, top, width, height = e["box"]
-        step = lambda x, low, long: next((y for size in (16, 8, 4) for y in sorted(range(size // 2, 160, size), key=lambda y: abs(y - x)) if low < y < low + long - 1), round(x))
-        return [(step(left + dx * width, left, width), step(top + dy * height, top, height)) for dx, dy in ((0.5, 0.5), (0.1, 0.2), (0.9, 0.2), (0.1, 0.8), (0.9, 0.8))]
-    def type(self, e, text):
-        if e["value"] and not text.startswith(e["value"]):          # somebody wrote something else: away with it
-            return "press Backspace" if e["focused"] else self.click(e)
-        action = text[len(e["value"]):]
-        return format_action(("type", e["ref"], action)) if self.way != "coordinate" else format_action(("type", action)) if e["focused"] else self.click(e)
+        """Return the next action of the scripted player; ValueError for a task that has none."""
+        if self.task not in EXPERTS:
+            raise ValueError(
+                f"env={self.name!r} has no scripted expert: collect its data with a random player or a "
+                "model, or add one to EXPERTS in worlds/miniwob.py."
+            )
+        return EXPERTS[self.task](self)
 
+    def with_role(self, role):
+        """Return the elements of a role."""
+        return [element for element in self.elements if element["role"] == role]
+
+    def submit(self):
+        """Return the action that clicks on the last button."""
+        return self.click(self.with_role("button")[-1])
+
+    def click(self, element):
+        """Return the action that clicks on an element, at a place that no later element covers."""
+        if self.mode != "coordinate":
+            return f"click {element['ref']}"
+        later = self.elements[self.elements.index(element) + 1 :]
+        places = click_places(element)
+        for x, y in places:
+            if not any(covers(other, x, y) for other in later):
+                return f"click {x} {y}"
+        # All are covered.
+        x, y = places[0]
+        return f"click {x} {y}"
+
+    def type_text(self, box, text):
+        """Return the next action on the way to a text in a text box."""
+        value = box["value"]
+        is_typed = text.startswith(value)
+        if self.mode != "coordinate" and is_typed:
+            return format_action(("type", box["ref"], text[len(value) :]))
+        # A key, and a text without a number, go to the text box that has the focus.
+        if not box["focused"]:
+            return self.click(box)
+        if not is_typed:
+            # Another player has written something else.
+            return "press Backspace"
+        return format_action(("type", text[len(value) :]))

@@ -1,0 +1,39 @@
+"""
+Refuse what an old run did and this version can no longer do.
+
+train.py had more keys once. A run with the values below continues to work, and other removed keys have no
+effect on a trained run.
+"""
+from configurator import ConfigError
+
+# The value that always holds now, by what another value would change: how the run plays, what its critic's
+# values mean, how it continues to learn.
+REMOVED_KEYS = dict(
+    play=dict(lora_alpha=32, invalid="penalty"),
+    report=dict(gamma_token=1.0, reward_scale=1.0, v_support=0.0, awr_temperature=0.3),
+    resume=dict(
+        cql_coef=0.0,
+        critic_detach=False,
+        af_coef=1.0,
+        lora_dropout=0.0,
+        rollout_temperature=1.0,
+        fbc_quantile=0.7,
+        weights="auto",
+    ),
+)
+# what each purpose depends on
+DEPENDS_ON = dict(play=["play"], report=["play", "report"], resume=["play", "report", "resume"])
+
+
+def check_removed_keys(run, saved, purpose):
+    """Raise ConfigError if a run cannot do something as it did when it was trained.
+
+    saved: the content of its config.json. purpose: "play", "report" or "resume".
+    """
+    for kind in DEPENDS_ON[purpose]:
+        for key, value in REMOVED_KEYS[kind].items():
+            if saved.get(key, value) != value:
+                raise ConfigError(
+                    f"{run!r} has {key}={saved[key]!r}, and this version always has {value!r}, so the run "
+                    f"would not {purpose} the same way: use the commit that its meta.json names."
+                )
