@@ -1,13 +1,22 @@
 """
-Speed and memory, as ratios within one run: absolute times belong to a machine.
+Measure speed and memory as ratios within one run: absolute times belong to a machine.
 
-    python bench.py                      # the shipped tiny VLM on NumberLine
+    python bench.py                                      # the shipped tiny VLM on NumberLine
     python bench.py --model=/path/to/a/vlm --env=Blackjack
-    python bench.py vocabulary           # a real model's vocabulary: memory of AFSFT against SFT
-    python bench.py sizes --micro_batch=1   # published models: memory of an update by part, computed without their weights
-    python bench.py envs --env=NumberLine,BabyAI-GoToLocal-v0,miniwob/click-test-2-v1     # no model: turns a second under random play
+    python bench.py vocabulary                           # memory of AFSFT against SFT with 151,936 words
+    python bench.py sizes --micro_batch=1                # published models, computed without their weights
+    python bench.py envs --env=NumberLine,BabyAI-GoToLocal-v0,miniwob/click-test-2-v1
+
+All keys are train.py's.
 """
-import contextlib, os, resource, statistics, sys, tempfile, time
+import contextlib
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -19,108 +28,224 @@ from configurator import check_config, configure
 from evaluate import env_factory, model_agent, play, record, scripted_agent
 from extras.memory import measure_memory
 from extras.sizes import print_sizes
+from model import build
 from pretrain.questions import corpus
 from pretrain.tiny_nets import llava
-from model import build
+
+TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+
+
+def wait_for_device():
+    """Wait until a GPU has done what is queued."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def median_seconds(*functions, rounds=7):
-    """Median time of each function; they take turns, so that a machine that slows down slows all of them."""
+    """Return the median time of each function.
+
+    They take turns, so that a machine that slows down slows all of them.
+    """
     times = [[] for _ in functions]
-    for r in range(rounds + 1):
-        for f, t in zip(functions, times):
+    for _ in range(rounds + 1):
+        for function, seconds in zip(functions, times):
+            wait_for_device()
             began = time.perf_counter()
-            f()
-            t.append(time.perf_counter() - began)
-    return [statistics.median(t[1:]) for t in times]  # the first round warms up
+            function()
+            wait_for_device()
+            seconds.append(time.perf_counter() - began)
+    # the first round warms up
+    return [statistics.median(seconds[1:]) for seconds in times]
+
+
+def with_keys(cfg, **changes):
+    """Copy settings with other values of some keys."""
+    return SimpleNamespace(**{**vars(cfg), **changes})
+
+
+def play_mix(make_env, mix, rng, n, num_envs=32):
+    """Play n training episodes by scripted players, see evaluate.play."""
+    return play(make_env, scripted_agent(mix, rng), list(range(n)), num_envs, split="train")
+
+
+# ---- other benchmarks ----
 
 
 def turns_a_second(cfg, episodes=48):
-    """A line for each environment: random play, pictures included, with 1, 4 and 16 of them alive. Where stepping waits (a browser), threads step them all."""
+    """Print a line per environment: turns a second of random play, pictures included.
+
+    1, 4 and 16 of them are open at once. Where stepping waits (a browser), threads step them all.
+    """
     print(f"{'turns a second':<32}{'1':>8}{'4':>8}{'16':>8}")
-    for cfg.env in cfg.env.split(","):
-        rates, make_env = [], env_factory(cfg)
-        for n in (1, 4, 16):
+    for name in cfg.env.split(","):
+        make_env = env_factory(with_keys(cfg, env=name))
+        rates = []
+        for num_envs in (1, 4, 16):
             if make_env().max_parallel:
-                type(make_env()).max_parallel = n                        # the cap is what is measured here
-            for seeds in (range(n), range(episodes)):               # the first ones warm up: caches, browsers
+                # the environment's own cap is what is measured here
+                type(make_env()).max_parallel = num_envs
+            # the first episodes warm up caches and browsers
+            for n in (num_envs, episodes):
                 began = time.perf_counter()
-                turns = sum(e["turns"] for e in play(make_env, scripted_agent({"random": 1.0}, np.random.default_rng(0)), list(seeds), n, split="train"))
+                played = play_mix(make_env, {"random": 1.0}, np.random.default_rng(0), n, num_envs)
+                turns = sum(episode["turns"] for episode in played)
             rates.append(turns / (time.perf_counter() - began))
-        print(f"{cfg.env:<32}" + "".join(f"{rate:8.0f}" for rate in rates), flush=True)
+        print(f"{name:<32}" + "".join(f"{rate:8.0f}" for rate in rates), flush=True)
 
 
 def vocabulary(cfg, words=151_936, hidden=1024):
-    """Peak memory of an update with a real model's vocabulary, AFSFT against SFT: a random net of two layers, LoRA, the tied head. -> the ratio."""
-    make_env, peaks = env_factory(cfg), {}
+    """Print the peak memory of an update with a real model's vocabulary, and return AFSFT's over SFT's.
+
+    The net is random and has two layers, LoRA and the tied head.
+    """
+    peaks = {}
     with tempfile.TemporaryDirectory() as folder:
         data = Buffer(folder, create=True)
-        record(play(make_env, scripted_agent({"random": 1.0}, np.random.default_rng(0)), list(range(cfg.batch_size)), split="train"), data)
+        record(play_mix(env_factory(cfg), {"random": 1.0}, np.random.default_rng(0), cfg.batch_size), data)
         for loss in ("sft", "afsft"):
             print(f"\n{loss}, {words:,} words, hidden size {hidden:,}")
             torch.manual_seed(0)
             net, processor = llava(corpus(1000), hidden=hidden, layers=2)
             net.resize_token_embeddings(words, mean_resizing=False)
-            settings = type(cfg)(**{**vars(cfg), "actor_loss": loss, "model": "random"})
+            settings = with_keys(cfg, actor_loss=loss, model="random")
             vlm = build(settings, (net, processor), -1.0)
-            parts = measure_memory(vlm, torch.optim.AdamW([p for p in vlm.parameters() if p.requires_grad]), data, settings, contextlib.nullcontext)
-            peaks[loss] = sum(parts[k] for k in parts if k != "rollout")
-    print(f"\nmemory of an update, AFSFT / SFT  {peaks['afsft'] / peaks['sft']:.2f}")
-    return peaks["afsft"] / peaks["sft"]
+            optimizer = torch.optim.AdamW([p for p in vlm.parameters() if p.requires_grad])
+            parts = measure_memory(vlm, optimizer, data, settings, contextlib.nullcontext)
+            peaks[loss] = sum(size for part, size in parts.items() if part != "rollout")
+    ratio = peaks["afsft"] / peaks["sft"]
+    print(f"\nmemory of an update, AFSFT / SFT  {ratio:.2f}")
+    return ratio
+
+
+# ---- the table ----
+
+
+def forward_backward(vlm, batch, cfg, loss):
+    """Run the forward and backward pass of an update, as actor_loss=loss does."""
+    compute_loss(vlm, batch, with_keys(cfg, actor_loss=loss))[0].backward()
+    vlm.zero_grad(set_to_none=True)
+
+
+def compare_losses(vlm, batch, cfg):
+    """Compare an update by AFSFT with one by SFT, which has no critic."""
+    heads = vlm.heads
+
+    def sft():
+        vlm.heads = torch.nn.ModuleList()
+        forward_backward(vlm, batch, cfg, "sft")
+        vlm.heads = heads
+
+    plain, full = median_seconds(sft, lambda: forward_backward(vlm, batch, cfg, "afsft"))
+    rate = len(batch["mask"]) / full
+    ratio = full / plain
+    print(f"update      AFSFT / SFT (forward, loss, backward)        {ratio:5.2f}   {rate:8.0f} turns/s")
+
+
+@torch.no_grad()
+def compare_logits(vlm, batch):
+    """Compare a forward pass with logits everywhere with one that has them at the reply only."""
+    inputs = batch["inputs"]
+    reply_only, everywhere = median_seconds(
+        lambda: vlm(inputs, batch["P"], batch["mask"].shape[1]),
+        lambda: vlm.net(**inputs, use_cache=False).logits.float(),
+    )
+    print(f"forward     logits everywhere / at reply positions only  {everywhere / reply_only:5.2f}")
+
+
+def compare_vision(vlm, batch, parts, cfg):
+    """Compare an update that computes the features of its pictures with one that has them in memory."""
+    caching_vlm = build(with_keys(cfg, vision_cache_mb=4096), None, -1.0)
+    caching_batch = make_batch(parts, caching_vlm, envs.MARKER, cfg.gamma)
+    computed, cached = median_seconds(
+        lambda: forward_backward(vlm, batch, cfg, "afsft"),
+        lambda: forward_backward(caching_vlm, caching_batch, cfg, "afsft"),
+    )
+    print(f"vision      looked at anew / features from memory, update {computed / cached:5.2f}")
+
+
+def compare_rollouts(vlm, data, cfg):
+    """Compare replies to prompts one at a time with replies at once -> seconds of a turn at once."""
+    rows = data.rows[: cfg.num_envs]
+    images = [data.image(row["images_file_names"][0]) for row in rows]
+    generator = torch.Generator(vlm.device).manual_seed(0)
+    act = model_agent(vlm, cfg.max_new_tokens, 1.0, generator)
+
+    def one_by_one():
+        for row, image in zip(rows, images):
+            act(None, [row], [image])
+
+    at_once, single = median_seconds(lambda: act(None, rows, images), one_by_one, rounds=3)
+    ratio = f"{single / at_once:5.2f}   {cfg.num_envs / at_once:8.0f}"
+    print(f"rollout     one prompt at a time / {cfg.num_envs} at once              {ratio} turns/s")
+    return at_once / cfg.num_envs
+
+
+def compare_steps(env, rng, seconds_of_turn):
+    """Compare a turn of the model with a step of the environment; a reset counts as a step."""
+
+    def steps():
+        env.reset(seed=0)
+        for _ in range(20):
+            if env.over:
+                env.reset()
+            else:
+                env.step(f"{envs.MARKER} {env.sample(rng)}")
+
+    [seconds] = median_seconds(steps)
+    ratio = f"{seconds_of_turn / (seconds / 21):5.1f}   {21 / seconds:8.0f}"
+    print(f"environment a model's turn / an environment's step      {ratio} steps/s")
+
+
+def print_peaks(device):
+    """Print the peak memory of this process, and of the GPU if there is one."""
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    line = f"memory      peak of this process {process:.2f} GiB"
+    if device.type == "cuda":
+        line += f", on the device {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    print(line)
+
+
+def print_table(cfg):
+    """Print all ratios for one model and one environment."""
+    make_env = env_factory(cfg)
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        data = Buffer(folder, create=True)
+        record(play_mix(make_env, {"expert": 0.5, "random": 0.5}, rng, 100), data)
+        vlm = build(cfg, None, -1.0)
+        parts = [(data, data.sample(rng, cfg.batch_size, cfg.window))]
+        batch = make_batch(parts, vlm, envs.MARKER, cfg.gamma)
+        B, T = batch["inputs"]["input_ids"].shape
+        reply_tokens = int(batch["mask"].sum())
+        print(
+            f"{cfg.model} on {vlm.device}, {torch.get_num_threads()} threads, {cfg.env}: "
+            f"an update is {B} turns of {T} positions, {reply_tokens} reply tokens"
+        )
+
+        compare_losses(vlm, batch, cfg)
+        compare_logits(vlm, batch)
+        if cfg.lora_r:
+            compare_vision(vlm, batch, parts, cfg)
+        seconds_of_turn = compare_rollouts(vlm, data, cfg)
+        compare_steps(make_env(), rng, seconds_of_turn)
+    print_peaks(vlm.device)
+
+
+BENCHMARKS = {
+    "envs": turns_a_second,
+    "vocabulary": vocabulary,
+    "sizes": print_sizes,
+}
 
 
 def main(argv):
-    alone = {"envs": turns_a_second, "vocabulary": vocabulary, "sizes": print_sizes}.get(argv[0] if argv else "")
-    cfg = check_config(configure(os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), argv[bool(alone):]))
-    if alone:
-        return alone(cfg)
-    make_env = env_factory(cfg)
-    with tempfile.TemporaryDirectory() as folder:
-        data, rng = Buffer(folder, create=True), np.random.default_rng(0)
-        record(play(make_env, scripted_agent({"expert": 0.5, "random": 0.5}, rng), list(range(100)), split="train"), data)
-        vlm = build(cfg, None, -1.0)
-        parts = [(data, data.sample(rng, cfg.batch_size, cfg.window))]
-        b = make_batch(parts, vlm, envs.MARKER, cfg.gamma)
-        B, R = b["mask"].shape
-        T = b["inputs"]["input_ids"].shape[1]
-        print(f"{cfg.model} on {vlm.device}, {torch.get_num_threads()} threads, {cfg.env}: an update is {B} turns of {T} positions, {int(b['mask'].sum())} reply tokens")
-
-        def update(loss, vlm=vlm, b=b):
-            settings = type(cfg)(**{**vars(cfg), "actor_loss": loss})
-            compute_loss(vlm, b, settings)[0].backward()
-            vlm.zero_grad(set_to_none=True)
-        heads = vlm.heads
-        def sft():
-            vlm.heads = torch.nn.ModuleList()  # no critic at all
-            update("sft")
-            vlm.heads = heads
-        plain, full = median_seconds(sft, lambda: update("afsft"))
-        print(f"update      AFSFT / SFT (forward, loss, backward)        {full / plain:5.2f}   {B / full:8.0f} turns/s")
-
-        with torch.no_grad():
-            cut, whole = median_seconds(lambda: vlm(b["inputs"], b["P"], R), lambda: vlm.net(**b["inputs"], use_cache=False).logits.float())
-        print(f"forward     logits everywhere / at reply positions only  {whole / cut:5.2f}")
-
-        if cfg.lora_r:
-            seen = build(type(cfg)(**{**vars(cfg), "vision_cache_mb": 4096}), None, -1.0)
-            again = make_batch(parts, seen, envs.MARKER, cfg.gamma)
-            anew, kept = median_seconds(lambda: update("afsft"), lambda: update("afsft", seen, again))
-            print(f"vision      looked at anew / features from memory, update {anew / kept:5.2f}")
-
-        rows, images = [data.rows[i] for i in range(cfg.num_envs)], [data.image(data.rows[i]["images_file_names"][0]) for i in range(cfg.num_envs)]
-        act = model_agent(vlm, cfg.max_new_tokens, 1.0, torch.Generator(vlm.device).manual_seed(0))
-        together, alone = median_seconds(lambda: act(None, rows, images), lambda: [act(None, [r], [im]) for r, im in zip(rows, images)], rounds=3)
-        print(f"rollout     one prompt at a time / {cfg.num_envs} at once              {alone / together:5.2f}   {cfg.num_envs / together:8.0f} turns/s")
-
-        env = make_env()
-        def steps():
-            env.reset(seed=0)
-            for _ in range(20):
-                env.reset() if env.over else env.step(f"{envs.MARKER} {env.sample(rng)}")
-        stepping, = median_seconds(steps)
-        print(f"environment a model's turn / an environment's step      {together / cfg.num_envs / (stepping / 21):5.1f}   {21 / stepping:8.0f} steps/s")
-    print(f"memory      peak of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB"
-          + (f", on the device {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB" if vlm.device.type == "cuda" else ""))
+    """Run the benchmark that the first word names, without one the table."""
+    benchmark = print_table
+    if argv and argv[0] in BENCHMARKS:
+        benchmark = BENCHMARKS[argv[0]]
+        argv = argv[1:]
+    cfg = check_config(configure(TRAIN, argv))
+    benchmark(cfg)
 
 
 if __name__ == "__main__":

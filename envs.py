@@ -7,8 +7,8 @@ Environments: a picture and a text go in, an action comes out as text.
     parse_env      ("+",)                                    the action, None if it is invalid
     act            reward, terminated, truncated             the rules of the environment
 
-From top to bottom: the text protocol, the kinds of action, `Env` (subclass it), drawing, NumberLine (the
-simplest environment: copy it), optional packages, scripted players. The other environments are in worlds/;
+From top to bottom: the text protocol, the kinds of action, `Env` (subclass it), NumberLine (the simplest
+environment: copy it), optional packages, scripted players. The other environments are in worlds/;
 worlds/registry.py makes each of them from its name, and yours from --env=my_env.py:MyEnv.
 
 The games follow Gym Cards as the code of RL4VLM plays them, not its README: Zhai et al., arXiv 2405.10292.
@@ -20,22 +20,17 @@ Departures that concern every game (those of the card games are listed in worlds
  3. Two success rates are reported: `success` (the goal was reached) and RL4VLM's own, `success_return` (the
     rewards of the episode sum to more than 0).
 """
-import importlib
-import json
-import os
-import re
-import string
-import zlib
-from functools import lru_cache
+import importlib, json, os, re, string, zlib
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+
+from worlds.drawing import BLACK, BLUE, PAPER, RED, draw_text
 
 MARKER = "[action]"
 
 
 # ---- the text protocol ----
-
 
 def parse_agent(reply):
     """Return the text behind the last marker, up to the end of its line; None without a marker.
@@ -63,7 +58,6 @@ def is_held_out(fingerprint, one_in=10):
 
 
 # ---- kinds of action: each one documents, parses, samples and (if finite) enumerates its actions ----
-
 
 class Words:
     """One word of a list: Words("hit", "stand")."""
@@ -164,7 +158,6 @@ class Command:
 
 # ---- the environment ----
 
-
 class Env:
     """Base class of all environments, with reset() and step() as in gymnasium.
 
@@ -259,9 +252,8 @@ class Env:
     # what a subclass may define
 
     def expert(self):
-        raise SystemExit(
-            f"env={self.name!r} has no expert(); give data_mix without expert and biased, or write one."
-        )
+        raise SystemExit(f"env={self.name!r} has no expert(); give data_mix without expert and biased, or "
+                         "write one.")
 
     def optimal(self, word):
         return word == self.expert()
@@ -304,10 +296,8 @@ class Env:
                 return
             if is_held_out(self.fingerprint(), self.one_in) == (split == "test"):
                 return
-        raise SystemExit(
-            f"env={self.name!r}: none of 1000 starts belongs to the {split} part; "
-            "with too few different starts to hold any out, set split = False in its class."
-        )
+        raise SystemExit(f"env={self.name!r}: none of 1000 starts belongs to the {split} part; with too few "
+                         "different starts to hold any out, set split = False in its class.")
 
     def step(self, reply):
         """Play a reply and return (observation, reward, terminated, truncated, info).
@@ -376,44 +366,7 @@ class Env:
         return kind.sample(rng)
 
 
-# ---- drawing ----
-
-WHITE = (255, 255, 255)
-BLACK = (20, 20, 25)
-RED = (205, 25, 40)
-BLUE = (25, 70, 180)
-PAPER = (250, 250, 247)
-
-
-@lru_cache(maxsize=4096)
-def text_mask(text, size, width):
-    """Draw a text as a mask of mode "L", `size` pixels to the em, squeezed if it is wider than `width`.
-
-    It is drawn four times as large and scaled down, in bold: thin strokes vanish in a picture of 80 pixels.
-    """
-    font = ImageFont.load_default(size=4 * size)
-    bold = max(1, round(size * 0.12))
-    mask = Image.new("L", (round(font.getlength(text)) + 2 * bold, round(5.2 * size)))
-    # Centre the height of a digit, so that the baseline is the same with and without descenders.
-    baseline = (mask.height - font.getbbox("0", anchor="ls")[1]) / 2
-    draw = ImageDraw.Draw(mask)
-    draw.text((bold, baseline), text, fill=255, font=font, stroke_width=bold, anchor="ls")
-    # -(-n // 4) is a quarter, rounded up.
-    natural_width = -(-mask.width // 4)
-    height = -(-mask.height // 4)
-    return mask.resize((min(round(width), natural_width), height), Image.LANCZOS)
-
-
-def draw_text(image, text, size, colour, x, y, width, height):
-    """Draw a text in the middle of a box; all lengths are in pixels, (x, y) is the upper left corner."""
-    mask = text_mask(text, round(size), width)
-    left = round(x + (width - mask.width) / 2)
-    top = round(y + (height - mask.height) / 2)
-    image.paste(colour, (left, top), mask)
-
-
 # ---- NumberLine ----
-
 
 class NumberLine(Env):
     """Walk to the target, one step a turn.
@@ -439,7 +392,7 @@ class NumberLine(Env):
     def act(self, action):
         """Move by one between 0 and 5: 1 at the target, 0 for a step towards it, otherwise -1."""
         distance = abs(self.target - self.current)
-        step = 1 if action == ("+",) else -1
+        step = {"-": -1, "+": 1}[action[0]]
         self.current = min(5, max(0, self.current + step))
         self.success = self.current == self.target
         if self.success:
@@ -470,7 +423,6 @@ class NumberLine(Env):
 
 # ---- optional packages ----
 
-
 def require(env, package):
     """Import an optional package for an environment; SystemExit with one sentence if it is missing."""
     # Pictures only: no window, no sound, no greeting on the console.
@@ -483,7 +435,6 @@ def require(env, package):
 
 
 # ---- scripted players ----
-
 
 def has_expert(env):
     """Tell whether an environment, each of them if it stands for several, defines expert()."""

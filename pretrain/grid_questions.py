@@ -291,8 +291,8 @@ def mission_questions(room, world, draw):
 def way_to_target(room, target, remembers):
     """Return how the shortest path to the mission's thing begins.
 
-    remembers: the question lists the last actions. They tell where the agent has just seen a thing that is out
-    of sight now, and where it has looked in vain. So the answer is then the way in the room as it is.
+    remembers: the question lists the last actions. They tell where the agent has just seen a thing that is
+    out of sight now, and where it has looked in vain. So the answer is then the way in the room as it is.
     """
     goals = {(column, row) for name, column, row in room.things if name == target}
     if not goals and remembers:

@@ -1,9 +1,9 @@
 """
 Questions for pre-training: what a vision-language model can do before it meets any action syntax.
 
-Each environment asks one question a turn, about a random state of a card game or of a world, a sum, or a text
-to repeat. The reply is the answer, without a marker. Reading asks all questions; Captions, Finding, Facing and
-Leading are stages of pre-training, which ask some of them. pretrain/config_*.py use them.
+Each environment asks one question a turn: about a random state of a card game or of a world, a sum, or a
+text to repeat. The reply is the answer, without a marker. Reading asks all questions; Captions, Finding,
+Facing and Leading are stages of pre-training, which ask some of them. pretrain/config_*.py use them.
 """
 import copy
 

@@ -1,16 +1,9 @@
 """
 Tiny vision-language models with random weights: 1.3 M parameters, 25 image tokens for a picture of 80 x 80.
 
-    python -m pretrain.tiny_nets llava out/x        # or smolvlm: a complete folder, like one from the hub
+    python -m pretrain.tiny_nets llava out/x    # or smolvlm: writes a complete folder, like one from the hub
 
-llava is what model='scratch' is. pretrain/config_tiny.py pre-trains it in two stages, smolvlm likewise:
-
-    python -m pretrain.tiny_nets smolvlm out/smolvlm
-    python train.py pretrain/config_tiny.py --env=Captions --model=out/smolvlm \
-        --out_dir=out/smolvlm_captions --offline_updates=600 --data_episodes=30000
-    python train.py pretrain/config_tiny.py --model=out/smolvlm_captions/model \
-        --out_dir=out/smolvlm_tiny --offline_updates=2000 --data_episodes=40000
-    python train.py config/numberline.py --model=out/smolvlm_tiny/model
+llava is what --model=scratch builds. pretrain/config_tiny.py pre-trains it, docs/bases.md has the commands.
 """
 import inspect
 import os
@@ -217,15 +210,15 @@ USAGE = (
 )
 
 
-def read_sizes(words, known):
-    """Read --name=number words -> {name: number}; SystemExit for an unknown name, or no number."""
-    sizes = {}
+def read_numbers(words, known, usage):
+    """Read words --name=number -> {name: number}; SystemExit with `usage` for any other word."""
+    numbers = {}
     for word in words:
         name, _, number = word.lstrip("-").partition("=")
         if name not in known or not number.isdigit():
-            raise SystemExit(USAGE)
-        sizes[name] = int(number)
-    return sizes
+            raise SystemExit(usage)
+        numbers[name] = int(number)
+    return numbers
 
 
 def main(argv):
@@ -234,7 +227,8 @@ def main(argv):
         raise SystemExit(USAGE)
     build_net = FAMILIES[argv[0]]
     folder = argv[1]
-    sizes = read_sizes(argv[2:], set(inspect.signature(build_net).parameters) - {"texts"})
+    known = set(inspect.signature(build_net).parameters) - {"texts"}
+    sizes = read_numbers(argv[2:], known, USAGE)
     if os.path.exists(folder):
         raise SystemExit(f"{folder!r} exists already: name a new folder.")
     import transformers

@@ -1,174 +1,463 @@
 """
-What a tiny VLM is asked about MiniWoB++'s pages before it has met any action syntax, and how it learns to answer: tiny-vlm-pages.
+Trains a tiny VLM to read MiniWoB++'s pages before it meets any action syntax: bases/tiny-vlm-pages.
 
-    pip install -r requirements-envs.txt && apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver
+    pip install -r requirements-envs.txt
+    apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver
     mkdir -p out && git archive b2b105d tiny-vlm-pages | tar x -C out
-    python -m pretrain.train_pages out/tiny-vlm-pages out/pages                     # the weights of an earlier base, a tokenizer of its own; --text=900 --sight=500 --both=660 updates
+    python -m pretrain.train_pages out/tiny-vlm-pages out/pages
 
-Three steps. Text alone: which number of a page's lines is the goal about. The tower (a Swin, arXiv 2103.14030) alone: which of the batch's texts stands in this patch, and where is its middle; that is CLIP's loss
-(arXiv 2103.00020) with a patch in the place of a picture. Every patch is an example, where a question "Where is it?" is told two numbers. Then both together, with the patches' loss beside the answers': else the tower forgets.
+It begins with the weights of an earlier base and makes a tokenizer of its own. Then there are three stages,
+with --text=900 --sight=500 --both=660 updates:
+ 1. text: the language model alone. Which number of a page's lines is the goal about?
+ 2. sight: the vision tower alone, a Swin (arXiv 2103.14030). Which text of the batch is in this patch, and
+    where is its middle? This is CLIP's loss (arXiv 2103.00020) with a patch in the place of a picture. Every
+    patch is an example, while the answer to "Where is it?" teaches two numbers only.
+ 3. both together. The patches' loss stays beside the answers', because the tower forgets without it.
 """
-import math, os, sys, time
+import math
+import os
+import sys
+import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration, SwinConfig
 
 from model import load_model
-from pretrain.page_questions import SIDE, SIZE, TASKS, WORDS, Asker
+from pretrain.page_questions import PAGE_WORDS, Asker, Page
 from pretrain.questions import Reading
-from worlds.miniwob import MiniWoB
+from pretrain.tiny_nets import read_numbers, rescale_weights, train_tokenizer
+from worlds.miniwob import PAGE_SIZE, MiniWoB, click_places
+
+TASKS = (
+    "click-test",
+    "click-test-2",
+    "click-button",
+    "click-dialog",
+    "click-dialog-2",
+    "click-link",
+    "click-tab",
+    "focus-text-2",
+    "enter-text",
+    "click-collapsible",
+)
+# A picture has 10 x 10 patches of 16 x 16 pixels. Each is a token of the language model.
+PATCH = 16
+SIDE = PAGE_SIZE // PATCH
+# Labels name places in steps of 4 pixels.
+PLACE_STEP = 4
+PLACES = PAGE_SIZE // PLACE_STEP + 1
+IGNORE = -100  # no label, for F.cross_entropy
+
+LEARNING_RATE = 2e-3
+MICRO_BATCH = 16
+
 
 # ---- a tower that reads ----
 def visible_features(net, pixels):
-    """What the language model is shown of pictures (B, 3, SIZE, SIZE) -> (B, patches, hidden), by the net's own path: a Swin's `last_hidden_state` has one more normalisation, which a LLaVA does not use."""
+    """Return the picture's part of the language model's input: (B, 3, 160, 160) -> (B, patches, hidden).
+
+    It takes the net's own path. A Swin's `last_hidden_state` has one more normalisation, which a LLaVA does
+    not use.
+    """
     features = net.model.get_image_features(pixel_values=pixels).pooler_output
-    return features if torch.is_tensor(features) else torch.stack(list(features))
+    if torch.is_tensor(features):
+        return features
+    return torch.stack(list(features))
 
 
-def labels(page, names):
-    """What stands in the upper and in the lower half of each patch of a page's picture (a line of text is eleven pixels high, so a patch has parts of two) -> (3, SIDE * SIDE, 2) int64: the text's place in `names`,
-    which grows, + 1 (0 nothing, -100 what only shows a bit of something), then column and row, in steps of 4 pixels, of the place to click on it (-100 where there is none)."""
-    ink, across, down = (np.asarray(page.picture().convert("L")) < 200).reshape(2 * SIDE, 8, SIDE, 16).any((1, 3)), np.arange(SIDE) * 16, np.arange(2 * SIDE) * 8
-    out = np.stack([np.where(ink, -100, 0), *np.full((2, 2 * SIDE, SIDE), -100)])
-    for e in page.elements:
-        (left, top, w, h), text = e["box"], e["text"] or "textbox" * (e["role"] == "textbox")
-        if 0 < len(text) <= 16 and left >= 0 and top >= 0:
-            wide, high = np.minimum(left + w, across + 16) - np.maximum(left, across), np.minimum(top + h, down + 8) - np.maximum(top, down)
-            x, y = page.places(e)[0]
-            here = (high[:, None] >= 4) & (wide[None] >= 6) & (abs(across + 8 - x) <= 32)[None]
-            out[0, here] = names.setdefault(text, len(names) + 1)
-            if x % 4 == y % 4 == 0 and 0 <= x <= 160 and 0 <= y <= 160:
-                out[1:, here] = [[x // 4], [y // 4]]
-    return torch.from_numpy(out.reshape(3, SIDE, 2, SIDE).swapaxes(2, 3).reshape(3, -1, 2))
+def patch_labels(page, names):
+    """Label both halves of each patch of a page's picture -> (3, patches, 2) int64.
+
+    A line of text is eleven pixels high, so the two halves of a patch can show parts of two lines. The first
+    label is the text in it: its number in `names`, which grows; 0 for an empty half, -100 for one that only
+    shows a bit of something. The second and the third label are column and row, in steps of 4 pixels, of the
+    place to click on the text; -100 where there is none.
+    """
+    dark = np.asarray(page.picture().convert("L")) < 200
+    # (rows of halves, columns)
+    has_ink = dark.reshape(2 * SIDE, PATCH // 2, SIDE, PATCH).any((1, 3))
+    labels = np.full((3, 2 * SIDE, SIDE), IGNORE)
+    labels[0] = np.where(has_ink, IGNORE, 0)
+    patch_left = np.arange(SIDE) * PATCH
+    half_top = np.arange(2 * SIDE) * (PATCH // 2)
+    for element in page.elements:
+        left, top, width, height = element["box"]
+        text = element["text"]
+        if not text and element["role"] == "textbox":
+            text = "textbox"
+        if not 0 < len(text) <= 16 or left < 0 or top < 0:
+            continue
+        x, y = click_places(element)[0]
+        # How much of the element each half shows, in pixels.
+        shown_width = np.minimum(left + width, patch_left + PATCH) - np.maximum(left, patch_left)
+        shown_height = np.minimum(top + height, half_top + PATCH // 2) - np.maximum(top, half_top)
+        is_near = abs(patch_left + PATCH // 2 - x) <= 2 * PATCH
+        here = (shown_height[:, None] >= 4) & (shown_width >= 6) & is_near
+        labels[0, here] = names.setdefault(text, len(names) + 1)
+        is_on_a_step = x % PLACE_STEP == 0 and y % PLACE_STEP == 0
+        if is_on_a_step and 0 <= x <= PAGE_SIZE and 0 <= y <= PAGE_SIZE:
+            labels[1, here] = x // PLACE_STEP
+            labels[2, here] = y // PLACE_STEP
+    by_patch = labels.reshape(3, SIDE, 2, SIDE).swapaxes(2, 3).reshape(3, -1, 2)
+    return torch.from_numpy(by_patch)
 
 
 def new_tower(net):
-    """The LLaVA `net`'s language model before a Swin and a projector with random weights: a picture of SIZE x SIZE becomes SIDE x SIDE tokens. Its windows and relative positions read a word alike wherever it stands."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration, SwinConfig
-    from pretrain.tiny_nets import rescale_weights
-    vision = SwinConfig(image_size=SIZE, patch_size=4, embed_dim=32, depths=[2, 2, 2], num_heads=[2, 4, 8], window_size=5, mlp_ratio=3.0, drop_path_rate=0.0, use_absolute_embeddings=True)
-    new = rescale_weights(LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=net.config.text_config, image_token_index=net.config.image_token_id, vision_feature_layer=-1,
-                                                          vision_feature_select_strategy="full", tie_word_embeddings=True)))
+    """Put a LLaVA's language model behind a Swin and a projector with random weights -> a new net.
+
+    A picture of 160 x 160 becomes 10 x 10 tokens. A Swin's windows and relative positions read a word alike
+    wherever it is.
+    """
+    vision = SwinConfig(
+        image_size=PAGE_SIZE,
+        patch_size=4,
+        embed_dim=32,
+        depths=[2, 2, 2],
+        num_heads=[2, 4, 8],
+        window_size=5,
+        mlp_ratio=3.0,
+        drop_path_rate=0.0,
+        use_absolute_embeddings=True,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=net.config.text_config,
+        image_token_index=net.config.image_token_id,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+    )
+    new = rescale_weights(LlavaForConditionalGeneration(config))
     nn.init.normal_(new.model.vision_tower.embeddings.position_embeddings, 0, 0.3)
     new.model.language_model.load_state_dict(net.model.language_model.state_dict())
     new.tie_weights()
     return new
 
 
-class Sight(nn.Module):
-    """What only the training of a tower needs: a head to the words' space, one for the patch's own column and row and the text's, a vector for "nothing"."""
+class PatchHeads(nn.Module):
+    """Hold what only the training of a tower needs: heads on the patches' features.
+
+    The text head maps both halves of a patch into the space of the word embeddings, in which `nothing` stands
+    for an empty half. The place head names row and column of the patch, and the place of the text.
+    """
+
     def __init__(self, net, tokenizer):
         super().__init__()
         hidden = net.config.text_config.hidden_size
-        self.net, self.tokenizer = [net], tokenizer                       # a list hides it from parameters()
-        self.head, self.place, self.nothing, self.scale = nn.Linear(hidden, 2 * hidden), nn.Linear(hidden, 2 * SIDE + 4 * 41), nn.Parameter(0.1 * torch.randn(1, hidden)), nn.Parameter(torch.tensor(2.0))
-    def texts(self, names):
-        words = self.net[0].get_input_embeddings().weight.detach()
-        return F.normalize(torch.stack([words[self.tokenizer(name, add_special_tokens=False)["input_ids"]].mean(0) for name in names or ["textbox"]]), dim=-1)   # pages of nothing but long texts name none
-    def loss(self, features, pages):
-        """features (B, patches, hidden), what the language model is shown -> (cross-entropy over the pages' texts, 0.2 of that of their places, 0.1 of the patches'; share of the halves of patches with a text that are right)."""
-        names = {}
-        right, x, y = torch.stack([labels(page, names) for page in pages], 1)                                # (B, patches, 2) each
-        logits = F.normalize(self.head(features).unflatten(-1, (2, -1)), dim=-1) @ torch.cat([F.normalize(self.nothing, dim=-1), self.texts(names)]).T * self.scale.exp()
-        weight, at = torch.ones(logits.shape[-1]), torch.arange(SIDE * SIDE).repeat(len(right))
-        weight[0] = 0.1                                             # most of a page is empty
-        rows, columns, xs, ys = self.place(features).flatten(0, 1).split([SIDE, SIDE, 82, 82], -1)
-        own, middle = F.cross_entropy(rows, at // SIDE) + F.cross_entropy(columns, at % SIDE), F.cross_entropy(xs.reshape(-1, 41), x.flatten()) + F.cross_entropy(ys.reshape(-1, 41), y.flatten())
-        return F.cross_entropy(logits.flatten(0, 2), right.flatten(), weight) + 0.1 * own + 0.2 * middle, (logits.argmax(-1) == right)[right > 0].float().mean().item()
+        # A list hides the net from parameters().
+        self.net = [net]
+        self.tokenizer = tokenizer
+        self.text_head = nn.Linear(hidden, 2 * hidden)
+        self.place_head = nn.Linear(hidden, 2 * SIDE + 4 * PLACES)
+        self.nothing = nn.Parameter(0.1 * torch.randn(1, hidden))
+        self.scale = nn.Parameter(torch.tensor(2.0))
 
-# ---- training ----
+    def text_vectors(self, names):
+        """Return the normalised mean embedding of each text -> (names, hidden)."""
+        embeddings = self.net[0].get_input_embeddings().weight.detach()
+        vectors = []
+        # Pages of nothing but long texts have no names.
+        for name in names or ["textbox"]:
+            tokens = self.tokenizer(name, add_special_tokens=False)["input_ids"]
+            vectors.append(embeddings[tokens].mean(0))
+        return F.normalize(torch.stack(vectors), dim=-1)
+
+    def text_loss(self, features, labels, names):
+        """Return (cross-entropy over the batch's texts, share of right halves among those with a text)."""
+        halves = self.text_head(features).unflatten(-1, (2, -1))
+        candidates = torch.cat([F.normalize(self.nothing, dim=-1), self.text_vectors(names)])
+        logits = F.normalize(halves, dim=-1) @ candidates.T * self.scale.exp()
+        weight = torch.ones(logits.shape[-1])
+        # Most of a page is empty.
+        weight[0] = 0.1
+        loss = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), weight)
+        is_right = logits.argmax(-1) == labels
+        return loss, is_right[labels > 0].float().mean().item()
+
+    def place_losses(self, features, x, y):
+        """Return the cross-entropy of (the patches' own places, the places of the texts)."""
+        logits = self.place_head(features).flatten(0, 1)
+        rows, columns, xs, ys = logits.split([SIDE, SIDE, 2 * PLACES, 2 * PLACES], -1)
+        patch = torch.arange(SIDE * SIDE).repeat(len(features))
+        own = F.cross_entropy(rows, patch // SIDE) + F.cross_entropy(columns, patch % SIDE)
+        x_loss = F.cross_entropy(xs.reshape(-1, PLACES), x.flatten())
+        y_loss = F.cross_entropy(ys.reshape(-1, PLACES), y.flatten())
+        return own, x_loss + y_loss
+
+    def loss(self, features, pages):
+        """Return (loss, share of the halves of patches with a text that are right).
+
+        features: (B, patches, hidden), what visible_features returns for the pages' pictures.
+        """
+        names = {}
+        labels = [patch_labels(page, names) for page in pages]
+        # (B, patches, 2) each
+        texts, x, y = torch.stack(labels, 1)
+        text_loss, share = self.text_loss(features, texts, names)
+        own_loss, place_loss = self.place_losses(features, x, y)
+        return text_loss + 0.1 * own_loss + 0.2 * place_loss, share
+
+
+# ---- words ----
 def retokenize(net, processor, texts):
-    """The net with a tokenizer made of `texts`, in which the pages' words and numbers are a token each: what is looked for is then one thing, not three. A new token begins as the mean of those that spelled it."""
-    from pretrain.tiny_nets import tokenizer
-    old, words = processor.tokenizer, net.get_input_embeddings().weight.detach()
-    new = tokenizer(texts, 1536, ["<|pad|>", "<|end|>", "<image>"], extra_special_tokens={"image_token": "<image>"})
-    spelled = [words[[i] if i < 3 else old(new.decode([i]), add_special_tokens=False).input_ids] for i in range(len(new))]
-    mean = torch.stack([rows.mean(0) * rows.norm(dim=-1).mean() / rows.mean(0).norm().clamp(min=1e-3) + 0.3 * words.std() * torch.randn(words.shape[1]) * (len(rows) > 1) for rows in spelled])
+    """Give a net a tokenizer made of texts, in place -> (net, processor).
+
+    The pages' words and numbers are then a token each: one thing to look for, not three. A new token begins
+    as the mean of those that spelled it, with their length, and a little noise.
+    """
+    old = processor.tokenizer
+    embeddings = net.get_input_embeddings().weight.detach()
+    special = ["<|pad|>", "<|end|>", "<image>"]
+    new = train_tokenizer(texts, 1536, special, extra_special_tokens={"image_token": "<image>"})
+    vectors = []
+    for token in range(len(new)):
+        # The special tokens are the same ones in both.
+        spelling = [token]
+        if token >= len(special):
+            spelling = old(new.decode([token]), add_special_tokens=False).input_ids
+        rows = embeddings[spelling]
+        mean = rows.mean(0)
+        vector = mean * rows.norm(dim=-1).mean() / mean.norm().clamp(min=1e-3)
+        noise = 0.3 * embeddings.std() * torch.randn(embeddings.shape[1])
+        if len(rows) > 1:
+            vector = vector + noise
+        vectors.append(vector)
     net.resize_token_embeddings(len(new))
-    net.get_input_embeddings().weight.data.copy_(mean)
+    net.get_input_embeddings().weight.data.copy_(torch.stack(vectors))
     processor.tokenizer = new
     return net, processor
 
 
-def corpus(asker, deal, n=12000):
-    """Texts for the tokenizer: questions, answers, and prompts less the line that shows an action."""
+def tokenizer_texts(asker, deal, n=12000):
+    """Yield texts for the tokenizer: n questions and answers, some prompts, then words and numbers.
+
+    A prompt comes without its last line, which shows an action. deal() draws a page.
+    """
     for i in range(n):
         page = deal()
         _, question, answer = asker.ask(page)
-        yield from (question, answer, *([page.goal, page.prompt().rpartition("\n")[0], "End your reply with an action, for example:"] if i % 20 == 0 else []))
-    yield from (text for word in WORDS for text in [f"'{word}'", f'"{word}"', f" {word}"] * 20)
-    yield from (str(number) for number in range(161) for _ in range(50))
+        yield question
+        yield answer
+        if i % 20 == 0:
+            yield page.goal
+            yield page.prompt().rpartition("\n")[0]
+            yield "End your reply with an action, for example:"
+    for word in PAGE_WORDS:
+        for _ in range(20):
+            yield f"'{word}'"
+            yield f'"{word}"'
+            yield f" {word}"
+    for number in range(PAGE_SIZE + 1):
+        for _ in range(50):
+            yield str(number)
+
+
+# ---- training ----
+class Example(NamedTuple):
+    """Hold a question about a page; without its picture, the page's lines are enough for the answer."""
+
+    page: Page
+    has_picture: bool
+    question: str
+    answer: str
+
+
+def draw_examples(asker, deal, stage, batch):
+    """Draw the examples of an update, similar ones beside each other: less padding."""
+    pages = [deal() for _ in range(batch)]
+    examples = []
+    for i, page in enumerate(pages):
+        # Where both parts learn, a fifth of the questions comes without a picture.
+        has_picture = stage == "sight" or (stage == "both" and i >= 0.2 * batch)
+        question = ""
+        answer = ""
+        if stage != "sight":
+            text_share = 0.3 if has_picture else 1.0
+            _, question, answer = asker.ask(page, text_share)
+        examples.append(Example(page, has_picture, question, answer))
+    return sorted(examples, key=lambda example: (example.has_picture, len(example.question)))
+
+
+def micro_batches(examples):
+    """Yield parts of a sorted batch, those without a picture first.
+
+    Both rounds cut the batch from its beginning. So in the last stage the first part comes twice, and may
+    hold a few questions that lack their picture. This flaw stays because tiny-vlm-pages was made with it.
+    """
+    for has_picture in (False, True):
+        count = sum(example.has_picture == has_picture for example in examples)
+        for start in range(0, count, MICRO_BATCH):
+            yield examples[start : start + MICRO_BATCH]
 
 
 def answers_loss(net, tokenizer, asked, features=None):
-    """asked: [(question, answer)], with features (B, patches, hidden) of their pictures or without pictures -> sum over the answers of cross-entropy / tokens ** 0.75: a short one counts nearly as much as a long one."""
-    prompts = [tokenizer("<image>" * (SIDE * SIDE if features is not None else 0) + f"{question}\n>").input_ids for question, _ in asked]
+    """Return the sum over the answers of cross-entropy / tokens ** 0.75.
+
+    A short answer then counts nearly as much as a long one. asked: [(question, answer), ...]. features: (B,
+    patches, hidden) of their pictures, or None for questions without pictures.
+    """
+    image = "<image>" * (SIDE * SIDE) if features is not None else ""
+    prompts = [tokenizer(f"{image}{question}\n>").input_ids for question, _ in asked]
     answers = [tokenizer(answer).input_ids + [tokenizer.eos_token_id] for _, answer in asked]
-    P, R = max(map(len, prompts)), max(map(len, answers))
-    ids, seen, labels = torch.full((len(asked), P + R), tokenizer.eos_token_id), torch.zeros(len(asked), P + R, dtype=torch.long), torch.full((len(asked), R), -100)
+    P = max(map(len, prompts))
+    R = max(map(len, answers))
+    # The prompts end at P, the answers begin there.
+    ids = torch.full((len(asked), P + R), tokenizer.eos_token_id)
+    mask = torch.zeros(len(asked), P + R, dtype=torch.long)
+    labels = torch.full((len(asked), R), IGNORE)
     for i, (prompt, answer) in enumerate(zip(prompts, answers)):
-        ids[i, P - len(prompt):P + len(answer)], seen[i, P - len(prompt):P + len(answer)], labels[i, :len(answer)] = torch.tensor(prompt + answer), 1, torch.tensor(answer)
+        row = slice(P - len(prompt), P + len(answer))
+        ids[i, row] = torch.tensor(prompt + answer)
+        mask[i, row] = 1
+        labels[i, : len(answer)] = torch.tensor(answer)
     embedded = net.get_input_embeddings()(ids)
     if features is not None:
-        embedded = embedded.masked_scatter((ids == net.config.image_token_id)[..., None], features.to(embedded.dtype))
-    hidden = net.model.language_model(inputs_embeds=embedded, attention_mask=seen, use_cache=False).last_hidden_state[:, P - 1:-1]
-    loss = F.cross_entropy(net.lm_head(hidden).float().flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).sum(1)
-    return (loss / (labels >= 0).sum(1) ** 0.75).sum()
+        is_image = ids == net.config.image_token_id
+        embedded = embedded.masked_scatter(is_image[..., None], features.to(embedded.dtype))
+    output = net.model.language_model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
+    # The state before a token predicts it.
+    logits = net.lm_head(output.last_hidden_state[:, P - 1 : -1]).float()
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    tokens = (labels != IGNORE).sum(1)
+    return (loss.view(labels.shape).sum(1) / tokens**0.75).sum()
 
 
-def main(folder, out, text=900, sight=500, both=660, batch=64, lr=2e-3, micro=16):
+def part_loss(net, processor, heads, part, stage, batch):
+    """Return (loss of a micro-batch, its share of right patches or None); batch: examples of the update."""
+    pages = [example.page for example in part]
+    has_picture = part[0].has_picture
+    features = None
+    share = None
+    loss = 0.0
+    with torch.autocast("cpu", torch.bfloat16):
+        if has_picture:
+            pictures = [page.picture() for page in pages]
+            pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+            features = visible_features(net, pixels)
+        if stage != "sight":
+            asked = [(example.question, example.answer) for example in part]
+            loss = answers_loss(net, processor.tokenizer, asked, features) / batch
+    if has_picture:
+        patches, share = heads.loss(features.float(), pages)
+        loss = loss + patches * len(part) / batch
+    return loss, share
+
+
+def learning_rate_at(update, updates):
+    """Return the learning rate: a warm-up, then a cosine down to a tenth."""
+    warmup = (update + 1) / 30
+    cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * update / updates))
+    return LEARNING_RATE * min(warmup, cosine)
+
+
+def parameter_groups(net, heads):
+    """Return the parameters of (tower and projector, language model, heads), which are clipped apart."""
+    tower = []
+    language = []
+    for name, weight in net.named_parameters():
+        is_tower = "vision_tower" in name or "projector" in name
+        group = tower if is_tower else language
+        group.append(weight)
+    return tower, language, list(heads.parameters())
+
+
+def train_stage(net, processor, heads, stage, updates, draw_batch, began):
+    """Train net and heads in place for a number of updates.
+
+    draw_batch(stage): draws the examples of an update. began: when the training began, for the messages.
+    """
+    groups = parameter_groups(net, heads)
+    weights = [weight for group in groups for weight in group]
+    optimizer = torch.optim.AdamW(weights, LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
+    for update in range(updates):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(update, updates)
+        examples = draw_batch(stage)
+        total = 0.0
+        shares = []
+        for part in micro_batches(examples):
+            loss, share = part_loss(net, processor, heads, part, stage, len(examples))
+            loss.backward()
+            total += loss.item()
+            if share is not None:
+                shares.append(share)
+        for group in groups:
+            nn.utils.clip_grad_norm_(group, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if update % 50 == 49 or update == updates - 1:
+            right = f"  patches right {100 * np.mean(shares):.0f} %" if shares else ""
+            seconds = time.time() - began
+            print(f"{stage} {update + 1}  loss {total:.2f}{right}  {seconds:.0f} s", flush=True)
+
+
+def train_on_pages(folder, out, text=900, sight=500, both=660, batch=64):
+    """Train a base on pages, from the weights in a folder, and write it to the folder `out`.
+
+    text, sight, both: updates of the three stages. SystemExit if the folder holds another kind of model.
+    """
     net, processor = load_model(folder)
-    if net.config.model_type != "llava" or processor.patch_size != 16:
-        raise SystemExit(f"model={folder!r} is a {net.config.model_type!r} model: pages are read by a tiny LLaVA of 16-pixel tokens, such as tiny-vlm-pages.")
+    if net.config.model_type != "llava" or processor.patch_size != PATCH:
+        raise SystemExit(
+            f"model={folder!r} is a {net.config.model_type!r} model: "
+            "pages are read by a tiny LLaVA of 16-pixel tokens, such as bases/tiny-vlm-pages."
+        )
+    began = time.time()
     torch.manual_seed(0)
-    rng, began = np.random.default_rng(0), time.time()
-    readers, asker = [Reading(MiniWoB(f"miniwob/{task}-v1", size=SIZE), size=SIZE) for task in TASKS], Asker(rng)
-    often = [reader for reader, task in zip(readers, TASKS) for _ in range(1 + 3 * (task == "click-button"))]      # its crowds are the hardest to find one's way in
-    deal = lambda: asker.pick(often).page(rng)
-    net = net if net.config.vision_config.model_type == "swin" else new_tower(net)
-    net, processor = retokenize(net, processor, corpus(asker, deal))
-    processor.vision_feature_select_strategy, processor.num_additional_image_tokens = "full", 0
-    net.set_attn_implementation("eager")                                # the CPU's fused attention is slow backwards in bfloat16
-    tower, heads = [p for name, p in net.named_parameters() if "vision_tower" in name or "projector" in name], Sight(net, processor.tokenizer)
-    rest = [p for p in net.parameters() if not any(p is q for q in tower)]
-    look = lambda pages: visible_features(net, processor.image_processor([page.picture() for page in pages], return_tensors="pt")["pixel_values"])
-    for step, updates in (("text", text), ("sight", sight), ("both", both)):
-        optimizer = torch.optim.AdamW(tower + rest + list(heads.parameters()), lr, weight_decay=0.01, betas=(0.9, 0.98))
-        for update in range(updates):
-            for group in optimizer.param_groups:                        # a warm-up, then a cosine down to a tenth
-                group["lr"] = lr * min((update + 1) / 30, 0.1 + 0.45 * (1 + math.cos(math.pi * update / updates)))
-            pages, loss, right = [deal() for _ in range(batch)], 0.0, []
-            shown = [step == "sight" or step == "both" and i >= 0.2 * batch for i in range(batch)]
-            asked = [("", "") if step == "sight" else asker.ask(page, 0.3 if show else 1.0)[1:] for page, show in zip(pages, shown)]
-            order = sorted(range(batch), key=lambda i: (shown[i], len(asked[i][0])))         # like beside like: less padding
-            for part in [order[i:i + micro] for show in (False, True) for of in [[i for i in order if shown[i] == show]] for i in range(0, len(of), micro)]:
-                show, of = shown[part[0]], [pages[i] for i in part]
-                with torch.autocast("cpu", torch.bfloat16):
-                    features = look(of) if show else None
-                    part_loss = answers_loss(net, processor.tokenizer, [asked[i] for i in part], features) / batch if step != "sight" else 0.0
-                if show:
-                    patches, share = heads.loss(features.float(), of)
-                    part_loss, right = part_loss + patches * len(part) / batch, [*right, share]
-                part_loss.backward()
-                loss += part_loss.item()
-            for params in (tower, rest, list(heads.parameters())):
-                nn.utils.clip_grad_norm_(params, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            if update % 50 == 49 or update == updates - 1:
-                print(f"{step} {update + 1}  loss {loss:.2f}" + (f"  patches right {100 * np.mean(right):.0f} %" if right else "") + f"  {time.time() - began:.0f} s", flush=True)
-        net.save_pretrained(out), processor.save_pretrained(out)
-    for reader in readers:
+    rng = np.random.default_rng(0)
+    asker = Asker(rng)
+    readers = {}
+    for task in TASKS:
+        world = MiniWoB(f"miniwob/{task}-v1", size=PAGE_SIZE)
+        readers[task] = Reading(world, size=PAGE_SIZE)
+    # The crowded pages of click-button are the hardest, so they come four times as often.
+    drawn_tasks = []
+    for task in TASKS:
+        drawn_tasks += [task] * (4 if task == "click-button" else 1)
+
+    def deal():
+        return readers[asker.pick(drawn_tasks)].page(rng)
+
+    def draw_batch(stage):
+        return draw_examples(asker, deal, stage, batch)
+
+    if net.config.vision_config.model_type != "swin":
+        net = new_tower(net)
+    net, processor = retokenize(net, processor, tokenizer_texts(asker, deal))
+    processor.vision_feature_select_strategy = "full"
+    processor.num_additional_image_tokens = 0
+    # On a CPU, the backward pass of the fused attention is slow in bfloat16.
+    net.set_attn_implementation("eager")
+    heads = PatchHeads(net, processor.tokenizer)
+    for stage, updates in (("text", text), ("sight", sight), ("both", both)):
+        train_stage(net, processor, heads, stage, updates, draw_batch, began)
+        net.save_pretrained(out)
+        processor.save_pretrained(out)
+    for reader in readers.values():
         reader.close()
     net.half().save_pretrained(out)
 
 
+USAGE = (
+    "Name the folder of the weights to begin with and a new folder: python -m pretrain.train_pages "
+    "bases/tiny-vlm-pages FOLDER [--text=900 --sight=500 --both=660 --batch=64]"
+)
+
+
+def main(argv):
+    """Read the command line and train."""
+    if len(argv) < 2:
+        raise SystemExit(USAGE)
+    folder, out = argv[:2]
+    numbers = read_numbers(argv[2:], {"text", "sight", "both", "batch"}, USAGE)
+    if os.path.exists(out):
+        raise SystemExit(f"{out!r} exists already: name a new folder.")
+    train_on_pages(folder, out, **numbers)
+
+
 if __name__ == "__main__":
-    steps = dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[3:])
-    if len(sys.argv) < 3 or not set(steps) <= {"text", "sight", "both", "batch"} or not all(n.isdigit() for n in steps.values()):
-        raise SystemExit("Say whose weights to begin with, and where to: python -m pretrain.train_pages bases/tiny-vlm-pages FOLDER [--text=900 --sight=500 --both=660 --batch=64]")
-    if os.path.exists(sys.argv[2]):
-        raise SystemExit(f"{sys.argv[2]!r} exists already: name a new folder.")
-    main(*sys.argv[1:3], **{k: int(n) for k, n in steps.items()})
+    main(sys.argv[1:])

@@ -22,8 +22,9 @@ REWARDS = [-1.0, 0.25, 2.0, 0.5]
 
 def picture(n):
     """Make a small picture that differs for each n."""
-    colour = (n % 256, 7, n // 256)
-    return Image.new("RGB", (8, 8), colour)
+    red = n % 256
+    blue = n // 256
+    return Image.new("RGB", (8, 8), (red, 7, blue))
 
 
 def episode(name, turns, cut=False, replies=None, **last):
@@ -208,7 +209,8 @@ def test_an_episode_name_is_used_once(tmp_path):
     assert "'c'" in refusal(lambda: buf.append(*episode("c", 2)), tmp_path)
     assert raw(buf) == before
     assert len(buf) == 15
-    assert sorted(os.listdir(tmp_path / "images")) == pictures
+    after = sorted(os.listdir(tmp_path / "images"))
+    assert after == pictures
 
 
 def test_rewind(tmp_path):
@@ -220,7 +222,8 @@ def test_rewind(tmp_path):
     assert raw(buf) == before
     assert not os.path.exists(tmp_path / "rewound.jsonl")
     buf.rewind(8)
-    assert buf.rows == rows[:8] == Buffer(str(tmp_path)).rows
+    assert buf.rows == rows[:8]
+    assert buf.rows == Buffer(str(tmp_path)).rows
     assert before.startswith(raw(buf))
     assert list(buf.episodes) == ["a", "b"]
     buf.append(*episode("c", 2))
@@ -283,7 +286,12 @@ def test_bad_pictures(tmp_path):
     picture(0).save(tmp_path / "secret.png")
     picture(0).save(tmp_path / "data2.png")
     os.symlink(tmp_path / "secret.png", home / "images/link.png")
-    outside = ["images/../../secret.png", str(tmp_path / "secret.png"), "../data2.png", "images/link.png"]
+    outside = [
+        "images/../../secret.png",
+        str(tmp_path / "secret.png"),
+        "../data2.png",
+        "images/link.png",
+    ]
     for bad in outside:
         assert "outside" in refusal(lambda: buf.image(bad), home)
     (home / name).write_bytes(b"no picture")
@@ -501,7 +509,7 @@ def test_stats(tmp_path):
         valid=pytest.approx(8 / 9),
     )
     to_go = [buf.return_to_go(i, 0.5) for i in buf.episodes["won"]]
-    assert to_go == [-1 + 0.125 + 0.5, 1.25, 2.0]
+    assert to_go == [-0.375, 1.25, 2.0]
     assert buf.return_to_go(buf.episodes["lucky"][3], 0.5) == 0
     assert buf.lowest_return(0.5) == -1.0
     assert buf.return_quantile(1.0) == 1.25

@@ -1,7 +1,7 @@
 """
 The card games of Gym Cards: EZPoints, Points24 and Blackjack.
 
-Four sections: drawing cards, formulas (their value, and what they can still become), the two games of
+Four sections: dealing cards, formulas (their value, and what they can still become), the two games of
 formulas, Blackjack with its exact best play. The rules are those of RL4VLM's code (Zhai et al., arXiv
 2405.10292). envs.py lists the departures that concern every game; these concern the cards:
  1. Formulas are parsed, never given to Python's `eval`, and computed in exact rationals: 8/(3-8/3) is 24,
@@ -18,33 +18,13 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-from envs import BLACK, RED, WHITE, Env, Words, draw_text
+from envs import Env, Words
+from worlds.drawing import RANKS, SPADES, WHITE, draw_cards, draw_text
 
-# ---- cards and their pictures: a card is (rank, suit), rank 1 to 13, suit 0 to 3 ----
-
-RANKS = ["back", "A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K"]
 FELT = (38, 110, 80)
 TRAY = (27, 84, 60)
-EDGE = (150, 160, 155)
-BACK = (50, 75, 160)
-BACK_PATTERN = (150, 170, 230)
 
-# A suit is drawn as discs, given by their centres, and polygons; coordinates run from -1 to 1.
-DISC_RADIUS = 0.49
-STEM = [(0, 0), (0.35, 1), (-0.35, 1)]
-SPADE_TOP = [(-0.89, 0.08), (0, -1), (0.89, 0.08), (0, 0.5)]
-HEART_BOTTOM = [(-0.89, -0.13), (0, 1), (0.89, -0.13), (0, -0.5)]
-DIAMOND = [(0, -1), (0.75, 0), (0, 1), (-0.75, 0)]
-SPADES = 0
-HEARTS = 1
-DIAMONDS = 2
-CLUBS = 3
-SUITS = {
-    SPADES: ([(-0.45, 0.3), (0.45, 0.3)], [SPADE_TOP, STEM]),
-    HEARTS: ([(-0.45, -0.35), (0.45, -0.35)], [HEART_BOTTOM]),
-    DIAMONDS: ([], [DIAMOND]),
-    CLUBS: ([(0, -0.5), (-0.5, 0.2), (0.5, 0.2), (0, 0)], [STEM]),
-}
+# ---- cards: (rank, suit), rank 1 to 13, suit 0 to 3 ----
 
 
 def deal_cards(rng, n):
@@ -62,66 +42,12 @@ def card_names(cards):
     return " ".join(f"{rank}{'shdc'[suit]}" for rank, suit in cards)
 
 
-def draw_suit(draw, suit, x, y, radius, colour):
-    """Draw the symbol of a suit with its middle at (x, y)."""
-    discs, polygons = SUITS[suit]
-    for dx, dy in discs:
-        left = x + (dx - DISC_RADIUS) * radius
-        top = y + (dy - DISC_RADIUS) * radius
-        right = x + (dx + DISC_RADIUS) * radius
-        bottom = y + (dy + DISC_RADIUS) * radius
-        draw.ellipse([left, top, right, bottom], fill=colour)
-    for polygon in polygons:
-        draw.polygon([(x + dx * radius, y + dy * radius) for dx, dy in polygon], fill=colour)
-
-
-@lru_cache(maxsize=1024)
-def card_sprite(rank, suit, width, height):
-    """Draw a card as an RGBA picture of width x height pixels; rank 0 is the back of a card.
-
-    It is drawn four times as large and scaled down. No system font and no picture of others is needed.
-    """
-    colour = RED if suit in (HEARTS, DIAMONDS) else BLACK
-    w = 4 * width
-    h = 4 * height
-    sprite = Image.new("RGBA", (w, h))
-    draw = ImageDraw.Draw(sprite)
-    edge = max(1, w // 40)
-    draw.rounded_rectangle([0, 0, w - 1, h - 1], radius=w // 7, fill=WHITE, outline=EDGE, width=edge)
-    if rank:
-        draw_suit(draw, suit, w / 2, h * 0.79, min(w * 0.3, h * 0.15), colour)
-    else:
-        margin = w // 9
-        inner = [margin, margin, w - 1 - margin, h - 1 - margin]
-        draw.rounded_rectangle(inner, radius=w // 10, fill=BACK)
-        for i in range(15):
-            x = w * (i % 3 + 1) / 4
-            y = h * (i // 3 + 1) / 6
-            draw_suit(draw, DIAMONDS, x, y, w / 11, BACK_PATTERN)
-    sprite = sprite.resize((width, height), Image.LANCZOS)
-    if rank:
-        box = (width * 0.08, height * 0.07, width * 0.84, height * 0.54)
-        draw_text(sprite, RANKS[rank], height * 0.66, colour, *box)
-    return sprite
-
-
-def draw_cards(image, cards, x, y, width, height, step, scale):
-    """Draw cards in a row, `step` apart, the first with its upper left corner at (x, y).
-
-    Lengths are in units of `scale` pixels. The games use 1/80 of the picture's side.
-    """
-    for i, (rank, suit) in enumerate(cards):
-        sprite = card_sprite(rank, suit, round(width * scale), round(height * scale))
-        corner = (round((x + i * step) * scale), round(y * scale))
-        image.paste(sprite, corner, sprite)
-
-
 # ---- formulas ----
 # A stack machine reads a formula item by item: numbers, operators, brackets, blanks. The stack has one frame
-# for what is outside all brackets and one more for each open bracket: "8 / ( 3 -" has two, one that awaits the
-# bracket's value and one for the sum inside. The stack serves two purposes: the value of a finished formula
-# (formula_value), and all values that a half-written one can still get (final_values), which tell the expert
-# whether a formula can be saved. All arithmetic is in exact rationals.
+# for what is outside all brackets and one more for each open bracket: "8 / ( 3 -" has two, one that awaits
+# the bracket's value and one for the sum inside. The stack serves two purposes: the value of a finished
+# formula (formula_value), and all values that a half-written one can still get (final_values), which tell the
+# expert whether a formula can be saved. All arithmetic is in exact rationals.
 
 
 class Frame(NamedTuple):
@@ -341,7 +267,7 @@ class Points(Env):
             self.success = self.is_solved()
             reward = 10 if self.success else -1
             return reward, True, False
-        if item.isdigit() and not self.unused_points()[int(item)]:
+        if item.isdigit() and self.formula.count(item) >= self.points().count(int(item)):
             # The number is on no card, or its cards are used up.
             self.formula.append("blank")
             return -1, False, False
@@ -352,11 +278,17 @@ class Points(Env):
         """List the points of the cards: J, Q and K count 10."""
         return [min(rank, 10) for rank, _ in self.cards]
 
-    def unused_points(self):
-        """Count the points of the cards that the formula has not used yet: a Counter."""
+    def unused_points(self, formula):
+        """Return the points that a formula leaves unused, sorted; None if it has numbers of no card."""
         unused = Counter(self.points())
-        unused.subtract(number_counts(self.formula))
-        return unused
+        unused.subtract(int(item) for item in formula if item.isdigit())
+        if min(unused.values()) < 0:
+            return None
+        return tuple(sorted(unused.elements()))
+
+    def is_solved(self):
+        """Tell whether the formula uses all cards and has the wanted value."""
+        return self.unused_points(self.formula) == () and formula_value(self.formula) == self.wanted
 
     def text(self):
         return "Formula: " + (" ".join(self.formula) or "empty")
@@ -376,10 +308,9 @@ class Points(Env):
             return self.expert() == "="
         formula = [*self.formula, word]
         stack = parse_formula(formula)
-        used, points = self.used(formula)
-        if stack is None or used - points:
+        unused = self.unused_points(formula)
+        if stack is None or unused is None:
             return False
-        unused = tuple(sorted((points - used).elements()))
         # Still to come: this item, the closing brackets, and an operator and a number for each unused card,
         # the first one without an operator if a number is awaited.
         needed = len(stack) + 2 * len(unused)
@@ -397,9 +328,7 @@ class Points(Env):
         never joins digits and never writes a sign.
         """
         stack = parse_formula(self.formula)
-        used, points = self.used(self.formula)
-        is_solved = used == points and formula_value(self.formula) == self.wanted
-        if stack is None or is_solved:
+        if stack is None or self.is_solved():
             return "="
         is_number_awaited = stack[-1].number is None
         # The last word is `=`.
