@@ -110,12 +110,6 @@ RANK, LOCAL_RANK, WORLD = [
 ]
 
 
-def say(text):
-    """Print what all ranks know, once."""
-    if RANK == 0:
-        print(text)
-
-
 def stream(cfg, *purpose):
     """Make the random generator of a purpose and step: streams never meet, so resuming is exact."""
     return np.random.default_rng([cfg.seed, *purpose])
@@ -298,9 +292,8 @@ def delete_run(cfg, found):
 def git_commit():
     """Get the commit of this code, 'unknown' without git."""
     here = os.path.dirname(os.path.abspath(__file__))
-    command = ["git", "rev-parse", "HEAD"]
     try:
-        out = subprocess.run(command, cwd=here, capture_output=True, text=True)
+        out = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
     except OSError:
         return "unknown"
     return out.stdout.strip() or "unknown"
@@ -386,11 +379,6 @@ def first_value(cfg, data):
     return cfg.q_init
 
 
-def replay_folder(cfg, rank):
-    """Name a rank's folder of own play: replay, replay-1, replay-2, ..."""
-    return in_run(cfg, f"replay-{rank}" if rank else "replay")
-
-
 def open_replay(cfg, rows):
     """Open this rank's own play, as the checkpoint knows it.
 
@@ -399,8 +387,9 @@ def open_replay(cfg, rows):
     another's. A rank writes to its own folder only and behind the checkpoint's rows, so a crash before the
     next checkpoint loses nothing.
     """
+    folders = [in_run(cfg, f"replay-{rank}" if rank else "replay") for rank in range(max(WORLD, len(rows)))]
     clip = functools.partial(clip_reward, cfg=cfg)
-    replay = Buffer(replay_folder(cfg, RANK), create=True, reward_fn=clip)
+    replay = Buffer(folders[RANK], create=True, reward_fn=clip)
     replay.rewind(rows[RANK] if RANK < len(rows) else 0)
     others = []
     if RANK < len(rows):
@@ -408,7 +397,7 @@ def open_replay(cfg, rows):
     elif rows:
         others = [RANK % len(rows)]
     for rank in others:
-        take_in(replay, Buffer(replay_folder(cfg, rank), create=True), rows[rank])
+        take_in(replay, Buffer(folders[rank], create=True), rows[rank])
     return replay
 
 
@@ -418,11 +407,8 @@ def take_in(replay, other, limit):
         if turns[-1] >= limit or name in replay.episodes:
             continue
         rows = [other.rows[i] for i in turns]
-        images = {}
-        for row in rows:
-            for image in row["images_file_names"]:
-                images[image] = other.image(image)
-        replay.append(rows, images)
+        names = [name for row in rows for name in row["images_file_names"]]
+        replay.append(rows, {name: other.image(name) for name in names})
 
 
 def rollout(cfg, step, vlm, make_env, replay):
@@ -461,11 +447,9 @@ def draw_windows(cfg, step, data, replay):
 
     n_own = cfg.batch_size // WORLD - len(windows)
     if n_own:
-        own = data
-        latest = 0
-        if len(replay):
-            own = replay
-            latest = math.ceil(cfg.replay_episodes / WORLD)
+        # a rank without play of its own learns from recorded play
+        own = replay if len(replay) else data
+        latest = math.ceil(cfg.replay_episodes / WORLD) if len(replay) else 0
         if RANK:
             rng = stream(cfg, SAMPLE, step, RANK)
         drawn = own.sample(rng, n_own, cfg.window, cfg.won_share, latest)
@@ -473,14 +457,8 @@ def draw_windows(cfg, step, data, replay):
 
     # micro-batches of similar length need less padding
     if len(windows) > cfg.micro_batch:
-        windows.sort(key=prompt_length)
+        windows.sort(key=lambda part: max(len(part[0].prompt_text(row)) for row in part[1]))
     return windows
-
-
-def prompt_length(part):
-    """Count the characters of the longest prompt in a (buffer, window)."""
-    buffer, window = part
-    return max(len(buffer.prompt_text(row)) for row in window)
 
 
 # ---- the update ----
@@ -553,7 +531,11 @@ def update(cfg, step, vlm, optimizer, windows, quantile):
     # sum the gradients over the ranks, clip them, step
     actor, critic = trained_parameters(vlm)
     params = actor + critic
-    sum_gradients(params, infos)
+    if WORLD > 1:
+        for p in params:
+            # no window of this rank used it, a text without pictures for one
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        sum_over_ranks([p.grad for p in params] + [x for info in infos for x in info.values()])
     norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
     if not torch.isfinite(norm):
         raise SystemExit(f"The gradient is not finite at update {step + 1}: lower lr or critic_lr; the last "
@@ -562,18 +544,6 @@ def update(cfg, step, vlm, optimizer, windows, quantile):
     optimizer.zero_grad(set_to_none=True)
     vlm.update_target(cfg.target_tau)
     return infos, dict(grad_norm=float(norm), lr=optimizer.param_groups[0]["lr"])
-
-
-def sum_gradients(params, infos):
-    """Sum gradients and logged sums over the ranks, in place."""
-    if WORLD == 1:
-        return
-    for p in params:
-        # no window of this rank used it, a text without pictures for one
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    sums = [value for info in infos for value in info.values()]
-    sum_over_ranks([p.grad for p in params] + sums)
 
 
 # ---- checkpoints ----
@@ -606,19 +576,14 @@ def restore(cfg, vlm, optimizer):
     optimizer.load_state_dict(moments)
     with open(os.path.join(ckpt, "state.json")) as f:
         state = json.load(f)
+    step = state["step"]
     if RANK == 0:
-        rewind_metrics(cfg, state["step"])
-    rows = np.atleast_1d(state["replay_rows"]).tolist()
-    return state["step"], open_replay(cfg, rows)
-
-
-def rewind_metrics(cfg, step):
-    """Drop the lines of metrics.jsonl behind a checkpoint: they will come again."""
-    file = in_run(cfg, "metrics.jsonl")
-    with open(file) as f:
-        lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-    with open(file, "w") as f:
-        f.writelines(lines)
+        # the lines of metrics.jsonl behind the checkpoint will come again
+        with open(in_run(cfg, "metrics.jsonl")) as f:
+            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with open(in_run(cfg, "metrics.jsonl"), "w") as f:
+            f.writelines(lines)
+    return step, open_replay(cfg, np.atleast_1d(state["replay_rows"]).tolist())
 
 
 # ---- logs and evaluations ----
@@ -673,21 +638,17 @@ def log(cfg, done, numbers, clock, wandb):
 
 def console_line(row, clock):
     """Format a row of metrics for the console."""
-    columns = (
-        ("td_error", "td", 1, "7.3f"),
-        ("v_mean", "V", 1, "7.3f"),
-        ("pass_action", "pass", 100, "4.0f"),
-        ("pass_syntax", "syntax", 100, "4.0f"),
-        ("rollout/success", "| played", 100, "5.1f"),
-        ("rollout/success_return", "clean", 100, "5.1f"),
-        ("eval/success", "| eval", 100, "5.1f"),
-        ("eval/success_return", "clean", 100, "5.1f"),
-        ("eval/valid", "valid", 100, "5.1f"),
-    )
+    values = {"td_error": "td", "v_mean": "V"}
+    shares = {"pass_action": "pass", "pass_syntax": "syntax"}
+    shares |= {"rollout/success": "| played", "rollout/success_return": "clean"}
+    shares |= {"eval/success": "| eval", "eval/success_return": "clean", "eval/valid": "valid"}
     line = f"{row['step']:6d} {row['phase']:7s} nll {row['nll']:.3f}"
-    for key, name, scale, form in columns:
+    for key, name in values.items():
         if key in row:
-            line += f" {name} {scale * row[key]:{form}}"
+            line += f" {name} {row[key]:7.3f}"
+    for key, name in shares.items():
+        if key in row:
+            line += f" {name} {100 * row[key]:5.1f}"
     seconds = " ".join(f"{name} {value:.0f}" for name, value in clock.items())
     return f"{line}  | s {seconds}"
 
@@ -716,10 +677,10 @@ def checkpoint_due(cfg, done):
     return cfg.eval_interval > 0 and done % cfg.eval_interval == 0
 
 
-def progress(start, total):
-    """Count the updates from start to total, with a bar on rank 0."""
-    silent = None if RANK == 0 else True
-    return tqdm(range(start, total), initial=start, total=total, disable=silent, desc="updates")
+def stopped(done, total):
+    """Say that the run has stopped on purpose."""
+    if RANK == 0:
+        print(f"Stopped at update {done} of {total} as stop_at says; continue with --resume=True.")
 
 
 def finish(cfg, argv, vlm, make_env, data, clock):
@@ -786,7 +747,7 @@ def main(argv):
     quantile = data.return_quantile(FBC_QUANTILE)
     clock = dict(rollout=0.0, update=0.0, eval=0.0)
     infos = []
-    for step in progress(start, total):
+    for step in tqdm(range(start, total), "updates", total, initial=start, disable=RANK > 0 or None):
         online = step - cfg.offline_updates
         extra = {}
 
@@ -817,8 +778,7 @@ def main(argv):
             check_ranks_agree(data, vlm)
             save_checkpoint(cfg, done, vlm, optimizer, gather(len(replay)))
         if stop and done < total:
-            say(f"Stopped at update {done} of {total} as stop_at says; continue with --resume=True.")
-            return
+            return stopped(done, total)
 
     # how well it went
     finish(cfg, argv, vlm, make_env, data, clock)

@@ -213,14 +213,12 @@ def saved_bytes(net, B, T, half=True):
     positions = torch.arange(T)[None].expand(B, T)
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
-        # the graph lives until its tensors are counted
-        out = net.get_decoder()(
+        net.get_decoder()(
             inputs_embeds=x,
             attention_mask=None,
             position_ids=positions,
             use_cache=False,
         )
-    del out
     return sum(n_bytes for n_bytes, _ in saved.values())
 
 
@@ -231,10 +229,10 @@ def bytes_of(params):
 
 
 def update_parts(net, r, B, T):
-    """Compute what an update takes -> {part: bytes}. The net gets LoRA adapters of rank r here.
+    """Compute what an update of B turns of T tokens takes -> {part: bytes}.
 
-    B turns of T tokens. checkpointed: the activations with grad_checkpointing, which stores the input of each
-    layer and computes one layer at a time again.
+    The net gets LoRA adapters of rank r here. checkpointed: the activations with grad_checkpointing, which
+    stores the input of each layer and computes one layer at a time again.
     """
     net.requires_grad_(False)
     parts = dict(weights=bytes_of(net.parameters()))
@@ -279,17 +277,17 @@ def print_sizes(cfg):
             net = published_net(name)
             millions = count_millions(net)
             parts = update_parts(net, cfg.lora_r, B, T)
-        gib = {part: n_bytes / GIB for part, n_bytes in parts.items()}
-        fixed = [gib[part] for part in ("weights", "adapters", "head", "gradients", "optimizer")]
-        activations = f"{gib['activations']:.1f} / {gib['checkpointed']:.1f}"
-        peak = sum(fixed) + gib["activations"]
-        low_peak = sum(fixed) + gib["checkpointed"]
+        fixed = [parts[part] for part in ("weights", "adapters", "head", "gradients", "optimizer")]
+        activations = parts["activations"]
+        checkpointed = parts["checkpointed"]
+        peak = sum(fixed) + activations
+        low_peak = sum(fixed) + checkpointed
         cells = [
             name,
             f"{millions:,.0f} M",
             f"{T:,}",
-            *(f"{size:.2f}" for size in fixed),
-            activations,
-            f"{peak:.1f} / {low_peak:.1f}",
+            *(f"{size / GIB:.2f}" for size in fixed),
+            f"{activations / GIB:.1f} / {checkpointed / GIB:.1f}",
+            f"{peak / GIB:.1f} / {low_peak / GIB:.1f}",
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
