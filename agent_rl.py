@@ -35,7 +35,6 @@ MAX_LOGITS = 2**22
 
 # ---- values and advantages ----
 
-
 def state_value(logits, q):
     """Compute V(s) = sum_v pi(v|s) Q(s,v). logits, q (..., V) -> (...)."""
     return (logits.softmax(-1) * q).sum(-1)
@@ -109,7 +108,6 @@ def advantages(qa, v, mask, cfg):
 
 
 # ---- targets ----
-
 
 def clip_reward(reward, cfg):
     """Cut a reward to +-reward_clip: what the critic learns from."""
@@ -186,7 +184,6 @@ def td_targets(v, batch, gamma, lam=1.0, q=None, pi=None):
 
 
 # ---- losses ----
-
 
 def filter_weight(adv, kind, beta=0.0, good_episode=None):
     """Compute f, the weight of each token in the actor's loss. adv (B, R) -> (B, R).
@@ -315,7 +312,6 @@ def detach_all(info):
 
 
 # ---- what is logged ----
-
 
 def summarise(infos):
     """Turn the sums of several micro-batches into the logged metrics, each a mean over what it counts."""

@@ -23,10 +23,7 @@ A truncated episode has one more row: its last observation, without a reply. The
 bootstrap. The index of all rows is in memory, the pictures are not. `datasets.load_dataset(folder)` opens the
 folder as it is.
 """
-import functools
-import hashlib
-import json
-import os
+import functools, hashlib, json, os
 
 import numpy as np
 import torch
@@ -49,7 +46,6 @@ KEYS = (
 
 
 # ---- rows ----
-
 
 def image_name(image):
     """Name a picture after its content: equal pixels, equal name."""
@@ -115,7 +111,6 @@ def prompt_messages(row):
 
 # ---- the folder ----
 
-
 class Buffer:
     """A folder of episodes: Buffer(folder) opens it, create=True starts an empty one if there is none.
 
@@ -138,10 +133,8 @@ class Buffer:
             os.makedirs(os.path.join(folder, "images"), exist_ok=True)
         elif not os.path.exists(self.file):
             state = "has no metadata.jsonl in it" if os.path.isdir(folder) else "does not exist"
-            raise SystemExit(
-                f"data={folder!r} {state}: "
-                "name a folder of recorded episodes, or leave `data` empty and let `data_mix` make one."
-            )
+            raise SystemExit(f"data={folder!r} {state}: name a folder of recorded episodes, or leave `data` "
+                             "empty and let `data_mix` make one.")
         self._read()
         if not self.rows and not create:
             raise SystemExit(f"data={folder!r} holds no episodes: its metadata.jsonl is empty.")
@@ -171,19 +164,15 @@ class Buffer:
             row = json.loads(line)
             missing = [key for key in KEYS if key not in row]
         except (ValueError, TypeError):
-            raise SystemExit(
-                f"{where} is not JSON: this is no folder of recorded episodes, or it was damaged."
-            )
+            raise SystemExit(f"{where} is not JSON: this is no folder of recorded episodes, or it was "
+                             "damaged.")
         if missing:
-            raise SystemExit(
-                f"{where} lacks {missing[0]!r}: "
-                "this is another program's dataset; import it first (see README)."
-            )
+            raise SystemExit(f"{where} lacks {missing[0]!r}: this is another program's dataset; import it "
+                             "first (see README).")
         version = row.get("version", VERSION)
         if version not in range(1, VERSION + 1):
-            raise SystemExit(
-                f"{where} is of format version {version!r}, this code reads up to {VERSION}: update the code."
-            )
+            raise SystemExit(f"{where} is of format version {version!r}, this code reads up to {VERSION}: "
+                             "update the code.")
         return row
 
     def _index(self, row):
@@ -202,19 +191,16 @@ class Buffer:
             with Image.open(path) as image:
                 return image.convert("RGB")
         except OSError:
-            raise SystemExit(
-                f"{path} is missing or no picture: the folder {self.folder!r} is incomplete, copy it again."
-            )
+            raise SystemExit(f"{path} is missing or no picture: the folder {self.folder!r} is incomplete, "
+                             "copy it again.")
 
     def append(self, rows, images):
         """Add whole episodes: their rows, and their pictures as {name: PIL image}."""
         for row in rows:
             # two episodes of one name would be read as one
             if row["episode"] in self.episodes:
-                raise SystemExit(
-                    f"{self.folder!r} holds an episode {row['episode']!r} already: "
-                    "record into another folder, or with another seed."
-                )
+                raise SystemExit(f"{self.folder!r} holds an episode {row['episode']!r} already: record into "
+                                 "another folder, or with another seed.")
         # A picture is on disk, whole, before a row names it.
         for name, image in images.items():
             path = os.path.join(self.folder, name)
@@ -377,7 +363,6 @@ class Buffer:
 
 
 # ---- batches: windows as tensors ----
-
 
 def tokenize_reply(row, vlm, marker):
     """Return the tokens of a reply, and 1 for each that belongs to the action; both empty without a reply.

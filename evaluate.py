@@ -14,12 +14,7 @@ With --save=FOLDER it plays training starts, and its episodes are recorded as tr
     python evaluate.py --env=NumberLine --agent=human --save=data/me
     python evaluate.py --env=NumberLine --agent=openai --base_url=http://localhost:8000/v1 --model=NAME
 """
-import functools
-import json
-import math
-import os
-import sys
-import tempfile
+import functools, json, math, os, sys, tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -29,11 +24,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import envs
 from buffer import Buffer, make_row
 from configurator import PLAYERS, ConfigError, check_config, configure, parse_block
 from extras.old_runs import check_removed_keys
 from model import build, gather, latest_checkpoint, ranks
+from worlds.players import has_expert, mixed_reply, scripted_reply
 from worlds.registry import is_file, make
 
 # --- config ---
@@ -82,7 +77,6 @@ def wilson(k, n, z=1.96):
 
 
 # ---- environments and starts ----
-
 
 def env_factory(run_cfg):
     """Return the function that makes a run's environment, or its several, for `play`."""
@@ -134,11 +128,10 @@ def held_out_starts(make_env, n):
 
 # ---- agents: act(envs, rows, images) -> one dict per environment, see `play` ----
 
-
 def model_agent(vlm, max_new_tokens, temperature, generator, q_weight=0.0, hide=False):
     """Make a player for `play`: the VLM; with hide=True it gets a grey picture, to see whether it looks."""
 
-    def act(envs_, rows, images):
+    def act(envs, rows, images):
         prompts = []
         for row, image in zip(rows, images):
             name = row["images_file_names"][0]
@@ -162,14 +155,14 @@ def scripted_agent(mix, rng, alone=0.0):
     mix: {player: share}. alone: share of the episodes that the expert plays from the first turn to the last.
     """
 
-    def act(envs_, rows, images):
-        for env in envs_:
+    def act(envs, rows, images):
+        for env in envs:
             if env.turns == 0:
                 is_expert = alone and rng.random() < alone
                 env.mix = {"expert": 1.0} if is_expert else mix
         answers = []
-        for env in envs_:
-            reply, player = envs.mixed_reply(env.mix, env, rng)
+        for env in envs:
+            reply, player = mixed_reply(env.mix, env, rng)
             answers.append(dict(reply=reply, source=player))
         return answers
 
@@ -179,18 +172,17 @@ def scripted_agent(mix, rng, alone=0.0):
 def exploring_agent(act, share, rng):
     """Make a player for `play`: `act`, but a share of the turns is played at random."""
 
-    def act_or_explore(envs_, rows, images):
-        answers = list(act(envs_, rows, images))
-        for i, env in enumerate(envs_):
+    def act_or_explore(envs, rows, images):
+        answers = list(act(envs, rows, images))
+        for i, env in enumerate(envs):
             if rng.random() < share:
-                answers[i] = dict(reply=envs.scripted_reply("random", env, rng), source="random")
+                answers[i] = dict(reply=scripted_reply("random", env, rng), source="random")
         return answers
 
     return act_or_explore
 
 
 # ---- playing ----
-
 
 class Episode:
     """One episode while it is played: its environment, what is observed there, its rows so far."""
@@ -363,7 +355,6 @@ def record(episodes, buffer, chunk=200):
 
 # ---- numbers ----
 
-
 def episode_summary(episodes):
     """Sum up played episodes -> {name: number}; success rates with Wilson's 95 % intervals.
 
@@ -453,7 +444,6 @@ def format_table(results):
 
 # ---- evaluations ----
 
-
 def evaluate_policy(
     vlm, make_env, run_cfg, episodes=None, temperature=1.0, hide=False, bar=None, buffer=None
 ):
@@ -500,7 +490,6 @@ def full_evaluation(vlm, make_env, run_cfg, temperature=1.0, only=WAYS, prefix="
 
 # ---- runs ----
 
-
 def read_run_config(run, purpose="play"):
     """Read the settings that a run was trained with; a key that the run did not know has its default.
 
@@ -508,10 +497,8 @@ def read_run_config(run, purpose="play"):
     """
     file = os.path.join(run, "config.json")
     if not os.path.exists(file):
-        raise ConfigError(
-            f"{run!r} is no run folder: it has no config.json; "
-            f"train one with python train.py config/numberline.py --out_dir={run}"
-        )
+        raise ConfigError(f"{run!r} is no run folder: it has no config.json; train one with python train.py "
+                          f"config/numberline.py --out_dir={run}")
     with open(file) as f:
         saved = json.load(f)
     check_removed_keys(run, saved, purpose)
@@ -541,7 +528,6 @@ def offline_results(run):
 
 # ---- other players than the model ----
 
-
 def make_agent(cfg, counts, folder):
     """Make the player that --agent names. counts: see OpenAIAgent. folder: see human_agent."""
     from extras.teachers import OpenAIAgent, human_agent
@@ -560,11 +546,9 @@ def play_agent(cfg, make_env, n, buffer, folder):
     prefix = f"{name}/{cfg.seed}-"
     # reported before the work, not after it
     is_taken = buffer is not None and any(episode.startswith(prefix) for episode in buffer.episodes)
-    need(
-        not is_taken,
-        f"{cfg.save!r} holds episodes of {name} with seed {cfg.seed} already: "
-        "record into another folder, or with another --seed.",
-    )
+    need(not is_taken,
+         f"{cfg.save!r} holds episodes of {name} with seed {cfg.seed} already: record into another folder, "
+         "or with another --seed.")
     counts = Counter()
     act = make_agent(cfg, counts, folder)
     if cfg.save:
@@ -602,7 +586,6 @@ def play_agent(cfg, make_env, n, buffer, folder):
 
 # ---- the command line ----
 
-
 def need(is_right, sentence):
     """Raise ConfigError with the sentence unless a setting is right."""
     if not is_right:
@@ -613,11 +596,9 @@ def check_flags(cfg):
     """Check the flags that belong to playing, in any combination."""
     agents = ("openai", "human", *PLAYERS)
     need(not cfg.critic, f"--critic={cfg.critic!r} is for a folder of episodes; a run has its own critic.")
-    need(
-        cfg.agent in ("", *agents),
-        f"--agent={cfg.agent!r} is not known: leave it empty for the run's model, "
-        f"or choose one of {', '.join(agents)}.",
-    )
+    need(cfg.agent in ("", *agents),
+         f"--agent={cfg.agent!r} is not known: leave it empty for the run's model, or choose one of "
+         f"{', '.join(agents)}.")
     is_server = cfg.agent == "openai"
     need(is_server or not (cfg.base_url or cfg.model), "--base_url and --model need --agent=openai.")
     need(cfg.episodes is None or cfg.episodes >= 1, "--episodes must be at least 1.")
@@ -646,11 +627,9 @@ def read_game(target, is_run, cfg):
     run_cfg = read_run_config(target, "report" if cfg.report else "play")
     tasks = task_names(run_cfg.env)
     if any(map(is_file, tasks)):
-        need(
-            task_names(cfg.env) == tasks,
-            f"{target!r} plays {run_cfg.env!r}, a Python file that would be run: "
-            f"read it, then name it: --env={run_cfg.env}",
-        )
+        need(task_names(cfg.env) == tasks,
+             f"{target!r} plays {run_cfg.env!r}, a Python file that would be run: read it, then name it: "
+             f"--env={run_cfg.env}")
         del flags[0]
     names = " and ".join(flags)
     need(not flags, f"{target!r} is played as it was trained: leave {names} out, or name no run.")
@@ -663,21 +642,17 @@ def check_env(run_cfg, cfg):
         env = env_factory(run_cfg)()
     except ValueError as error:
         raise ConfigError(str(error))
-    need(
-        cfg.agent not in ("expert", "biased") or envs.has_expert(env),
-        f"--agent={cfg.agent} needs an expert(), and env={run_cfg.env!r} has none: "
-        "write one, or choose --agent=random.",
-    )
+    need(cfg.agent not in ("expert", "biased") or has_expert(env),
+         f"--agent={cfg.agent} needs an expert(), and env={run_cfg.env!r} has none: write one, or choose "
+         "--agent=random.")
     return env.split
 
 
 def report_folder(folder, cfg):
     """Write the report on a folder of recorded episodes, judged by the critic of a run if there is one."""
-    need(
-        cfg.report and not (cfg.agent or cfg.save or cfg.episodes),
-        f"{folder!r} is a folder of recorded episodes, nobody plays here: look at it with "
-        f"python evaluate.py {folder} --report, its other keys are --report_episodes and --critic.",
-    )
+    need(cfg.report and not (cfg.agent or cfg.save or cfg.episodes),
+         f"{folder!r} is a folder of recorded episodes, nobody plays here: look at it with python "
+         f"evaluate.py {folder} --report, its other keys are --report_episodes and --critic.")
     from extras.report import write_report
 
     buffer = Buffer(folder)
@@ -701,10 +676,8 @@ def evaluate_run(run, run_cfg, make_env, temperature, buffer, argv):
     vlm, checkpoint = load_run(run, run_cfg)
     q_weight = run_cfg.q_weight
     loss = run_cfg.actor_loss
-    need(
-        len(vlm.heads) or not q_weight,
-        f"--q_weight={q_weight} needs a critic, and actor_loss={loss!r} trains none: leave it at 0.",
-    )
+    need(len(vlm.heads) or not q_weight,
+         f"--q_weight={q_weight} needs a critic, and actor_loss={loss!r} trains none: leave it at 0.")
     results = full_evaluation(vlm, make_env, run_cfg, temperature, buffer=buffer)
     results = offline_results(run) | results
     content = dict(checkpoint=checkpoint, argv=argv, seed=run_cfg.seed, q_weight=q_weight, results=results)
@@ -721,16 +694,12 @@ def main(argv):
         target, *flags = argv
     cfg = configure(__file__, flags, files=False)
     is_run = target is not None and not target.endswith(".py")
-    need(
-        is_run or (cfg.agent and (target or cfg.env)),
-        "Name the run folder first: python evaluate.py out/numberline; "
-        "another player than its model can do without: --env=NumberLine --agent=expert",
-    )
-    need(
-        is_run or not cfg.report,
-        "--report is about a run or a folder of episodes: "
-        "record with --save=data/x, then python evaluate.py data/x --report",
-    )
+    need(is_run or (cfg.agent and (target or cfg.env)),
+         "Name the run folder first: python evaluate.py out/numberline; another player than its model can "
+         "do without: --env=NumberLine --agent=expert")
+    need(is_run or not cfg.report,
+         "--report is about a run or a folder of episodes: record with --save=data/x, then python "
+         "evaluate.py data/x --report")
     need(cfg.report_episodes >= 1, "--report_episodes must be at least 1.")
     if is_run and os.path.exists(os.path.join(target, "metadata.jsonl")):
         report_folder(target, cfg)

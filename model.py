@@ -11,11 +11,7 @@ Nothing here knows a model family. Three ideas carry all of it:
 
 Letters: B rows, P prompt length, R reply length, V vocabulary, H hidden size, C critics, r LoRA rank.
 """
-import contextlib
-import copy
-import json
-import os
-import re
+import contextlib, copy, json, os, re
 
 import torch
 import torch.distributed as dist
@@ -27,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LogitsProcessor
 
 from extras.feature_cache import FeatureCache, Inputs, LRUCache
-from extras.model_folders import find_folder, first_sentence, open_folder, rehearse
+from extras.model_folders import find_end_of_turn, find_folder, find_image_token
+from extras.model_folders import first_sentence, open_folder, rehearse, special_tokens
 from pretrain.tiny_nets import llava
 
 transformers.logging.set_verbosity_error()
@@ -41,7 +38,6 @@ NEVER = -1e9
 
 
 # -- ranks --------------------------------------------------------------------------------------------------
-
 
 def ranks():
     """Return (rank of this process, number of ranks) under torchrun, (0, 1) without it."""
@@ -59,7 +55,6 @@ def gather(value):
 
 
 # -- LoRA ---------------------------------------------------------------------------------------------------
-
 
 class LoRALinear(nn.Linear):
     """A linear layer with a low-rank update: y = x W^T + b + alpha / r * x A^T B^T.
@@ -105,10 +100,8 @@ def add_lora(net, r, alpha, targets):
     unembedding = net.get_output_embeddings()
     matches = [path for path in layers if re.fullmatch(targets, path) and layers[path] is not unembedding]
     if not matches:
-        raise SystemExit(
-            f"lora_targets={targets!r} matches no linear layer of the language model;"
-            f" its layers have names like {', '.join(list(layers)[:3])}."
-        )
+        raise SystemExit(f"lora_targets={targets!r} matches no linear layer of the language model; its "
+                         f"layers have names like {', '.join(list(layers)[:3])}.")
     lora = {}
     for path in matches:
         parent, _, leaf = path.rpartition(".")
@@ -118,7 +111,6 @@ def add_lora(net, r, alpha, targets):
 
 
 # -- Q heads ------------------------------------------------------------------------------------------------
-
 
 class QHead(nn.Module):
     """Q of every token (..., V) from the last hidden state (..., H), at first the constant `init`.
@@ -148,60 +140,7 @@ class QHead(nn.Module):
         return x + self.bias
 
 
-# -- special tokens -----------------------------------------------------------------------------------------
-
-
-def special_tokens(tokenizer):
-    """Return {id: text} of the control tokens: pad, eos, ... and all that the tokenizer marks as special."""
-    marked = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
-    return marked | named
-
-
-def find_image_token(net, processor):
-    """Find the id of the token that stands for an image in the text; return None if there is none.
-
-    Families store it in the config or in the processor, under three names, as an id or as a text.
-    """
-    for owner in (net.config, processor):
-        for name in ("image_token_id", "image_token_index", "image_token"):
-            token = getattr(owner, name, None)
-            text = getattr(token, "content", token)
-            if isinstance(text, str):
-                token = processor.tokenizer.convert_tokens_to_ids(text)
-            if isinstance(token, int):
-                return token
-    return None
-
-
-def find_end_of_turn(processor, config):
-    """Find the id of the token that ends an assistant's turn; SystemExit if there is none.
-
-    In the chat template, it is the first token behind the assistant's text that is special, or that the
-    language model's config names as its end (MiniGPT-4's `##` is a plain token). Without one it is eos.
-    """
-    tokenizer = processor.tokenizer
-    if getattr(processor, "chat_template", None):
-        text = "XQX"
-        chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role in ("user", "assistant")]
-        rendered = processor.apply_chat_template(chat, tokenize=False)
-        tail = rendered.rpartition(text)[2]
-        # Tokenize the tail together with the text, as it is in a chat.
-        text_ids = tokenizer(text, add_special_tokens=False).input_ids
-        ids = tokenizer(text + tail, add_special_tokens=False).input_ids
-        ends = set(special_tokens(tokenizer))
-        named = getattr(config.get_text_config(), "eos_token_id", None)
-        ends.update(named if isinstance(named, list) else [named])
-        for token in ids[len(text_ids) :]:
-            if token in ends:
-                return token
-    if tokenizer.eos_token_id is None:
-        raise SystemExit("The tokenizer has no end-of-turn token: set its eos_token.")
-    return tokenizer.eos_token_id
-
-
 # -- sampling -----------------------------------------------------------------------------------------------
-
 
 class Sampler(LogitsProcessor):
     """Draws each next token within the library's greedy `generate`, and keeps its log-probability.
@@ -246,7 +185,6 @@ class Sampler(LogitsProcessor):
 
 # -- padding ------------------------------------------------------------------------------------------------
 
-
 def round_up(length):
     """Round a length up to a multiple of 4, for fewer shapes: kernels are prepared again for each one."""
     return -(-length // 4) * 4
@@ -273,7 +211,6 @@ def pad_right(parts):
 
 # -- files --------------------------------------------------------------------------------------------------
 
-
 def write_tensors(tensors, file):
     """Write {name: tensor} as a safetensors file."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -295,10 +232,8 @@ def fill_parameters(params, tensors, file):
         if name not in params or name not in tensors or params[name].shape != tensors[name].shape:
             wrong.append(name)
     if wrong:
-        raise SystemExit(
-            f"{file} does not fit this model and its settings: {len(wrong)} tensors differ, for example"
-            f" {wrong[0]}; use the model, lora_* and q_head that it was trained with."
-        )
+        raise SystemExit(f"{file} does not fit this model and its settings: {len(wrong)} tensors differ, for "
+                         f"example {wrong[0]}; use the model, lora_* and q_head that it was trained with.")
     with torch.no_grad():
         for name, param in params.items():
             param.copy_(tensors[name])
@@ -312,14 +247,11 @@ def check_alpha(file, alpha):
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"{file} does not load: {first_sentence(error)}.")
     if saved != alpha:
-        raise SystemExit(
-            f"{file} says lora_alpha={saved}, this model has {alpha}:"
-            f" put lora_alpha={saved} into the config.json of its run."
-        )
+        raise SystemExit(f"{file} says lora_alpha={saved}, this model has {alpha}: put lora_alpha={saved} "
+                         "into the config.json of its run.")
 
 
 # -- the model ----------------------------------------------------------------------------------------------
-
 
 def switch_off_dropout(net):
     """Set every dropout rate to 0.
@@ -446,10 +378,8 @@ class VLM(nn.Module):
         images = [image() if callable(image) else image for image in images]
         if self.has_q_former and len(images) != 1:
             # It would use the first picture and give the others to the next rows of the batch.
-            raise SystemExit(
-                f"model={self.name!r} takes one picture per prompt, and a prompt here has {len(images)}:"
-                " choose another model, such as LLaVA-OneVision or Qwen2-VL."
-            )
+            raise SystemExit(f"model={self.name!r} takes one picture per prompt, and a prompt here has "
+                             f"{len(images)}: choose another model, such as LLaVA-OneVision or Qwen2-VL.")
         text = self.render(messages)
         options = dict(images=[images] if images else None, return_tensors="pt")
         bos = self.tokenizer.bos_token
@@ -459,10 +389,8 @@ class VLM(nn.Module):
             prompt = Inputs(self.processor(text=[text], **options))
         except ValueError as error:
             # PaliGemma, for one, wants a picture in every prompt.
-            raise SystemExit(
-                f"model={self.name!r} cannot read a prompt with {len(images)} pictures:"
-                f" {first_sentence(error)}."
-            )
+            raise SystemExit(f"model={self.name!r} cannot read a prompt with {len(images)} pictures: "
+                             f"{first_sentence(error)}.")
         # Some processors add labels to every prompt, but the loss is ours.
         prompt.pop("labels", None)
         if images:
@@ -611,10 +539,8 @@ class VLM(nn.Module):
         hidden = self.hidden
         self.hidden = None
         if hidden is None or out.logits.shape[1]:
-            raise SystemExit(
-                f"model={self.name!r} computes its logits past get_output_embeddings():"
-                " neither critic nor policy can be read there."
-            )
+            raise SystemExit(f"model={self.name!r} computes its logits past get_output_embeddings(): neither "
+                             "critic nor policy can be read there.")
         return hidden
 
     def logits(self, hidden):
@@ -760,7 +686,6 @@ class VLM(nn.Module):
 
 # -- from a config to a model -------------------------------------------------------------------------------
 
-
 def load_model(path, texts=(), dtype=torch.float32, device="cpu", trust_remote_code=False, image_size=80):
     """Open a hub id, a local folder, or 'scratch' (the tiny LLaVA with random weights) -> (net, processor).
 
@@ -773,10 +698,8 @@ def load_model(path, texts=(), dtype=torch.float32, device="cpu", trust_remote_c
     path = find_folder(path)
     net, processor = open_folder(path, dtype, trust_remote_code)
     if not hasattr(processor, "tokenizer") or find_image_token(net, processor) is None:
-        raise SystemExit(
-            f"model={path!r} has a processor without an image token, so no picture can be shown to it:"
-            " its folder needs the model's own processor files."
-        )
+        raise SystemExit(f"model={path!r} has a processor without an image token, so no picture can be shown "
+                         "to it: its folder needs the model's own processor files.")
     return net.to(device), processor
 
 

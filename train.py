@@ -24,6 +24,7 @@ from evaluate import env_factory, evaluate_policy, full_evaluation, offline_resu
 from evaluate import episode_summary, format_table, gather_episodes, recorded_summary
 from evaluate import exploring_agent, model_agent, play, record, scripted_agent
 from model import build, gather, latest_checkpoint, load_base
+from worlds.players import has_expert
 from worlds.registry import make, reading_names
 
 # --- config ---
@@ -148,7 +149,7 @@ def checked_env(cfg):
                          "online_updates=0.")
     players = {name for name, share in cfg.data_mix.items() if share > 0}
     needs_expert = cfg.expert_episodes > 0 or players & {"expert", "biased"}
-    if needs_expert and not cfg.data and not envs.has_expert(env):
+    if needs_expert and not cfg.data and not has_expert(env):
         raise SystemExit(f"env={cfg.env!r} has no expert(), and data_mix or expert_episodes ask for one: set "
                          "data_mix={'random': 1.0} and expert_episodes=0, or write an expert().")
     return make_env

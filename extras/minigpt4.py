@@ -1,13 +1,12 @@
 """
 Write MiniGPT-4 as a model folder: BLIP-2's vision tower and Q-Former, MiniGPT-4's projection, and a LLaMA.
 
-    python -m extras.minigpt4 --blip2=blip2-flan-t5-xxl --llama=vicuna-7b \
-        --minigpt4=prerained_minigpt4_7b.pth --out=minigpt4-7b
+    python -m extras.minigpt4 --blip2=blip2-flan-t5-xxl --llama=vicuna-7b --minigpt4=FILE --out=minigpt4-7b
     python train.py config/numberline.py --model=minigpt4-7b
 
-The published checkpoint (Zhu et al., arXiv 2304.10592) is one linear layer, `llama_proj`; all other weights are
-those of BLIP-2 and Vicuna v0. It was trained on the Q-Former of blip2-flan-t5-xxl: the Q-Former of another BLIP-2
-has the same sizes and gives it features that it does not understand.
+FILE is the published checkpoint (Zhu et al., arXiv 2304.10592), prerained_minigpt4_7b.pth. It holds one
+linear layer, `llama_proj`; all other weights are those of BLIP-2 and Vicuna v0. It was trained on the
+Q-Former of blip2-flan-t5-xxl: another BLIP-2 has the same sizes, but gives features that it cannot read.
 
 The folder is a plain BLIP-2 of transformers. Memory: the LLaMA once, in the dtype of its files, and 2 GB; the
 language model of the BLIP-2 is not read.
@@ -121,7 +120,7 @@ def read_configs(blip2, llama):
 def check_sizes(sources, weight, blip2_config, llama_config):
     """Exit with one sentence if the projection does not fit between the Q-Former and the LLaMA.
 
-    sources: {"blip2", "llama", "minigpt4"} as the user wrote them. weight: (width of the LLaMA, of the Q-Former).
+    sources: {"blip2", "llama", "minigpt4"} as the user wrote them. weight (LLaMA's width, Q-Former's width).
     """
     wide, narrow = weight.shape
     where = f"minigpt4={sources['minigpt4']!r}"
@@ -216,7 +215,7 @@ TEMPLATE = (
     "{% for c in m['content'] %}{{ 'PICTURE' if c['type'] == 'image' else c['text'] }}{{ ' ' }}{% endfor %}"
     "{% if add_generation_prompt or not loop.last %}{{ '###Assistant: ' }}{% endif %}"
     "{% elif m['role'] == 'assistant' %}"
-    "{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{{ '###' }}\n"
+    "{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{{ '###' }}"
     "{% else %}"
     "{% for c in m['content'] %}{{ c['text'] }}{% endfor %}"
     "{% endif %}{% endfor %}"
@@ -226,9 +225,9 @@ TEMPLATE = (
 def prompt_form(tokenizer):
     """Find the form of a prompt -> (chat template, id of the token that ends a turn).
 
-    Both depend on how this tokenizer cuts text. The original puts one <s> in front, and cuts the text before and
-    behind the picture separately, so that `###` and `</Img>` open a word. LLaMA's tokenizer of today does so
-    behind a special token only if there is a space.
+    Both depend on how this tokenizer cuts text. The original puts one <s> in front, and cuts the text before
+    and behind the picture separately, so that `###` and `</Img>` open a word. LLaMA's tokenizer of today does
+    so behind a special token only if there is a space.
     """
 
     def ids(text, special=False):
@@ -259,9 +258,9 @@ def prompt_form(tokenizer):
 def save_processor(blip2, llama, n_queries, out):
     """Save image processor, tokenizer and chat template -> (processor, id of the token that ends a turn).
 
-    BLIP-2's own processor puts the picture in front of the text and forgets chat templates. LLaVA's writes as many
-    placeholders as it counts, where the template has one: patches and additional tokens. Here the patches are
-    none, because a picture has fewer than 10^6 pixels, and the additional tokens are the Q-Former's queries.
+    BLIP-2's own processor puts the picture in front of the text and forgets chat templates. LLaVA's writes as
+    many placeholders as it counts, where the template has one: patches and additional tokens. Here it counts
+    no patches, because a picture has fewer than 10^6 pixels, and the queries as additional tokens.
     """
     tokenizer = load_or_exit(
         f"llama={llama!r}",
@@ -295,7 +294,7 @@ def save_processor(blip2, llama, n_queries, out):
 
 
 def fit_embeddings(language, n_tokens):
-    """Give the LLaMA a row for the placeholder, and separate embeddings for input and output, as BLIP-2 has."""
+    """Give the LLaMA a row for the placeholder, and two tables of embeddings, as BLIP-2 needs them."""
     rows = language.get_input_embeddings().weight.shape[0]
     if n_tokens > rows:
         language.resize_token_embeddings(n_tokens, mean_resizing=False)

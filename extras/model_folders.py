@@ -156,6 +156,58 @@ def check_pieces(net, path):
 # -- rehearsal ----------------------------------------------------------------------------------------------
 
 
+# -- special tokens -----------------------------------------------------------------------------------------
+
+
+def special_tokens(tokenizer):
+    """Return {id: text} of the control tokens: pad, eos, ... and all that the tokenizer marks as special."""
+    marked = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
+    return marked | named
+
+
+def find_image_token(net, processor):
+    """Find the id of the token that stands for an image in the text; return None if there is none.
+
+    Families store it in the config or in the processor, under three names, as an id or as a text.
+    """
+    for owner in (net.config, processor):
+        for name in ("image_token_id", "image_token_index", "image_token"):
+            token = getattr(owner, name, None)
+            text = getattr(token, "content", token)
+            if isinstance(text, str):
+                token = processor.tokenizer.convert_tokens_to_ids(text)
+            if isinstance(token, int):
+                return token
+    return None
+
+
+def find_end_of_turn(processor, config):
+    """Find the id of the token that ends an assistant's turn; SystemExit if there is none.
+
+    In the chat template, it is the first token behind the assistant's text that is special, or that the
+    language model's config names as its end (MiniGPT-4's `##` is a plain token). Without one it is eos.
+    """
+    tokenizer = processor.tokenizer
+    if getattr(processor, "chat_template", None):
+        text = "XQX"
+        chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role in ("user", "assistant")]
+        rendered = processor.apply_chat_template(chat, tokenize=False)
+        tail = rendered.rpartition(text)[2]
+        # Tokenize the tail together with the text, as it is in a chat.
+        text_ids = tokenizer(text, add_special_tokens=False).input_ids
+        ids = tokenizer(text + tail, add_special_tokens=False).input_ids
+        ends = set(special_tokens(tokenizer))
+        named = getattr(config.get_text_config(), "eos_token_id", None)
+        ends.update(named if isinstance(named, list) else [named])
+        for token in ids[len(text_ids) :]:
+            if token in ends:
+                return token
+    if tokenizer.eos_token_id is None:
+        raise SystemExit("The tokenizer has no end-of-turn token: set its eos_token.")
+    return tokenizer.eos_token_id
+
+
 @torch.no_grad()
 def rehearse(vlm):
     """Check that the probabilities of a short rollout are those of the training path.

@@ -64,8 +64,9 @@ POOLS = (
     COMMON_WORDS,
     [str(number) for number in range(PAGE_SIZE + 1)],
 )
-# All pools but the words of the pages.
-NOT_PAGE_WORDS = 1
+# Where in POOLS a text without the words of the pages begins, and one without single characters, too.
+FROM_CHARACTERS = 1
+FROM_COMMON_WORDS = 2
 
 
 # ---- small helpers ----
@@ -451,12 +452,13 @@ class Asker:
         if may_be_silent and self.draw(2):
             question = ""
         form = self.draw(10)
-        beginning = self.words(1, 5, NOT_PAGE_WORDS)
+        beginning = self.words(1, 5, FROM_CHARACTERS)
         how = ""
         if form < 4:
             example = self.example_answer(answer)
             lines += self.list_of_actions(beginning)
-            how = f"{self.words(2, 9, 2)}, for example: {beginning} {example}"
+            request = self.words(2, 9, FROM_COMMON_WORDS)
+            how = f"{request}, for example: {beginning} {example}"
         elif form < 6:
             how = f"Begin with: {beginning}"
         if how:
@@ -468,7 +470,7 @@ class Asker:
         """Draw no line beside the point, one or two."""
         if not self.draw(2):
             return []
-        return [self.words(3, 24, NOT_PAGE_WORDS) for _ in range(self.draw(1, 3))]
+        return [self.words(3, 24, FROM_CHARACTERS) for _ in range(self.draw(1, 3))]
 
     def example_answer(self, answer):
         """Draw another answer of the same shape, at times its first word only.
@@ -491,7 +493,7 @@ class Asker:
     def list_of_actions(self, beginning):
         """Draw a line that lists some forms of a reply, or no line."""
         word = beginning.split()[-1]
-        forms = [f"{word} {self.words(1, 4, NOT_PAGE_WORDS)}" for _ in range(self.draw(1, 4))]
+        forms = [f"{word} {self.words(1, 4, FROM_CHARACTERS)}" for _ in range(self.draw(1, 4))]
         if not self.draw(2):
             return []
         return [" or ".join(forms)]

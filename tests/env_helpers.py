@@ -3,7 +3,8 @@ Helpers that the tests of the environments share: games in positions set by hand
 """
 import numpy as np
 
-from envs import MARKER, scripted_reply
+from envs import MARKER
+from worlds.players import scripted_reply
 from worlds.registry import make
 
 GAMES = ["NumberLine", "EZPoints", "Points24", "Blackjack"]

@@ -11,13 +11,12 @@ import pytest
 
 from configurator import (
     CHOICES,
-    REMOVED,
-    SYNONYMS,
     ConfigError,
     check_config,
     configure,
     parse_block,
 )
+from extras.key_names import REMOVED, SYNONYMS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TRAIN = os.path.join(ROOT, "train.py")

@@ -23,12 +23,10 @@ from envs import (
     Text,
     Words,
     format_action,
-    has_expert,
     is_held_out,
-    mixed_reply,
     parse_agent,
-    scripted_reply,
 )
+from worlds.players import has_expert, mixed_reply, scripted_reply
 from worlds.registry import QUESTIONS, make
 
 ROOT = Path(envs.__file__).parent

@@ -13,9 +13,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from env_helpers import GAMES, episode_log, walk
-from envs import MARKER, scripted_reply
+from envs import MARKER
 from pretrain.questions import corpus
 from pretrain.tiny_nets import train_tokenizer
+from worlds.players import scripted_reply
 from worlds.registry import make
 
 ROOT = Path(__file__).resolve().parent.parent

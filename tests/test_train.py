@@ -21,7 +21,8 @@ import model
 import train
 import worlds.cards
 from buffer import Buffer
-from configurator import REMOVED, configure, parse_block
+from configurator import configure, parse_block
+from extras.key_names import REMOVED
 from evaluate import play
 from pretrain import questions
 from small_runs import SMALL, all_finite, content, flags, metrics, numbers
@@ -66,8 +67,31 @@ def test_checkpointed_layers_give_the_same_run(straight, tiny, tmp_path):
     assert weights(twin) == weights(straight)
 
 
+@pytest.mark.parametrize(
+    "device, dtype, lora_r, half",
+    [
+        ("cuda", "auto", 2, True),
+        ("cuda", "bfloat16", 2, True),
+        ("cuda", "float32", 2, False),
+        ("cuda", "auto", 0, False),
+        ("cpu", "auto", 2, False),
+    ],
+)
+def test_a_frozen_base_is_bfloat16_on_cuda(monkeypatch, device, dtype, lora_r, half):
+    """Two bytes a weight are enough for weights that are not trained, unless dtype='float32'."""
+    keys = dict(dtype=dtype, lora_r=lora_r)
+    cfg = configure(TRAIN, flags(**keys), quiet=True)
+    opened = []
+    monkeypatch.setattr(model, "choose_device", lambda cfg: device)
+    monkeypatch.setattr(model, "load_model", lambda *args: opened.append(args) or (None, None))
+    model.load_base(cfg)
+    found = [value for value in opened[0] if isinstance(value, torch.dtype)]
+    expected = torch.bfloat16 if half else torch.float32
+    assert found == [expected]
+
+
 def test_a_base_in_bfloat16(tiny):
-    """A frozen base may be held in bfloat16; adapters, critics and what is saved stay float32."""
+    """Adapters and critics on it are float32."""
     keys = dict(model=tiny, device="cpu")
     cfg = configure(TRAIN, flags(**keys), quiet=True)
     net, processor = model.load_base(cfg)
@@ -593,6 +617,29 @@ def test_mistakes_are_one_sentence(tiny, tmp_path):
     keys = dict(actor_loss="sft", q_weight=1.0)
     one_sentence(lambda: run(out, tiny, **keys), "q_weight", "critic")
     assert not os.path.exists(out)
+
+
+def test_a_gradient_that_is_not_finite(tiny, tmp_path, monkeypatch):
+    """The run ends with one sentence, before the weights are spoiled."""
+    compute_loss = train.compute_loss
+
+    def infinite_loss(*args):
+        loss, info = compute_loss(*args)
+        return loss * float("inf"), info
+
+    monkeypatch.setattr(train, "compute_loss", infinite_loss)
+    one_sentence(lambda: run(tmp_path / "run", tiny), "not finite at update 1", "lr", "checkpoint")
+
+
+def test_ctrl_c_ends_with_a_remedy(monkeypatch):
+    """The checkpoint and how to continue are named, without a traceback."""
+
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "main", interrupt)
+    with pytest.raises(SystemExit, match="--resume=True"):
+        train.launch([])
 
 
 # ---- the keys ----

@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 
 from env_helpers import say
-from envs import MARKER, Words, has_expert, scripted_reply
+from envs import MARKER, Words
 from worlds import miniwob
 from worlds.gym import Gym
 from worlds.miniwob import MiniWoB, format_element, page_elements
+from worlds.players import has_expert, scripted_reply
 from worlds.registry import make
 
 # ---- gymnasium ----

@@ -1,0 +1,55 @@
+"""
+Names of keys that people try: those of other programs, and those that train.py once had.
+"""
+# What other programs call train.py's keys. A synonym is suggested, it never works.
+SYNONYMS = {
+    "out_dir": "output_dir save_dir run_dir log_dir",
+    "log_interval": "logging_steps log_freq log_every",
+    "eval_interval": "eval_steps eval_freq eval_every save_steps save_interval",
+    "model": "model_name model_name_or_path model_id base_model",
+    "dtype": "bf16 fp16 precision mixed_precision torch_dtype",
+    "shard": "fsdp deepspeed",
+    "lora_r": "lora_rank rank peft use_lora",
+    "lora_targets": "target_modules",
+    "env": "env_id environment task game",
+    "max_turns": "max_episode_steps horizon",
+    "data": "dataset data_path",
+    "actor_loss": "loss algo algorithm method",
+    "beta": "advantage_threshold threshold",
+    "gamma": "discount discount_factor",
+    "lam": "lambda gae_lambda td_lambda",
+    "target_tau": "tau polyak ema",
+    "offline_updates": "epochs num_epochs num_train_epochs steps max_iters updates",
+    "online_updates": "epochs num_epochs num_train_epochs total_timesteps updates",
+    "batch_size": "bs train_batch_size",
+    "micro_batch": "per_device_train_batch_size gradient_accumulation_steps",
+    "lr": "learning_rate actor_lr",
+    "critic_lr": "value_lr",
+    "grad_clip": "max_grad_norm gradient_clipping",
+    "replay_episodes": "buffer_size replay_size",
+    "explore": "epsilon exploration",
+}
+
+# Keys that train.py once had, and what holds now.
+REMOVED = {
+    "af_coef": "filtered cloning has the weight 1, bc_coef adds plain cloning",
+    "awr_temperature": "it is the constant AWR_TEMPERATURE in agent_rl.py",
+    "cache_mb": "encoded prompts may take 4096 MiB",
+    "ckpt_interval": "eval_interval serves both: a checkpoint is written at every short evaluation",
+    "cql_coef": "pess_coef holds unseen tokens down",
+    "critic_detach": "the critic always trains the adapters too, critic_coef weighs it",
+    "eval_quick": "short evaluations play min(60, eval_episodes) episodes",
+    "fbc_quantile": "it is the constant FBC_QUANTILE in agent_rl.py",
+    "gamma_token": "gamma discounts turns, tokens are not discounted",
+    "invalid": "an invalid reply is always answered with the reward `penalty`",
+    "lora_alpha": "it is always 32",
+    "lora_dropout": "it is always 0",
+    "reference": "published numbers are in docs/results.md",
+    "reward_scale": "reward_clip bounds the rewards that the critic sees",
+    "rollout_temperature": "rollouts sample at temperature 1, explore adds random turns",
+    "timeout": "ranks wait 30 minutes for each other",
+    "v_support": "V always sums over the whole vocabulary, pess_coef holds unseen tokens down",
+    "wandb_project": "the environment variable WANDB_PROJECT switches Weights & Biases on",
+    "weight_decay": "it is 0.01 where lora_r=0, and 0 with adapters",
+    "weights": "a frozen base is bfloat16 on cuda unless dtype='float32'",
+}
