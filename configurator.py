@@ -9,18 +9,17 @@ It feels like nanoGPT's configurator: bare assignments, files that look like Pyt
 is ever executed: scripts and files are parsed, and values are literals. A later value replaces an earlier one
 as a whole; dicts and lists are not merged. A mistake ends the run with one sentence.
 """
-import ast, difflib, glob, io, operator, os, textwrap, tokenize, types, warnings
+import ast, glob, io, operator, os, textwrap, tokenize, types, warnings
 from typing import Any, NamedTuple
 
-from extras.key_names import REMOVED, SYNONYMS
+from extras.flag_mistakes import DASHES, ConfigError, check_file_word, missing_value, nearest, show
+from extras.flag_mistakes import unknown_key
 
 BEGIN = "# --- config ---"
 END = "# --- end of config ---"
 HELP_COLUMNS = 120
 FLAG_COLUMNS = 32
 COMMAND_LINE = "the command line"
-# A text processor makes one dash of two, en or em.
-DASHES = "-\u2013\u2014"
 
 # The types that a key can have, and what a user writes for them.
 TAKES = {
@@ -48,49 +47,6 @@ class Key(NamedTuple):
     type: type
     comment: str
     heading: str
-
-
-class ConfigError(SystemExit):
-    """A user's mistake, as one sentence: Python prints it on stderr, exits with 1, and shows no traceback."""
-
-    def __init__(self, sentence):
-        super().__init__(show(sentence, width=1000))
-
-
-def show(text, width=100):
-    """Write a text on one line of ASCII, cut at a width: the logs of a cluster are not all UTF-8."""
-    line = " ".join(text.split())
-    line = "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in line)
-    if len(line) > width:
-        return line[: width - 3] + "..."
-    return line
-
-
-# ---- names of keys ----
-
-def nearest(word, names, otherwise="--help lists all keys"):
-    """Suggest up to three names that look like a word; return `otherwise` if none does."""
-    close = difflib.get_close_matches(word.lower().replace("-", "_"), names, n=3, cutoff=0.5)
-    if close:
-        return f"nearest: {', '.join(close)}"
-    return otherwise
-
-
-def nearest_key(name, block):
-    """Suggest keys of a block for a wrong name, by its meaning or else by its spelling."""
-    word = name.lower().replace("-", "_")
-    found = [key for key, synonyms in SYNONYMS.items() if key in block and word in synonyms.split()]
-    if found and word not in block:
-        return f"nearest: {', '.join(found)}"
-    return nearest(name, block)
-
-
-def unknown_key(where, name, block):
-    """Return the ConfigError for a name that is no key; it starts with `where`, the user's own words."""
-    is_train = "actor_loss" in block
-    if is_train and name in REMOVED:
-        return ConfigError(f"{where}: {name} was removed, {REMOVED[name]}; see docs/method.md.")
-    return ConfigError(f"{where}: there is no key {name}; {nearest_key(name, block)}.")
 
 
 # ---- values ----
@@ -376,48 +332,10 @@ def read_flag(argv, i, block, origin):
         raise ConfigError(f"{shown}: {name} is given twice, delete one of the two.")
     key = block[name]
     if not equals and key.type is not bool:
-        after = ""
-        if i + 1 < len(argv) and not argv[i + 1].startswith("--"):
-            after = argv[i + 1].lstrip("=")
-        words = f"{shown} {after}".strip()
-        value = after or show(repr(key.default))
-        raise ConfigError(f"{words}: {name} has no value, write --{name}={value}.")
+        raise missing_value(argv, i, name, key.default)
     if not equals:
         text = "True"
     return name, fit(name, key, shown, lambda: from_text(key, text))
-
-
-def check_file_word(argv, i, block, files):
-    """Raise a ConfigError if argv[i] cannot name a config file: it is a bad flag, or comes after a flag."""
-    word = argv[i]
-    shown = show(word) or "''"
-    before = show(argv[i - 1]) if i else ""
-    flags = [flag for flag in argv[:i] if flag.startswith("--")]
-    name, equals, text = word.lstrip(DASHES).partition("=")
-
-    if word.startswith("-") or (equals and not os.path.isfile(word)):
-        flag = f"--{name or 'key'}"
-        hint = ""
-        # `--resume =true` has one space too many
-        if flags and not name:
-            flag = before
-        if name and name not in block:
-            hint = f" ({nearest_key(name, block)})"
-        value = show(text) or "value"
-        raise ConfigError(f"{shown}: a flag has two dashes and one =, write {flag}={value}{hint}.")
-
-    if flags and not word.endswith(".py"):
-        # `--resume false`, or `--note=two words` without quotes
-        flag, _, start = before.partition("=")
-        remedy = f"{flag}={shown}"
-        if start:
-            remedy = f'{flag}="{start} {shown}"'
-        raise ConfigError(f"{before} {shown}: a space ends a flag, write {remedy}.")
-
-    if not files:
-        raise ConfigError(f"{shown}: this script takes no config files here, only --key=value.")
-    if flags:
-        raise ConfigError(f"{shown}: config files come before the flags, write it before {flags[0]}.")
 
 
 def configure(script, argv, files=True, quiet=False):

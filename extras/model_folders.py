@@ -1,7 +1,8 @@
 """
-Open a model folder or hub id, and say in one sentence what is wrong with it. model.load_model calls this.
+Open a model folder or hub id, say in one sentence what is wrong with it, find its special tokens.
 
-A folder may bring Python files of its own, which run only with the user's permission:
+model.load_model is the door. A folder may bring Python files of its own, which run only with the user's
+permission:
 
     python train.py config/numberline.py --model=FOLDER --trust_remote_code=True
 
@@ -54,6 +55,7 @@ def open_folder(path, dtype=torch.float32, trust_remote_code=False):
     check_weights(report, path)
     if custom_class:
         check_pieces(net, path)
+    check_image_token(net, processor, path)
     return net, processor
 
 
@@ -153,7 +155,13 @@ def check_pieces(net, path):
         raise SystemExit(f"model={path!r} lacks a piece in its own code: no {piece}.")
 
 
-# -- rehearsal ----------------------------------------------------------------------------------------------
+def check_image_token(net, processor, path):
+    """Refuse a processor that knows no token for an image."""
+    if not hasattr(processor, "tokenizer") or find_image_token(net, processor) is None:
+        raise SystemExit(
+            f"model={path!r} has a processor without an image token, so no picture can be shown to it:"
+            " its folder needs the model's own processor files."
+        )
 
 
 # -- special tokens -----------------------------------------------------------------------------------------
@@ -206,6 +214,9 @@ def find_end_of_turn(processor, config):
     if tokenizer.eos_token_id is None:
         raise SystemExit("The tokenizer has no end-of-turn token: set its eos_token.")
     return tokenizer.eos_token_id
+
+
+# -- rehearsal ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ Refuse what an old run did and this version can no longer do.
 train.py had more keys once. A run with the values below continues to work, and other removed keys have no
 effect on a trained run.
 """
-from configurator import ConfigError
+from extras.flag_mistakes import ConfigError
 
 # The value that always holds now, by what another value would change: how the run plays, what its critic's
 # values mean, how it continues to learn.

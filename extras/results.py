@@ -23,8 +23,9 @@ import sys
 import time
 
 from buffer import Buffer
-from configurator import ConfigError, configure, nearest
+from configurator import configure
 from evaluate import wilson
+from extras.flag_mistakes import ConfigError, nearest
 
 # --- config ---
 check = False    # compare only

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 import envs
-from configurator import ConfigError, show
+from extras.flag_mistakes import ConfigError, show
 
 # seconds before the second try of a request; doubled for each further one
 BACKOFF = 1.0

@@ -394,6 +394,44 @@ def test_loss_equals_numpy(changes, critics, warm):
         assert all(map(np.isfinite, metrics.values()))
 
 
+def np_mean(values, mask):
+    """Compute the mean of the values where the mask is 1."""
+    return (values * mask).sum() / mask.sum()
+
+
+def test_metrics_equal_numpy():
+    """Each logged metric is a mean over the tokens that its name tells."""
+    vlm = Stub()
+    batch = random_batch(windows=8)
+    cfg = settings()
+    _, info = compute_loss(vlm, batch, cfg)
+    values = np_values(vlm, batch)
+    mask = batch["mask"].numpy()
+    span = batch["span"].numpy()
+    first = mask[:, 0]
+    tree = dict(q=values["qa_target"], pi=values["pi"])
+    y, known = np_targets(values["v_target"], batch, cfg.gamma, cfg.lam, **tree)
+    has_target = mask * known[:, None]
+    adv = values["qa"].mean(0) - values["v"]
+    passed = adv > cfg.beta
+    td_error = ((values["qa"] - y) ** 2).mean(0)
+    pessimism = ((values["q"] - vlm.q_init) ** 2).mean(-1).mean(0)
+    expected = dict(
+        tokens=mask.sum(),
+        nll=np_mean(-np.log(values["pi"]), mask),
+        td_error=np_mean(td_error, has_target),
+        pess=np_mean(pessimism, has_target),
+        q_mean=np_mean(values["qa"].mean(0), mask),
+        v_mean=np_mean(values["v"], mask),
+        adv_action=np_mean(adv, span),
+        pass_action=np_mean(passed, span),
+        pass_syntax=np_mean(passed, mask - span),
+        return_predicted=np_mean(values["v"][:, 0], first),
+        return_observed=np_mean(batch["return_to_go"].numpy(), first),
+    )
+    assert summarise([info]) == near(expected)
+
+
 # ---- targets ----
 
 

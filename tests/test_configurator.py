@@ -16,7 +16,7 @@ from configurator import (
     configure,
     parse_block,
 )
-from extras.key_names import REMOVED, SYNONYMS
+from extras.flag_mistakes import REMOVED, SYNONYMS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TRAIN = os.path.join(ROOT, "train.py")

@@ -100,7 +100,7 @@ def test_llava_conversations_become_episodes(imported, tmp_path):
 
 
 def test_trl_rows_become_episodes(imported, tmp_path):
-    """Contents as parts or as text, pictures by path or as `datasets` writes them, a reward if there is one."""
+    """Contents are parts or text, pictures paths or what `datasets` writes, rewards optional."""
     parts = [turn("system", "Be brief."), turn("user", [{"type": "image"}, text("Where?")])]
     parts.append(turn("assistant", [text("Here.")]))
     plain = [turn("user", "Where?"), turn("assistant", "There.")]

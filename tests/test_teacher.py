@@ -144,7 +144,7 @@ def teach(server, *flags, env="NumberLine", episodes=4):
 
 
 def printed_without_key(folder, capsys, *texts):
-    """Return what was printed; neither the key nor half of it is in it, in a text, or in a file of the folder."""
+    """Return what was printed; not even half of the key is in it, in a text, or in a file of the folder."""
     captured = capsys.readouterr()
     everything = captured.out + captured.err + "".join(texts)
     half = KEY[: len(KEY) // 2]
@@ -246,7 +246,7 @@ def starts_of(folder, env):
 
 
 def test_data_comes_from_training_starts_tables_from_held_out_ones(serve, tmp_path, capsys):
-    """The story: --agent=expert --save recorded held-out starts, and an agent was tested on its training data."""
+    """The story: --agent=expert --save recorded held-out starts, so training data and tests were the same."""
     evaluate.main(["--env=EZPoints", "--agent=expert", "--episodes=5", f"--save={tmp_path}/a"])
     assert starts_of(tmp_path / "a", make("EZPoints")) == {"train"}
     assert "training starts" in capsys.readouterr().out
@@ -459,7 +459,7 @@ def test_a_retry_after_date_is_read():
     ],
 )
 def test_a_fault_that_stays_is_one_sentence_at_once(serve, status, words, tmp_path, capsys):
-    """One request, no second try, the remedy; the server's own words in it, without the key that it echoes."""
+    """One request, no second try, the remedy, and the server's own words without the key that it echoes."""
     reply_headers = {}
     if status == 307:
         reply_headers = {"Location": "http://elsewhere/"}
@@ -518,8 +518,8 @@ def test_an_echoed_key_is_written_nowhere(serve, tmp_path, capsys):
 def test_a_turn_without_an_answer_drops_its_episode(serve, tmp_path, capsys):
     """A turn that fails is played once more with its episode, then dropped and counted; other episodes stay.
 
-    A vendor's content filter refuses one picture, and such a request is not repeated. Another picture fails all
-    its tries.
+    A vendor's content filter refuses one picture, and such a request is not repeated. Another picture fails
+    all its tries.
     """
     pictures = {}
 

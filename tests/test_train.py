@@ -22,7 +22,7 @@ import train
 import worlds.cards
 from buffer import Buffer
 from configurator import configure, parse_block
-from extras.key_names import REMOVED
+from extras.flag_mistakes import REMOVED
 from evaluate import play
 from pretrain import questions
 from small_runs import SMALL, all_finite, content, flags, metrics, numbers
@@ -422,6 +422,45 @@ def test_variants_run(tiny, tmp_path, monkeypatch, changes):
     assert ("td_error" in rows[0]) == has_critic
     if len(changes) > 1 or "actor_loss" in changes:
         evaluate.main([out, "--episodes=2"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(beta=5.0),
+        dict(bc_coef=0.5),
+        dict(critic_coef=1.0),
+        dict(pess_coef=0.0),
+        dict(q_init=0.0),
+        dict(target_tau=0.0),
+        dict(gamma=0.5),
+        dict(lam=0.0),
+        dict(lr=1e-3),
+        dict(critic_lr=1e-4),
+        dict(min_lr=0.9),
+        dict(warmup_updates=3),
+        dict(grad_clip=1e-6),
+        dict(lora_targets=".*q_proj"),
+        dict(penalty=-0.5),
+        dict(max_turns=1),
+        dict(size=60),
+        dict(window=1),
+        dict(won_share=1.0),
+    ],
+    ids=lambda changes: " ".join(changes),
+)
+def test_each_key_has_an_effect(straight, tiny, tmp_path, changes):
+    """A key of the method changes what is learned in the first four updates."""
+    out = run(tmp_path / "run", tiny, stop_at=4, **changes)
+    assert metrics(out) != metrics(straight)[:4]
+
+
+def test_the_filter_starts_after_its_warm_up(tiny, tmp_path):
+    """The first filter_warmup updates clone every token; then a high beta lets nothing pass."""
+    out = run(tmp_path / "run", tiny, beta=5.0, filter_warmup=2, stop_at=4)
+    rows = metrics(out)
+    assert [row["pass_action"] for row in rows] == [1, 1, 0, 0]
+    assert [row["pass_syntax"] for row in rows] == [1, 1, 0, 0]
 
 
 def assert_same_run(one, two, tolerance):

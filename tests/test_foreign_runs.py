@@ -1,0 +1,180 @@
+"""
+Test runs that evaluate.py finds on disk: of older versions, and with an environment in a Python file.
+
+    python -m pytest tests/test_foreign_runs.py
+"""
+import json
+import os
+import shutil
+
+import pytest
+
+import evaluate
+from buffer import Buffer
+from configurator import parse_block
+from small_runs import content, one_sentence, read_json, results, run
+from small_runs import straight, tiny  # noqa: F401  (fixtures)
+from test_train import OLD_KEYS
+
+# executed, it leaves a file behind
+ENV_FILE = '''
+import pathlib
+
+from envs import Env, NumberLine
+
+pathlib.Path(__file__ + ".executed").touch()
+
+
+class MyEnv(NumberLine):
+    """A number line of the user's."""
+
+    name = "MyEnv"
+    max_turns = 2
+
+
+class Mute(MyEnv):
+    """The same without an expert."""
+
+    expert = Env.expert
+'''
+
+
+def rewrite(out, **changes):
+    """Change keys in the config.json of a run."""
+    saved = read_json(out, "config.json") | changes
+    with open(os.path.join(out, "config.json"), "w") as f:
+        json.dump(saved, f)
+
+
+@pytest.fixture
+def own(straight, tmp_path):
+    """A copy of a trained run, to write into."""
+    return str(shutil.copytree(straight, tmp_path / "run"))
+
+
+# ---- older versions ----
+
+
+def test_an_old_run_is_evaluated(tmp_path, monkeypatch):
+    """Its config.json has 80 keys and model="tiny-vlm", the old name of the base; the table is the same."""
+    out = run(tmp_path / "run", "bases/tiny-vlm", offline_updates=1, online_updates=0)
+    rewrite(out, **OLD_KEYS, model="tiny-vlm")
+    assert len(read_json(out, "config.json")) == 80
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("envs.NumberLine.max_turns", 3)
+        before = results(out)
+        # the base is found from any folder
+        patch.chdir(tmp_path)
+        evaluate.main([out])
+        assert results(out) == before
+
+
+def test_settings_of_an_old_run_are_the_keys_of_today(own):
+    """Removed keys are left out, and a key that the run did not know has its default."""
+    rewrite(own, **OLD_KEYS)
+    saved = read_json(own, "config.json")
+    del saved["explore"]
+    with open(os.path.join(own, "config.json"), "w") as f:
+        json.dump(saved, f)
+    block = parse_block(evaluate.TRAIN)
+    run_cfg = evaluate.read_run_config(own)
+    assert list(vars(run_cfg)) == list(block)
+    assert run_cfg.explore == block["explore"].default
+    assert run_cfg.lora_r == saved["lora_r"]
+
+
+@pytest.mark.parametrize("key, value", [("lora_alpha", 16), ("invalid", "random")])
+def test_an_old_run_that_plays_differently_is_refused(own, key, value):
+    """Its table would be wrong in silence."""
+    rewrite(own, **OLD_KEYS | {key: value})
+    before = content(own)
+    one_sentence(lambda: evaluate.main([own]), own, f"{key}={value!r}", "play", "meta.json")
+    assert content(own) == before
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("gamma_token", 0.9), ("reward_scale", 0.1), ("v_support", 0.1), ("awr_temperature", 1.0)],
+)
+def test_an_old_run_with_other_values_plays_but_is_not_judged(own, key, value):
+    """The policy is the same, but the page would show other values than the critic learned."""
+    rewrite(own, **OLD_KEYS | {key: value})
+    evaluate.main([own, "--episodes=1"])
+    words = [f"{key}={value!r}", "report"]
+    one_sentence(lambda: evaluate.main([own, "--episodes=1", "--report"]), *words)
+    one_sentence(lambda: evaluate.main([os.path.join(own, "data"), "--report"]), *words)
+
+
+@pytest.mark.parametrize("key, value", [("lora_dropout", 0.1), ("timeout", 5.0), ("weights", "float32")])
+def test_other_removed_keys_do_not_matter(own, key, value):
+    """They were about training, about the machine, or about rounding."""
+    rewrite(own, **OLD_KEYS | {key: value})
+    evaluate.main([own, "--episodes=1", "--report"])
+
+
+# ---- environments in files ----
+
+
+@pytest.fixture
+def env_file(tmp_path, monkeypatch):
+    """A file with environments, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "my_env.py"
+    file.write_text(ENV_FILE)
+    return file
+
+
+def was_executed(file):
+    """Tell whether the file with environments was run, and forget it."""
+    trace = file.with_name(file.name + ".executed")
+    found = trace.exists()
+    trace.unlink(missing_ok=True)
+    return found
+
+
+def test_an_environment_in_a_file_is_played(env_file, capsys):
+    """--env=FILE:CLASS works without a run."""
+    evaluate.main(["--env=my_env.py:MyEnv", "--agent=expert", "--episodes=3", "--save=x"])
+    assert "my_env.py:MyEnv, expert: 3 episodes" in capsys.readouterr().out
+    assert {row["env"] for row in Buffer("x").rows} == {"MyEnv"}
+
+
+@pytest.mark.parametrize("agent", ["expert", "biased"])
+def test_an_environment_without_an_expert_is_one_sentence(env_file, agent):
+    """Both scripted players need expert(); a random one does not."""
+    for name in ("my_env.py:Mute", "NumberLine,my_env.py:Mute"):
+        command = [f"--env={name}", f"--agent={agent}"]
+        one_sentence(lambda: evaluate.main(command), f"--agent={agent}", "expert()", name)
+    evaluate.main(["--env=my_env.py:Mute", "--agent=random", "--episodes=2"])
+
+
+@pytest.mark.parametrize("name", ["my_env.py:MyEnv", "NumberLine, my_env.py:MyEnv", "my_env.py"])
+def test_a_run_does_not_run_a_file_by_itself(own, env_file, name):
+    """A file that only the run's config.json names is not executed; the sentence says how to allow it."""
+    rewrite(own, env=name)
+    commands = [[own], [own, "--agent=random"], [own, "--report"], [own, "--env=my_env.py:Mute"]]
+    for command in commands:
+        one_sentence(lambda: evaluate.main(command), own, repr(name), "read it", f"--env={name}")
+    assert not was_executed(env_file)
+    # its recorded episodes do not need the environment
+    evaluate.main([os.path.join(own, "data"), "--report"])
+    assert not was_executed(env_file)
+
+
+def test_a_run_plays_a_file_that_the_command_line_names(own, env_file, capsys):
+    """With --env equal to the run's, the run is played; other flags of the game stay refused."""
+    rewrite(own, env="my_env.py:MyEnv")
+    evaluate.main([own, "--env=my_env.py:MyEnv", "--episodes=2"])
+    assert "my_env.py:MyEnv, " in capsys.readouterr().out
+    assert was_executed(env_file)
+    sized = [own, "--env=my_env.py:MyEnv", "--size=100"]
+    one_sentence(lambda: evaluate.main(sized), "--size=100", "as it was trained")
+    rewrite(own, env="NumberLine, my_env.py:MyEnv")
+    evaluate.main([own, "--env=NumberLine,my_env.py:MyEnv", "--agent=random", "--episodes=2"])
+
+
+@pytest.mark.parametrize("name", ["NumberLine", "EZPoints", "my_env.py:MyEnv"])
+def test_another_run_is_played_as_it_was_trained(own, env_file, name):
+    """--env does not go with a run whose environment is part of this program."""
+    one_sentence(lambda: evaluate.main([own, f"--env={name}"]), f"--env={name}", "as it was trained")
+    assert not was_executed(env_file)
