@@ -73,24 +73,10 @@ def make_message_row(episode, turn, env, seed, images, messages, logprobs=(), **
     Every row is created here, so this function defines the schema. images: names of the pictures that the
     messages show. logprobs are rounded and stored as behaviour_logprobs. fields: the other fields by name.
     """
-    row = dict(
-        version=VERSION,
-        episode=episode,
-        turn=turn,
-        env=env,
-        seed=seed,
-        images_file_names=images,
-        messages=messages,
-        reply_ids=[],
-        behaviour_logprobs=[round(x, 6) for x in logprobs],
-        source="",
-        action="",
-        valid=True,
-        reward=0.0,
-        terminated=False,
-        truncated=False,
-        success=False,
-    )
+    row = dict(version=VERSION, episode=episode, turn=turn, env=env, seed=seed)
+    row |= dict(images_file_names=images, messages=messages, reply_ids=[])
+    row |= dict(behaviour_logprobs=[round(x, 6) for x in logprobs], source="", action="", valid=True)
+    row |= dict(reward=0.0, terminated=False, truncated=False, success=False)
     return row | fields
 
 

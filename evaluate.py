@@ -53,14 +53,11 @@ timeout = 60.0  # seconds until an answer must be complete
 retries = 6  # of a failed request, after 1, 2, 4, ... seconds; then its episode is given up
 # --- end of config ---
 
-# the config block of train.py: the keys of a run, and their defaults
+# the keys of a run, and their defaults
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
-# held-out starts are drawn with seeds from here on
-TEST_SEEDS = 10**6
-# environments that the model plays at once in an evaluation
-EVAL_ENVS = 64
-# how an evaluation plays: the rows of the table
-WAYS = ("greedy", "sampled", "hidden")
+TEST_SEEDS = 10**6  # held-out starts have seeds from here on
+EVAL_ENVS = 64  # environments at once in an evaluation
+WAYS = ("greedy", "sampled", "hidden")  # the rows of the table
 GREY = (127, 127, 127)
 
 
@@ -141,10 +138,8 @@ def model_agent(vlm, max_new_tokens, temperature, generator, q_weight=0.0, hide=
             text = row["messages"][0]["content"][1]["text"]
             prompts.append(vlm.encode(row["messages"], [image], key=(text, name)))
         replies, logps = vlm.generate(prompts, max_new_tokens, temperature, generator, q_weight)
-        answers = []
-        for ids, logp in zip(replies, logps):
-            answers.append(dict(reply=vlm.decode(ids), reply_ids=ids, logprobs=logp, source="model"))
-        return answers
+        turns = zip(replies, logps)
+        return [dict(reply=vlm.decode(i), reply_ids=i, logprobs=lp, source="model") for i, lp in turns]
 
     return act
 
@@ -217,16 +212,9 @@ class Episode:
         self.lost = answer.pop("lost", "") or self.env.lost
         if self.lost:
             return
-        row = self.next_row(
-            **answer,
-            action=info["action"],
-            valid=bool(info["valid"]),
-            reward=float(reward),
-            terminated=bool(terminated),
-            truncated=bool(truncated),
-            success=bool(info["success"]),
-        )
-        self.add_row(row)
+        outcome = dict(action=info["action"], valid=bool(info["valid"]), reward=float(reward))
+        outcome |= dict(terminated=bool(terminated), truncated=bool(truncated))
+        self.add_row(self.next_row(**answer, **outcome, success=bool(info["success"])))
         self.obs = obs
         self.is_over = bool(terminated or truncated)
         self.success_return = bool(info["success_return"])
@@ -237,17 +225,11 @@ class Episode:
         A truncated one gets one more row, its last observation: the value there is the bootstrap.
         """
         last = self.rows[-1]
-        result = dict(
-            env=self.env.name,
-            rows=self.rows,
-            images=self.images,
-            success=last["success"],
-            success_return=self.success_return,
-            episode_return=sum(row["reward"] for row in self.rows),
-            turns=len(self.rows),
-            valid=sum(row["valid"] for row in self.rows),
-            tag=self.env.tag(),
-        )
+        result = dict(env=self.env.name, tag=self.env.tag(), rows=self.rows, images=self.images)
+        result |= dict(success=last["success"], success_return=self.success_return)
+        result["episode_return"] = sum(row["reward"] for row in self.rows)
+        result["turns"] = len(self.rows)
+        result["valid"] = sum(row["valid"] for row in self.rows)
         if last["truncated"] and not last["terminated"]:
             self.add_row(self.next_row(source="end", success=last["success"]))
         return result
@@ -364,12 +346,10 @@ def episode_summary(episodes):
         raise SystemExit("No episode could be played to its end: see above why each was dropped.")
     n = len(episodes)
     turns = sum(episode["turns"] for episode in episodes)
-    summary = dict(
-        episodes=n,
-        episode_return=sum(episode["episode_return"] for episode in episodes) / n,
-        turns=turns / n,
-        valid=sum(episode["valid"] for episode in episodes) / turns,
-    )
+    summary = dict(episodes=n)
+    summary["episode_return"] = sum(episode["episode_return"] for episode in episodes) / n
+    summary["turns"] = turns / n
+    summary["valid"] = sum(episode["valid"] for episode in episodes) / turns
     for key in ("success", "success_return"):
         count = sum(episode[key] for episode in episodes)
         summary[key] = count / n
@@ -545,8 +525,8 @@ def play_agent(cfg, make_env, n, buffer, folder):
     name = f"openai:{cfg.model}" if cfg.agent == "openai" else cfg.agent
     prefix = f"{name}/{cfg.seed}-"
     # reported before the work, not after it
-    is_taken = buffer is not None and any(episode.startswith(prefix) for episode in buffer.episodes)
-    need(not is_taken,
+    recorded = buffer.episodes if buffer is not None else ()
+    need(not any(episode.startswith(prefix) for episode in recorded),
          f"{cfg.save!r} holds episodes of {name} with seed {cfg.seed} already: record into another folder, "
          "or with another --seed.")
     counts = Counter()
@@ -567,12 +547,13 @@ def play_agent(cfg, make_env, n, buffer, folder):
             played.append(episode)
             yield episode
 
+    # an episode that took a person's or a server's time is written at once
+    chunk = 1 if cfg.agent in ("human", "openai") else 200
     try:
         if buffer is None:
             list(playing())
         else:
-            # an episode that took a person's or a server's time is written at once
-            record(playing(), buffer, chunk=1 if cfg.agent in ("human", "openai") else 200)
+            record(playing(), buffer, chunk)
     except (EOFError, KeyboardInterrupt):
         print(f"\nStopped by you: {len(played)} of {n} episodes were finished.")
         if not played:

@@ -134,6 +134,7 @@ def settings(argv):
     cfg = configure(__file__, argv, quiet=RANK > 0)
     check_config(cfg)
     join_ranks(cfg)
+    import_wandb()
     return cfg
 
 
@@ -260,7 +261,7 @@ def check_resume(cfg):
     """End with one sentence if out_dir has no checkpoint, or if a setting differs from the run's."""
     if not latest_checkpoint(cfg.out_dir, must=False):
         raise SystemExit(f"out_dir={cfg.out_dir!r} has no checkpoint to resume from: start without --resume.")
-    old = read_run_config(cfg.out_dir)
+    old = read_run_config(cfg.out_dir, "resume")
     free = list(FREE_KEYS)
     # A finished run can be made longer. Without an online phase it cannot: its table is the offline one.
     if cfg.online_updates > old.online_updates > 0:
@@ -607,16 +608,23 @@ def logged(part, summary):
     return row
 
 
-def start_wandb(cfg):
-    """Start Weights & Biases if its own environment variable WANDB_PROJECT is set -> the module or None."""
+def import_wandb():
+    """Import Weights & Biases if its own environment variable WANDB_PROJECT is set; None otherwise."""
     if RANK > 0 or not os.environ.get("WANDB_PROJECT"):
         return None
     try:
         import wandb
     except ImportError:
         raise SystemExit("WANDB_PROJECT is set, which needs the package wandb: pip install wandb, or unset "
-                         "it.")
-    wandb.init(config=vars(cfg), dir=cfg.out_dir)
+                         "the variable.")
+    return wandb
+
+
+def start_wandb(cfg):
+    """Start Weights & Biases -> the module, or None where it is not wanted."""
+    wandb = import_wandb()
+    if wandb:
+        wandb.init(config=vars(cfg), dir=cfg.out_dir)
     return wandb
 
 

@@ -363,7 +363,7 @@ def headline_block(records, spec):
 
 
 # ------------------------------------------------------------------------------------------------------ files
-def render(name, store):
+def render_text(name, store):
     """Return the text of the block NAME."""
     records, headline, literal = store
     if name == "headline":
@@ -385,7 +385,7 @@ def generate(path, text, store):
         raise ConfigError(f"{path}: a table has no end, put `<!-- end of results -->` on a line below each.")
 
     def fill(match):
-        return f"{match[1]}\n{render(match[2], store)}\n\n{match[3]}"
+        return f"{match[1]}\n{render_text(match[2], store)}\n\n{match[3]}"
     return BLOCK.sub(fill, text)
 
 
@@ -394,7 +394,7 @@ def targets(root=ROOT):
     return [os.path.join(root, "README.md"), *sorted(glob.glob(os.path.join(root, "docs", "*.md")))]
 
 
-def update(root=ROOT, check_only=False):
+def update_files(root=ROOT, check_only=False):
     """Write all tables again; with check_only raise a ConfigError that names the files that differ."""
     store = read_store(root)
     different = []
@@ -544,7 +544,7 @@ def main(argv):
     cfg = configure(__file__, argv, files=False, quiet=True)
     if run:
         print(f"{len(add(run, cfg))} records of {run} added to {RUNS}.")
-    different = update(check_only=cfg.check)
+    different = update_files(check_only=cfg.check)
     for name in different:
         print(f"{name}: written")
 

@@ -445,7 +445,7 @@ def test_from_the_command_line(sources, tmp_path, monkeypatch, capsys):
 
     def start(*flags):
         monkeypatch.setattr(sys, "argv", ["minigpt4.py", *flags])
-        runpy.run_module("extras.minigpt4", run_name="__main__", alter_sys=True)
+        runpy.run_path(minigpt4.__file__, run_name="__main__")
 
     blip2, llama, file = sources
     flags = [f"--blip2={blip2}", f"--llama={llama}", f"--minigpt4={file}", "--out=out"]

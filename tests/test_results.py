@@ -165,7 +165,7 @@ def test_wilson_is_the_published_interval():
 
 def test_headline_marks_what_is_not_like_for_like():
     """A cell of one seed has a mark, a cell that was not measured is a dash."""
-    rows = [row.split(" | ") for row in results.render("headline", STORE).splitlines()]
+    rows = [row.split(" | ") for row in results.render_text("headline", STORE).splitlines()]
     cells = {row[0].strip("| "): row[1:] for row in rows if len(row) == 5}
     for row in STORE[1]["rows"]:
         wanted = dict(experiment=row["experiment"], method="sft", variant=row["sft"][0], decoding="sampled")
@@ -178,14 +178,14 @@ def test_headline_marks_what_is_not_like_for_like():
 # --------------------------------------------------------------------------------------------------- check
 def test_check_names_the_file_that_differs(copy):
     with pytest.raises(ConfigError, match="docs/page.md: the tables differ"):
-        results.update(copy, check_only=True)
-    assert results.update(copy) == ["docs/page.md"]
-    assert results.update(copy, check_only=True) == []
+        results.update_files(copy, check_only=True)
+    assert results.update_files(copy) == ["docs/page.md"]
+    assert results.update_files(copy, check_only=True) == []
     text = read("docs/page.md", copy)
     assert text.startswith("before\n") and text.endswith("after\n")
     (copy / "docs" / "page.md").write_text(text.replace("99.1", "99.2"))
     with pytest.raises(ConfigError, match="python -m extras.results") as error:
-        results.update(copy, check_only=True)
+        results.update_files(copy, check_only=True)
     assert str(error.value).count("\n") == 0
 
 
@@ -193,10 +193,10 @@ def test_a_table_without_end_or_records_is_one_sentence(copy):
     page = copy / "docs" / "page.md"
     page.write_text("<!-- results: numberline_mixed -->\n")
     with pytest.raises(ConfigError, match="has no end"):
-        results.update(copy)
+        results.update_files(copy)
     page.write_text("<!-- results: numberline_mixd -->\n<!-- end of results -->\n")
     with pytest.raises(ConfigError, match="nearest: numberline_mixed"):
-        results.update(copy)
+        results.update_files(copy)
 
 
 # ----------------------------------------------------------------------------------------------------- add
@@ -264,7 +264,7 @@ def test_add_appends_the_rows_of_a_run(copy, tmp_path):
     assert record["commit"] == "01234567"
     assert record["config"] == "numberline"
     assert record["command"] == "python train.py config/numberline.py --seed=7 --lr=1e-3"
-    results.update(copy)
+    results.update_files(copy)
     assert "`python train.py config/numberline.py --lr=1e-3` | a box" in read("docs/page.md", copy)
 
 

@@ -19,7 +19,9 @@ def wrong_word(env):
     """
     right = env.expert()
     words = env.words()
-    after = words.index(right) + 1 if right in words else 0
+    after = 0
+    if right in words:
+        after = words.index(right) + 1
     for word in words[after:] + words[:after]:
         if not env.optimal(word):
             return word
