@@ -39,12 +39,10 @@ def state_value(logits, q):
     """Compute V(s) = sum_v pi(v|s) Q(s,v). logits, q (..., V) -> (...)."""
     return (logits.softmax(-1) * q).sum(-1)
 
-
 def pick_token(q, a):
     """Pick Q(s,a) out of Q(s,.). q (..., N, V), a (N,) -> (..., N)."""
     index = a.expand(*q.shape[:-1])[..., None]
     return q.gather(-1, index)[..., 0]
-
 
 def token_values(vlm, hidden, a):
     """Compute all that the loss needs to know about N states and the tokens taken there.
@@ -67,7 +65,6 @@ def token_values(vlm, hidden, a):
         out["v_target"] = state_value(logits, q_target)
         out["qa_target"] = pick_token(q_target, a)
     return out
-
 
 def all_token_values(vlm, hidden, a):
     """Compute token_values of a batch, a chunk of states at a time where the vocabulary is large.
@@ -92,7 +89,6 @@ def all_token_values(vlm, hidden, a):
         out[key] = whole.unflatten(-1, a.shape)
     return out
 
-
 def advantages(qa, v, mask, cfg):
     """Compute A(s,a) = Q(s,a) - V(s) of every reply token, without a gradient.
 
@@ -114,7 +110,6 @@ def clip_reward(reward, cfg):
     limit = cfg.reward_clip or math.inf
     return max(-limit, min(limit, reward))
 
-
 def longest_chain(nexts):
     """Count the turns in the longest run of consecutive turns. nexts (B,): the next turn's row, or -1."""
     turns = 1
@@ -123,7 +118,6 @@ def longest_chain(nexts):
         hop = torch.where(hop >= 0, nexts[hop.clamp(min=0)], -1)
         turns += 1
     return turns
-
 
 def backup_turn(y_end, last, lam, v, q=None, pi=None):
     """Carry the target of each reply's last token back to its first.
@@ -143,7 +137,6 @@ def backup_turn(y_end, last, lam, v, q=None, pi=None):
         y = torch.where(last == j, y_end, y)
         columns.append(y)
     return torch.stack(columns[::-1], 1)
-
 
 def td_targets(v, batch, gamma, lam=1.0, q=None, pi=None):
     """Compute the target y of every reply token -> y (B, R), known (B,).
@@ -202,7 +195,6 @@ def filter_weight(adv, kind, beta=0.0, good_episode=None):
         return good_episode.float()[:, None].expand_as(adv)
     raise ValueError(f"unknown actor_loss {kind!r}")
 
-
 def actor_loss(logp, f, mask, tokens, cfg):
     """Compute L_actor = - sum (bc_coef + f) log pi(a|s) / tokens -> (loss, info).
 
@@ -213,7 +205,6 @@ def actor_loss(logp, f, mask, tokens, cfg):
     nll = -(logp * mask).sum()
     info = dict(tokens=mask.sum(), nll=nll)
     return loss, info
-
 
 def critic_loss(values, y, known, mask, critic_tokens, cfg):
     """Compute L_critic over the tokens whose target is known -> (loss, info).
@@ -237,7 +228,6 @@ def critic_loss(values, y, known, mask, critic_tokens, cfg):
     )
     return loss, info
 
-
 def filter_info(values, adv, f, batch):
     """Sum what the logs show of the values and of the filter -> dict of sums, see summarise."""
     mask = batch["mask"]
@@ -255,7 +245,6 @@ def filter_info(values, adv, f, batch):
         predicted=(values["v"][:, 0] * first).sum(),
         observed=(batch["return_to_go"] * first).sum(),
     )
-
 
 def compute_loss(vlm, batch, cfg, warm=False, quantile=0.0, tokens=None, critic_tokens=None):
     """Compute the whole loss of a micro-batch -> (loss, info).
@@ -279,7 +268,7 @@ def compute_loss(vlm, batch, cfg, warm=False, quantile=0.0, tokens=None, critic_
         zeros = torch.zeros_like(logp)
         f = filter_weight(zeros, cfg.actor_loss, good_episode=good_episode)
         loss, info = actor_loss(logp, f, mask, tokens, cfg)
-        return loss, detach_all(info)
+        return loss, {key: value.detach() for key, value in info.items()}
 
     # targets and advantages, without gradients
     with torch.no_grad():
@@ -303,13 +292,7 @@ def compute_loss(vlm, batch, cfg, warm=False, quantile=0.0, tokens=None, critic_
     critic, critic_info = critic_loss(values, y, known, mask, critic_tokens, cfg)
     loss = actor + cfg.critic_coef * critic
     info = info | critic_info | filter_info(values, adv, f, batch)
-    return loss, detach_all(info)
-
-
-def detach_all(info):
-    """Detach every tensor of a dict from the graph."""
-    return {key: value.detach() for key, value in info.items()}
-
+    return loss, {key: value.detach() for key, value in info.items()}
 
 # ---- what is logged ----
 

@@ -53,7 +53,6 @@ def image_name(image):
     digest = hashlib.sha1(header + image.tobytes()).hexdigest()
     return f"images/{digest[:20]}.png"
 
-
 def make_row(episode, turn, env, seed, obs, reply=None, **fields):
     """Build the row of one turn from an observation {"image", "text"} and the reply to it.
 
@@ -65,7 +64,6 @@ def make_row(episode, turn, env, seed, obs, reply=None, **fields):
     if reply is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
     return make_message_row(episode, turn, env, seed, [image_name(obs["image"])], messages, **fields)
-
 
 def make_message_row(episode, turn, env, seed, images, messages, logprobs=(), **fields):
     """Build a row from its messages.
@@ -79,14 +77,12 @@ def make_message_row(episode, turn, env, seed, images, messages, logprobs=(), **
     row |= dict(reward=0.0, terminated=False, truncated=False, success=False)
     return row | fields
 
-
 def reply_text(row):
     """Return the assistant's text, or None if the row is a last observation."""
     last = row["messages"][-1]
     if last["role"] != "assistant":
         return None
     return last["content"][0]["text"]
-
 
 def prompt_messages(row):
     """Return the messages of a row up to its own reply."""
@@ -364,7 +360,6 @@ def tokenize_reply(row, vlm, marker):
     if marker in text:
         start = text.rfind(marker) + len(marker)
     return ids, vlm.span(ids, start)
-
 
 def make_batch(parts, vlm, marker, gamma):
     """Turn windows into the tensors of one forward pass.

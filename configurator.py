@@ -39,7 +39,6 @@ SIGNS = {ast.USub: operator.neg, ast.UAdd: operator.pos}
 # What a bad literal raises: an unhashable key, 1/0, ten thousand minus signs.
 BAD_LITERAL = (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError)
 
-
 class Key(NamedTuple):
     """One assignment of a config block."""
 
@@ -57,11 +56,9 @@ def parse_source(source, mode="exec"):
         warnings.simplefilter("ignore")
         return ast.parse(source, mode=mode)
 
-
 def is_number(value):
     """Tell whether a value is an int or a float; True is neither."""
     return type(value) in (int, float)
-
 
 def finite(value):
     """Return a number that is real and finite; raise ValueError for any other."""
@@ -69,7 +66,6 @@ def finite(value):
     if type(value) is complex or not abs(value) <= 1e308:
         raise ValueError("this is not a finite real number")
     return value
-
 
 def calculate(op, x, y):
     """Compute x op y for two numbers; op is a key of ARITHMETIC."""
@@ -79,7 +75,6 @@ def calculate(op, x, y):
     if op is ast.Pow and type(x) is type(y) is int and x.bit_length() * y > 1024:
         raise ValueError("this number is too large")
     return finite(ARITHMETIC[op](x, y))
-
 
 def literal(node):
     """Evaluate a syntax tree of literals and of arithmetic on numbers.
@@ -109,7 +104,6 @@ def literal(node):
             return calculate(type(op), literal(left), literal(right))
     raise ValueError(f"{show(ast.unparse(node), 40)} is not a literal")
 
-
 def from_text(key, text):
     """Evaluate the right-hand side of a flag; the shell has usually removed its quotes."""
     if key.type is str:
@@ -122,7 +116,6 @@ def from_text(key, text):
         raise ValueError("there is no value after the =")
     text = {"true": "True", "false": "False"}.get(text, text.strip())
     return literal(parse_source(text, mode="eval").body)
-
 
 def to_type(value, kind):
     """Convert a literal to a key's type where nothing is lost; return it unchanged otherwise."""
@@ -139,7 +132,6 @@ def to_type(value, kind):
     if {kind, given} == {list, tuple}:
         return kind(value)
     return value
-
 
 def fit(name, key, where, get):
     """Return what get() returns, as a value of the key's type.
@@ -180,7 +172,6 @@ def read_python(path):
     except BAD_LITERAL as error:
         raise ConfigError(f"{path}: this is not Python ({error}).")
 
-
 def assignments(path, source, nodes):
     """Yield (name, node, where) for each `name = value` or `name: type = value`.
 
@@ -205,7 +196,6 @@ def assignments(path, source, nodes):
         lines[name] = node.lineno
         yield name, node, where
 
-
 def block_comments(path, source):
     """Find a script's config block -> (first line, last line, {line: (text, column)} of its comments)."""
     comments = {}
@@ -220,7 +210,6 @@ def block_comments(path, source):
     inside = {line: comment for line, comment in comments.items() if begin < line < end}
     return begin, end, inside
 
-
 def read_default(name, node, where):
     """Read one assignment of a config block -> (default, type)."""
     try:
@@ -234,7 +223,6 @@ def read_default(name, node, where):
         known = ", ".join(known.__name__ for known in TAKES)
         raise ConfigError(f"{where}: annotate {name} with one of {known}, as in `{name}: float = None`.")
     return default, kind
-
 
 def parse_block(path):
     """Read the config block of a script, without importing it -> {name: Key}, in its order.
@@ -266,7 +254,6 @@ def parse_block(path):
         key = Key(default, kind, comment, heading=(above or [""])[-1])
         block[name] = key._replace(default=fit(name, key, where, lambda: default))
     return block
-
 
 def read_config_file(path, block):
     """Read a config file, an optional docstring and assignments of literals to keys -> {name: value}."""
@@ -336,7 +323,6 @@ def read_flag(argv, i, block, origin):
     if not equals:
         text = "True"
     return name, fit(name, key, shown, lambda: from_text(key, text))
-
 
 def configure(script, argv, files=True, quiet=False):
     """Return the settings of a script as a SimpleNamespace, in the order of its config block.
@@ -424,7 +410,6 @@ CONFLICTS = [
      "a resumed run could not repeat its metrics."),
 ]
 
-
 def check_data_mix(data_mix, must_play):
     """Check the players and their shares; must_play: somebody has to play, there is no recorded data."""
     for name, share in data_mix.items():
@@ -435,7 +420,6 @@ def check_data_mix(data_mix, must_play):
     if must_play and sum(data_mix.values()) == 0:
         example = "{'expert': 0.3, 'random': 0.7}"
         raise ConfigError(f"data_mix has no share above 0: name the players, for instance {example}.")
-
 
 def check_config(cfg):
     """Check the values of train.py's keys, alone and together, and return the settings.

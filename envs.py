@@ -8,8 +8,8 @@ Environments: a picture and a text go in, an action comes out as text.
     act            reward, terminated, truncated             the rules of the environment
 
 From top to bottom: the text protocol, the kinds of action, `Env` (subclass it), NumberLine (the simplest
-environment: copy it), optional packages. The other environments are in worlds/;
-worlds/registry.py makes each of them from its name, and yours from --env=my_env.py:MyEnv.
+environment: copy it). The other environments are in worlds/; worlds/registry.py makes each of them from its
+name, and yours from --env=my_env.py:MyEnv. worlds/players.py has the scripted players.
 
 The games follow Gym Cards as the code of RL4VLM plays them, not its README: Zhai et al., arXiv 2405.10292.
 Departures that concern every game (those of the card games are listed in worlds/cards.py):
@@ -20,7 +20,7 @@ Departures that concern every game (those of the card games are listed in worlds
  3. Two success rates are reported: `success` (the goal was reached) and RL4VLM's own, `success_return` (the
     rewards of the episode sum to more than 0).
 """
-import importlib, json, os, re, string, zlib
+import json, re, string, zlib
 
 import numpy as np
 from PIL import Image
@@ -42,12 +42,10 @@ def parse_agent(reply):
     behind = reply.rpartition(MARKER)[2]
     return behind.split("\n", 1)[0].strip()
 
-
 def format_action(action):
     """Write a parsed action as text, in the only accepted way: ("type", 14, "abc") -> type 14 "abc"."""
     word, *arguments = action
     return " ".join([word, *(json.dumps(argument, ensure_ascii=False) for argument in arguments)])
-
 
 def is_held_out(fingerprint, one_in=10):
     """Tell whether a start belongs to the test part: one start in ten does.
@@ -85,7 +83,6 @@ class Words:
         """Draw the text of a valid action."""
         return self.list[rng.integers(len(self.list))]
 
-
 class Text:
     """Free text: anything except the empty text."""
 
@@ -101,7 +98,6 @@ class Text:
     def sample(self, rng):
         letters = rng.choice(list(string.ascii_lowercase), size=rng.integers(1, 8))
         return "".join(letters)
-
 
 class Command:
     """A word with arguments: Command("click", int, int), Command("type", int, str).
@@ -419,16 +415,3 @@ class NumberLine(Env):
 
     def expert(self):
         return "+" if self.target > self.current else "-"
-
-
-# ---- optional packages ----
-
-def require(env, package):
-    """Import an optional package for an environment; SystemExit with one sentence if it is missing."""
-    # Pictures only: no window, no sound, no greeting on the console.
-    os.environ.update(PYGAME_HIDE_SUPPORT_PROMPT="1", SDL_VIDEODRIVER="dummy", SDL_AUDIODRIVER="dummy")
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        missing = error.name or package
-        raise SystemExit(f"env={env!r} needs the package {missing}: pip install -r requirements-envs.txt")

@@ -6,11 +6,9 @@ Measure how well a player plays: success with intervals, return, share of valid 
     python evaluate.py out/numberline --report            # also report.html, curves.svg and a GIF per game
     python evaluate.py out/numberline/data --report       # recorded episodes, as that run's critic sees them
 
-Another player than the model plays the starts of a run, of a config file or of an environment.
-With --save=FOLDER it plays training starts, and its episodes are recorded as training data.
+Another player plays the same starts, or with --save training starts, and is recorded:
 
     python evaluate.py out/numberline --agent=expert
-    python evaluate.py config/ezpoints.py --agent=random
     python evaluate.py --env=NumberLine --agent=human --save=data/me
     python evaluate.py --env=NumberLine --agent=openai --base_url=http://localhost:8000/v1 --model=NAME
 """
@@ -58,8 +56,6 @@ TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
 TEST_SEEDS = 10**6  # held-out starts have seeds from here on
 EVAL_ENVS = 64  # environments at once in an evaluation
 WAYS = ("greedy", "sampled", "hidden")  # the rows of the table
-GREY = (127, 127, 127)
-
 
 def wilson(k, n, z=1.96):
     """Compute the 95 % interval of a share k / n (Wilson 1927).
@@ -82,7 +78,6 @@ def env_factory(run_cfg):
         return make(run_cfg.env, size=run_cfg.size, penalty=run_cfg.penalty, max_turns=run_cfg.max_turns)
 
     return make_env
-
 
 def held_out_seeds(env, n):
     """Draw n seeds of starts that training never plays, as many different starts as there are.
@@ -108,14 +103,12 @@ def held_out_seeds(env, n):
     env.close()
     return [seeds[i % len(seeds)] for i in range(n)]
 
-
 def held_out_task_seeds(tasks, n):
     """Draw n seeds for several tasks in turn; a task named twice has twice as many different starts."""
     counts = Counter(task.name for task in tasks)
     rounds = math.ceil(n / len(tasks))
     seeds = {task.name: iter(held_out_seeds(task, counts[task.name] * rounds)) for task in tasks}
     return [next(seeds[tasks[i % len(tasks)].name]) for i in range(n)]
-
 
 @functools.lru_cache(maxsize=16)
 def held_out_starts(make_env, n):
@@ -134,7 +127,7 @@ def model_agent(vlm, max_new_tokens, temperature, generator, q_weight=0.0, hide=
             name = row["images_file_names"][0]
             if hide:
                 name = "hidden"
-                image = Image.new("RGB", image.size, GREY)
+                image = Image.new("RGB", image.size, (127, 127, 127))
             text = row["messages"][0]["content"][1]["text"]
             prompts.append(vlm.encode(row["messages"], [image], key=(text, name)))
         replies, logps = vlm.generate(prompts, max_new_tokens, temperature, generator, q_weight)
@@ -142,7 +135,6 @@ def model_agent(vlm, max_new_tokens, temperature, generator, q_weight=0.0, hide=
         return [dict(reply=vlm.decode(i), reply_ids=i, logprobs=lp, source="model") for i, lp in turns]
 
     return act
-
 
 def scripted_agent(mix, rng, alone=0.0):
     """Make a player for `play`: scripted players, drawn anew for each turn.
@@ -162,7 +154,6 @@ def scripted_agent(mix, rng, alone=0.0):
         return answers
 
     return act
-
 
 def exploring_agent(act, share, rng):
     """Make a player for `play`: `act`, but a share of the turns is played at random."""
@@ -234,13 +225,11 @@ class Episode:
             self.add_row(self.next_row(source="end", success=last["success"]))
         return result
 
-
 def make_envs(make_env, n):
     """Make n environments, at least one, and at most as many as may be alive at once."""
     first = make_env()
     n = min(n, first.max_parallel or n)
     return [first] + [make_env() for _ in range(n - 1)]
-
 
 def run_each(n_threads, function, *columns):
     """Call the function for each element; threads, if any, pay where a step waits for a browser."""
@@ -248,7 +237,6 @@ def run_each(n_threads, function, *columns):
         return list(map(function, *columns))
     with ThreadPoolExecutor(n_threads) as pool:
         return list(pool.map(function, *columns))
-
 
 def retry_or_drop(episode, losses, total):
     """Return the start of a lost episode, to be played again; after the second loss report it, return []."""
@@ -261,7 +249,6 @@ def retry_or_drop(episode, losses, total):
         f"{n_dropped} of {total} episodes so far."
     )
     return []
-
 
 def play(make_env, act, seeds, num_envs=32, split="test", prefix="", bar=None, share=(0, 1)):
     """Play one episode per seed, num_envs at a time; yield each when it ends.
@@ -313,7 +300,6 @@ def play(make_env, act, seeds, num_envs=32, split="test", prefix="", bar=None, s
                 episode.env.close()
                 idle.append(episode.env)
 
-
 def record(episodes, buffer, chunk=200):
     """Append played episodes to a buffer, `chunk` at a time, and return their number.
 
@@ -324,8 +310,8 @@ def record(episodes, buffer, chunk=200):
     images = {}
     try:
         for n, episode in enumerate(episodes, 1):
-            rows = rows + episode["rows"]
-            images = images | episode["images"]
+            rows += episode["rows"]
+            images |= episode["images"]
             if n % chunk == 0:
                 buffer.append(rows, images)
                 rows = []
@@ -368,14 +354,12 @@ def episode_summary(episodes):
         summary["by_tag"] = by_tag
     return summary
 
-
 def group_by(episodes, key):
     """Group episodes by one of their fields -> {value: episodes}."""
     groups = {}
     for episode in episodes:
         groups.setdefault(episode[key], []).append(episode)
     return groups
-
 
 def recorded_summary(stats):
     """Turn Buffer.stats() into a row of the table: turns per episode, intervals; the same for by_env."""
@@ -387,18 +371,15 @@ def recorded_summary(stats):
         summary["by_env"] = {env: recorded_summary(of_env) for env, of_env in stats["by_env"].items()}
     return summary
 
-
 def gather_episodes(played):
     """Collect the episodes of all ranks, for a summary; rows and pictures stay where they are."""
     numbers = [episode | dict(rows=[], images={}) for episode in played]
     return [episode for of_rank in gather(numbers) for episode in of_rank]
 
-
 def rate_text(summary, key):
     """Format a success rate with its interval: 97.3 % [94.8, 98.6]."""
     low, high = summary[key + "_95"]
     return f"{100 * summary[key]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-
 
 def format_table(results):
     """Format {name: summary} as text, one aligned line each; under it a line per environment and per tag."""
@@ -450,7 +431,6 @@ def evaluate_policy(
         record(played, buffer)
     return episode_summary(gather_episodes(played))
 
-
 def full_evaluation(vlm, make_env, run_cfg, temperature=1.0, only=WAYS, prefix="", buffer=None):
     """Evaluate in several ways -> the rows of the table, {prefix + name: summary}.
 
@@ -485,7 +465,6 @@ def read_run_config(run, purpose="play"):
     block = parse_block(TRAIN)
     return SimpleNamespace(**{name: saved.get(name, key.default) for name, key in block.items()})
 
-
 def load_run(run, run_cfg):
     """Load a run's VLM from its last checkpoint -> (vlm, folder of the checkpoint)."""
     folder = latest_checkpoint(run)
@@ -495,7 +474,6 @@ def load_run(run, run_cfg):
     vlm = build(run_cfg)
     vlm.load(folder)
     return vlm, folder
-
 
 def offline_results(run):
     """Read what a run with two phases reached before it played itself: {name: summary}, empty for others."""
@@ -517,7 +495,6 @@ def make_agent(cfg, counts, folder):
     if cfg.agent == "human":
         return human_agent(folder)
     return scripted_agent({cfg.agent: 1.0}, np.random.default_rng(cfg.seed))
-
 
 def play_agent(cfg, make_env, n, buffer, folder):
     """Let another player than the model play n episodes, recorded if there is a buffer -> {name: summary}."""
@@ -572,7 +549,6 @@ def need(is_right, sentence):
     if not is_right:
         raise ConfigError(sentence)
 
-
 def check_flags(cfg):
     """Check the flags that belong to playing, in any combination."""
     agents = ("openai", "human", *PLAYERS)
@@ -582,18 +558,14 @@ def check_flags(cfg):
          f"{', '.join(agents)}.")
     is_server = cfg.agent == "openai"
     need(is_server or not (cfg.base_url or cfg.model), "--base_url and --model need --agent=openai.")
-    need(cfg.episodes is None or cfg.episodes >= 1, "--episodes must be at least 1.")
-    need(cfg.temperature >= 0, "--temperature must be at least 0.")
-    need(cfg.num_envs >= 1, "--num_envs must be at least 1.")
-    need(cfg.max_tokens >= 1, "--max_tokens must be at least 1.")
     need(cfg.timeout > 0, "--timeout must be above 0.")
-    need(cfg.retries >= 0, "--retries must be at least 0.")
-
+    for key, least in dict(episodes=1, num_envs=1, max_tokens=1, temperature=0, retries=0).items():
+        value = getattr(cfg, key)
+        need(value is None or value >= least, f"--{key} must be at least {least}.")
 
 def task_names(env):
     """Split the name of an environment into the names of its tasks."""
     return [task.strip() for task in env.split(",")]
-
 
 def read_game(target, is_run, cfg):
     """Read what to play -> settings with the keys of train.py.
@@ -616,7 +588,6 @@ def read_game(target, is_run, cfg):
     need(not flags, f"{target!r} is played as it was trained: leave {names} out, or name no run.")
     return run_cfg
 
-
 def check_env(run_cfg, cfg):
     """Make the environment once -> whether it holds starts out; ConfigError if settings do not fit it."""
     try:
@@ -627,7 +598,6 @@ def check_env(run_cfg, cfg):
          f"--agent={cfg.agent} needs an expert(), and env={run_cfg.env!r} has none: write one, or choose "
          "--agent=random.")
     return env.split
-
 
 def report_folder(folder, cfg):
     """Write the report on a folder of recorded episodes, judged by the critic of a run if there is one."""
@@ -651,7 +621,6 @@ def report_folder(folder, cfg):
     print(format_table(results))
     write_report(folder, buffer, results, vlm, run, run_cfg, cfg.report_episodes)
 
-
 def evaluate_run(run, run_cfg, make_env, temperature, buffer, argv):
     """Evaluate a run's model and write eval.json -> (vlm, {name: summary})."""
     vlm, checkpoint = load_run(run, run_cfg)
@@ -665,7 +634,6 @@ def evaluate_run(run, run_cfg, make_env, temperature, buffer, argv):
     with open(os.path.join(run, "eval.json"), "w") as f:
         json.dump(content, f, indent=1)
     return vlm, results
-
 
 def main(argv):
     """Evaluate a run, let another player play, or report on a folder of episodes, as the arguments say."""
@@ -687,7 +655,6 @@ def main(argv):
     else:
         check_flags(cfg)
         play_and_report(target, is_run, cfg, argv)
-
 
 def play_and_report(target, is_run, cfg, argv):
     """Play held-out starts of a run, or of a config file or --env; print the table, write the report."""

@@ -25,6 +25,7 @@ from transformers import GenerationConfig, LogitsProcessor
 from extras.feature_cache import FeatureCache, Inputs, LRUCache
 from extras.model_folders import find_end_of_turn, find_folder, find_image_token
 from extras.model_folders import first_sentence, open_folder, rehearse, special_tokens
+from extras.sharding import shard_layers
 from pretrain.tiny_nets import llava
 
 transformers.logging.set_verbosity_error()
@@ -44,7 +45,6 @@ def ranks():
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
-
 
 def gather(value):
     """Return the list of every rank's value; all ranks must call it."""
@@ -83,7 +83,6 @@ class LoRALinear(nn.Linear):
         low_rank = F.linear(x.to(self.lora_A.dtype), self.lora_A)
         update = F.linear(low_rank * self.scale, self.lora_B)
         return y + update.to(y.dtype)
-
 
 def add_lora(net, r, alpha, targets):
     """Put LoRA on each linear layer of the language model whose full path matches the regex `targets`.
@@ -189,11 +188,9 @@ def round_up(length):
     """Round a length up to a multiple of 4, for fewer shapes: kernels are prepared again for each one."""
     return -(-length // 4) * 4
 
-
 def pad_left(parts, length, value):
     """Join rows (1, T) of different lengths, padded on the left -> (B, length)."""
     return torch.cat([F.pad(part, (length - part.shape[1], 0), value=value) for part in parts])
-
 
 def pad_right(parts):
     """Join tensors along their first dimension; zeros on the right make the other dimensions equal."""
@@ -216,14 +213,12 @@ def write_tensors(tensors, file):
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, file, metadata={"format": "pt"})
 
-
 def read_tensors(file):
     """Read a safetensors file -> {name: tensor}; SystemExit if it is missing or damaged."""
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise SystemExit(f"{file} does not load: {first_sentence(error)}.")
-
 
 def fill_parameters(params, tensors, file):
     """Copy a file's tensors into parameters of the same names; SystemExit unless all names and shapes fit."""
@@ -237,7 +232,6 @@ def fill_parameters(params, tensors, file):
     with torch.no_grad():
         for name, param in params.items():
             param.copy_(tensors[name])
-
 
 def check_alpha(file, alpha):
     """Refuse an adapter with another lora_alpha: its shapes would fit, its function would differ."""
@@ -263,7 +257,6 @@ def switch_off_dropout(net):
             is_rate = "drop" in name or (name == "p" and isinstance(module, nn.Dropout))
             if is_rate and isinstance(value, float):
                 setattr(module, name, 0.0)
-
 
 class VLM(nn.Module):
     """A vision-language model that plays and learns.
@@ -343,23 +336,8 @@ class VLM(nn.Module):
         return self.banned.device
 
     def shard(self, device):
-        """Spread the frozen weights of the language model's layers over the ranks (FSDP2).
-
-        A layer is gathered where it is computed, and dropped again. All else is whole on every rank:
-        adapters and critics, so that gradients, moments and files are those of a plain run; and the
-        unembedding, which tied critics and `logits` use outside of the net's own forward pass.
-        """
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = dist.init_device_mesh(device, (ranks()[1],))
-        decoder = self.net.get_decoder()
-        stacks = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
-        layers = max(stacks, key=lambda stack: sum(param.numel() for param in stack.parameters()))
-        for layer in layers:
-            trained = {param for param in layer.parameters() if param.requires_grad}
-            fully_shard(layer, mesh=mesh, ignored_params=trained)
-        # This shards nothing more: it fetches the next layer while one computes.
-        fully_shard(self.net, mesh=mesh, ignored_params=set(self.net.parameters()))
+        """Spread the frozen layers over the ranks, see extras/sharding.py; return the VLM on its device."""
+        shard_layers(self.net, device, ranks()[1])
         self.sharded = True
         return self.to(device)
 
@@ -698,13 +676,11 @@ def load_model(path, texts=(), dtype=torch.float32, device="cpu", trust_remote_c
     net, processor = open_folder(find_folder(path), dtype, trust_remote_code)
     return net.to(device), processor
 
-
 def choose_device(cfg):
     """Return the device that a config asks for: 'auto' is cuda if there is one, else cpu."""
     if cfg.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return cfg.device
-
 
 def load_base(cfg, texts=()):
     """Load the (net, processor) that a config asks for."""
@@ -728,7 +704,6 @@ def load_base(cfg, texts=()):
         net.set_attn_implementation("eager")
     return net, processor
 
-
 def build(cfg, base=None, q_init=0.0):
     """Build the VLM that a config asks for, as it is before training.
 
@@ -747,7 +722,6 @@ def build(cfg, base=None, q_init=0.0):
     if cfg.shard and ranks()[1] > 1:
         return vlm.shard(choose_device(cfg))
     return vlm
-
 
 def latest_checkpoint(run, must=True):
     """Return the folder of a run's checkpoint, the older one if a crash fell between two renames.

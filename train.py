@@ -23,6 +23,7 @@ from configurator import check_config, configure
 from evaluate import env_factory, evaluate_policy, full_evaluation, offline_results, read_run_config
 from evaluate import episode_summary, format_table, gather_episodes, recorded_summary
 from evaluate import exploring_agent, model_agent, play, record, scripted_agent
+from extras.wandb_log import import_wandb, start_wandb
 from model import build, gather, latest_checkpoint, load_base
 from worlds.players import has_expert
 from worlds.registry import make, reading_names
@@ -99,27 +100,21 @@ RUN_FILES += ("ckpt", "ckpt.old", "ckpt.tmp", "data", "replay", "model", "report
 # Settings that a resumed run may change: they do not alter what is learned.
 FREE_KEYS = ("out_dir", "resume", "overwrite", "stop_at", "device", "shard")
 FREE_KEYS += ("log_interval", "eval_interval", "eval_episodes")
-# Purposes of random streams, see `stream`.
-DATA, SAMPLE, ROLLOUT, INIT = range(4)
+DATA, SAMPLE, ROLLOUT, INIT = range(4)  # purposes of random streams
 QUICK_EPISODES = 60  # episodes of a short evaluation
 TIMEOUT_MINUTES = 30  # how long a rank waits for the others
 
 # torchrun tells each process its rank, its rank on this machine, and the number of ranks
-ALONE = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)
-RANK, LOCAL_RANK, WORLD = [
-    int(os.environ[name] if dist.is_torchelastic_launched() else alone) for name, alone in ALONE.items()
-]
-
+LAUNCHER = os.environ if dist.is_torchelastic_launched() else dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)
+RANK, LOCAL_RANK, WORLD = [int(LAUNCHER[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
 
 def stream(cfg, *purpose):
     """Make the random generator of a purpose and step: streams never meet, so resuming is exact."""
     return np.random.default_rng([cfg.seed, *purpose])
 
-
 def in_run(cfg, name):
     """Join out_dir and a file name."""
     return os.path.join(cfg.out_dir, name)
-
 
 def write_json(file, content):
     """Write a JSON file."""
@@ -134,9 +129,8 @@ def settings(argv):
     cfg = configure(__file__, argv, quiet=RANK > 0)
     check_config(cfg)
     join_ranks(cfg)
-    import_wandb()
+    import_wandb(RANK)
     return cfg
-
 
 def checked_env(cfg):
     """Make the function that makes the run's environment, or end with one sentence if it does not fit."""
@@ -154,7 +148,6 @@ def checked_env(cfg):
         raise SystemExit(f"env={cfg.env!r} has no expert(), and data_mix or expert_episodes ask for one: set "
                          "data_mix={'random': 1.0} and expert_episodes=0, or write an expert().")
     return make_env
-
 
 def open_base(cfg):
     """Load the base model -> (net, processor). model='scratch' also trains a tokenizer on questions."""
@@ -199,7 +192,6 @@ def join_ranks(cfg):
         # NCCL for tensors on GPUs, gloo for others
         dist.init_process_group(timeout=datetime.timedelta(minutes=TIMEOUT_MINUTES))
 
-
 def sum_over_ranks(tensors):
     """Sum each tensor over the ranks, in place, in one message.
 
@@ -214,7 +206,6 @@ def sum_over_ranks(tensors):
     sizes = [t.numel() for t in tensors]
     for t, total in zip(tensors, flat.split(sizes)):
         t.copy_(total.view_as(t))
-
 
 def check_ranks_agree(data, vlm):
     """End with one sentence if the ranks hold different data or weights."""
@@ -240,7 +231,6 @@ def existing_files(cfg):
     names = [*RUN_FILES, *sorted(shards)]
     return [name for name in names if os.path.exists(in_run(cfg, name))]
 
-
 def open_run(cfg):
     """Make out_dir, or refuse with one sentence: two runs are never mixed, and no run is lost."""
     if RANK == 0:
@@ -255,7 +245,6 @@ def open_run(cfg):
         os.makedirs(cfg.out_dir, exist_ok=True)
     if WORLD > 1:
         dist.barrier()
-
 
 def check_resume(cfg):
     """End with one sentence if out_dir has no checkpoint, or if a setting differs from the run's."""
@@ -273,7 +262,6 @@ def check_resume(cfg):
             raise SystemExit(f"{key}={getattr(cfg, key)!r} but the run in {cfg.out_dir!r} has "
                              f"{key}={before!r}: resume with the same settings, or start a new out_dir.")
 
-
 def delete_run(cfg, found):
     """Delete an earlier run's files, unless data or model of the new run are among them."""
     for name in found:
@@ -290,7 +278,6 @@ def delete_run(cfg, found):
         else:
             os.remove(path)
 
-
 def git_commit():
     """Get the commit of this code, 'unknown' without git."""
     here = os.path.dirname(os.path.abspath(__file__))
@@ -300,11 +287,9 @@ def git_commit():
         return "unknown"
     return out.stdout.strip() or "unknown"
 
-
 def count(params):
     """Count the numbers in some tensors."""
     return sum(p.numel() for p in params)
-
 
 def describe(cfg, argv, vlm, data, start):
     """Print what is about to run, and write config.json and meta.json."""
@@ -346,14 +331,12 @@ def given_data(cfg):
         return None
     return Buffer(cfg.data, reward_fn=functools.partial(clip_reward, cfg=cfg))
 
-
 def record_data(cfg, make_env, buffer):
     """Record data_episodes episodes of scripted players, on training starts."""
     seeds = stream(cfg, DATA, 0).integers(2**31, size=cfg.data_episodes)
     act = scripted_agent(cfg.data_mix, stream(cfg, DATA, 1), cfg.expert_episodes)
     words = dict(split="train", prefix="data-", bar="recording data")
     record(play(make_env, act, seeds.tolist(), **words), buffer)
-
 
 def scripted_data(cfg, make_env):
     """Open out_dir/data, where the play of scripted players is recorded once."""
@@ -370,7 +353,6 @@ def scripted_data(cfg, make_env):
         time.sleep(0.2)
     return Buffer(folder, reward_fn=functools.partial(clip_reward, cfg=cfg))
 
-
 def first_value(cfg, data):
     """Choose the value of an untrained Q head: q_init, or the lowest discounted return in the data.
 
@@ -379,7 +361,6 @@ def first_value(cfg, data):
     if cfg.q_init is None:
         return data.lowest_return(cfg.gamma)
     return cfg.q_init
-
 
 def open_replay(cfg, rows):
     """Open this rank's own play, as the checkpoint knows it.
@@ -402,7 +383,6 @@ def open_replay(cfg, rows):
         take_in(replay, Buffer(folders[rank], create=True), rows[rank])
     return replay
 
-
 def take_in(replay, other, limit):
     """Copy the episodes among the first `limit` rows of another rank's play that are not there yet."""
     for name, turns in other.episodes.items():
@@ -411,7 +391,6 @@ def take_in(replay, other, limit):
         rows = [other.rows[i] for i in turns]
         names = [name for row in rows for name in row["images_file_names"]]
         replay.append(rows, {name: other.image(name) for name in names})
-
 
 def rollout(cfg, step, vlm, make_env, replay):
     """Play rollout_episodes with the present policy, append them to the replay -> numbers for the log."""
@@ -428,7 +407,6 @@ def rollout(cfg, step, vlm, make_env, replay):
         # its browsers died, those of the other ranks did not
         print(f"Rank {RANK} has no episode of its own yet: it learns from recorded ones.")
     return logged("rollout", episode_summary(gather_episodes(played)))
-
 
 def draw_windows(cfg, step, data, replay):
     """Draw this rank's windows of an update -> list of (buffer, window).
@@ -474,12 +452,10 @@ def lr_at(step, cfg):
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return cfg.min_lr + (1 - cfg.min_lr) * cosine
 
-
 def trained_parameters(vlm):
     """List the parameters of the actor (adapters, or all weights) and of the critics."""
     actor = [p for p in vlm.net.parameters() if p.requires_grad]
     return actor, list(vlm.heads.parameters())
-
 
 def make_optimizer(vlm, cfg):
     """Make AdamW with a group for the actor and one for the critics; LoRA has no weight decay."""
@@ -490,11 +466,9 @@ def make_optimizer(vlm, cfg):
     decay = 0.0 if cfg.lora_r else 0.01
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=decay)
 
-
 def autocast(vlm):
     """Make the context in which the loss is computed: bfloat16 autocast, or nothing."""
     return torch.autocast(vlm.device.type, torch.bfloat16, enabled=vlm.bf16)
-
 
 def count_tokens(batches):
     """Count the reply tokens of an update, and those whose target is known, over all ranks."""
@@ -505,7 +479,6 @@ def count_tokens(batches):
         critic_tokens = critic_tokens + (b["mask"] * known[:, None]).sum()
     sum_over_ranks([tokens, critic_tokens])
     return tokens, critic_tokens
-
 
 def update(cfg, step, vlm, optimizer, windows, quantile):
     """Make one optimizer step on the windows -> (infos of the micro-batches, {grad_norm, lr})."""
@@ -566,7 +539,9 @@ def save_checkpoint(cfg, step, vlm, optimizer, replay_rows):
         os.rename(ckpt, ckpt + ".old")
     os.rename(ckpt + ".tmp", ckpt)
     shutil.rmtree(ckpt + ".old", ignore_errors=True)
-
+    total = cfg.offline_updates + cfg.online_updates
+    if step == cfg.stop_at < total:
+        print(f"Stopped at update {step} of {total} as stop_at says; continue with --resume=True.")
 
 def restore(cfg, vlm, optimizer):
     """Load the last checkpoint into vlm and optimizer if cfg.resume -> (first update, replay)."""
@@ -597,7 +572,6 @@ def timed(clock, name):
     yield
     clock[name] += time.time() - began
 
-
 def logged(part, summary):
     """Pick the numbers of an episode_summary that go into metrics.jsonl, as {'rollout/success': ...}."""
     row = {}
@@ -606,27 +580,6 @@ def logged(part, summary):
     for env, one in summary.get("by_env", {}).items():
         row[f"{part}/{env}/success"] = one["success"]
     return row
-
-
-def import_wandb():
-    """Import Weights & Biases if its own environment variable WANDB_PROJECT is set; None otherwise."""
-    if RANK > 0 or not os.environ.get("WANDB_PROJECT"):
-        return None
-    try:
-        import wandb
-    except ImportError:
-        raise SystemExit("WANDB_PROJECT is set, which needs the package wandb: pip install wandb, or unset "
-                         "the variable.")
-    return wandb
-
-
-def start_wandb(cfg):
-    """Start Weights & Biases -> the module, or None where it is not wanted."""
-    wandb = import_wandb()
-    if wandb:
-        wandb.init(config=vars(cfg), dir=cfg.out_dir)
-    return wandb
-
 
 def log(cfg, done, numbers, clock, wandb):
     """Append a row to metrics.jsonl, and to Weights & Biases if it runs; print some rows on the console."""
@@ -644,7 +597,6 @@ def log(cfg, done, numbers, clock, wandb):
     if played or done % (5 * cfg.log_interval) == 0:
         tqdm.write(console_line(row, clock))
 
-
 def console_line(row, clock):
     """Format a row of metrics for the console."""
     values = {"td_error": "td", "v_mean": "V"}
@@ -660,7 +612,6 @@ def console_line(row, clock):
             line += f" {name} {100 * row[key]:5.1f}"
     seconds = " ".join(f"{name} {value:.0f}" for name, value in clock.items())
     return f"{line}  | s {seconds}"
-
 
 def look(cfg, done, vlm, make_env):
     """Evaluate where it is due -> numbers for the log.
@@ -680,17 +631,9 @@ def look(cfg, done, vlm, make_env):
             write_json(in_run(cfg, "eval_offline.json"), results)
     return numbers
 
-
 def checkpoint_due(cfg, done):
     """Tell whether a checkpoint is due after `done` updates."""
     return cfg.eval_interval > 0 and done % cfg.eval_interval == 0
-
-
-def stopped(done, total):
-    """Say that the run has stopped on purpose."""
-    if RANK == 0:
-        print(f"Stopped at update {done} of {total} as stop_at says; continue with --resume=True.")
-
 
 def finish(cfg, argv, vlm, make_env, data, clock):
     """Evaluate the trained agent, write eval.json, print the table."""
@@ -711,7 +654,6 @@ def finish(cfg, argv, vlm, make_env, data, clock):
         # all weights were trained: a model folder to share, two bytes a weight
         vlm.net.half().save_pretrained(in_run(cfg, "model"))
         vlm.processor.save_pretrained(in_run(cfg, "model"))
-
 
 def measure(cfg, argv, base, make_env, data):
     """Print the peak memory of an update and of a rollout, leaving nothing behind -> {part: bytes}."""
@@ -750,7 +692,7 @@ def main(argv):
     start, replay = restore(cfg, vlm, optimizer)
     check_ranks_agree(data, vlm)
     describe(cfg, argv, vlm, data, start)
-    wandb = start_wandb(cfg)
+    wandb = start_wandb(cfg, RANK)
 
     total = cfg.offline_updates + cfg.online_updates
     quantile = data.return_quantile(FBC_QUANTILE)
@@ -787,11 +729,10 @@ def main(argv):
             check_ranks_agree(data, vlm)
             save_checkpoint(cfg, done, vlm, optimizer, gather(len(replay)))
         if stop and done < total:
-            return stopped(done, total)
+            return
 
     # how well it went
     finish(cfg, argv, vlm, make_env, data, clock)
-
 
 def launch(argv):
     """Run main, and explain an early end."""

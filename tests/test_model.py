@@ -32,7 +32,7 @@ from test_agent_rl import settings
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 TRAIN = str(Path(model.__file__).with_name("train.py"))
-# Rounding makes differences of about 1e-6 of the largest value, a mistake makes more than 1e-3 of it. The
+# Rounding makes differences of about 1e-6 of the largest value, a mistake makes more than 1e-2 of it. The
 # room between them is for other processors, libraries and numbers of threads.
 TOLERANCE = 1e-4
 END = dict(
@@ -258,8 +258,8 @@ def test_two_pictures_in_one_prompt(make, record_property, family):
         if b < 2:
             assert gap(log_probabilities(alone[0], reply), logps[b]) < TOLERANCE
     # Rows 2 and 3 differ from row 0 in the second and in the first picture.
-    assert logit_gap(vlm, together[2], together[0]) > 10 * TOLERANCE
-    assert logit_gap(vlm, together[3], together[0]) > 10 * TOLERANCE
+    assert logit_gap(vlm, together[2], together[0]) > 100 * TOLERANCE
+    assert logit_gap(vlm, together[3], together[0]) > 100 * TOLERANCE
 
 
 @every_family
@@ -292,8 +292,8 @@ def test_picture_and_text_are_seen(make, family):
         vlm.encode(ask("State the card"), [picture(0)]),
     ]
     logits = replay(vlm, prompts, [[vlm.eos]] * 3)[:, 0]
-    assert logit_gap(vlm, logits[1], logits[0]) > 10 * TOLERANCE
-    assert logit_gap(vlm, logits[2], logits[0]) > 10 * TOLERANCE
+    assert logit_gap(vlm, logits[1], logits[0]) > 100 * TOLERANCE
+    assert logit_gap(vlm, logits[2], logits[0]) > 100 * TOLERANCE
 
 
 # -- generate -----------------------------------------------------------------------------------------------

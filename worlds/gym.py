@@ -12,7 +12,8 @@ import zlib
 
 from PIL import Image
 
-from envs import Env, Words, require
+from envs import Env, Words
+from worlds.optional import require
 
 MAX_SEED = 2**31
 

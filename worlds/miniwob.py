@@ -21,7 +21,8 @@ import zlib
 
 from PIL import Image
 
-from envs import Command, Env, Words, format_action, require
+from envs import Command, Env, Words, format_action
+from worlds.optional import require
 
 # A page has 160 x 210 pixels. The upper 50 rows show the goal, which is in the prompt, too. Without them the
 # picture is square, and at size 160 it shows text pixel for pixel.
