@@ -25,7 +25,7 @@ from tqdm import tqdm
 from buffer import Buffer, make_row
 from configurator import PLAYERS, ConfigError, check_config, configure, parse_block
 from extras.old_runs import check_removed_keys
-from model import build, gather, latest_checkpoint, ranks
+from model import LORA_ALPHA, build, gather, latest_checkpoint, ranks
 from worlds.players import has_expert, mixed_reply, scripted_reply
 from worlds.registry import is_file, make
 
@@ -462,8 +462,9 @@ def read_run_config(run, purpose="play"):
     with open(file) as f:
         saved = json.load(f)
     check_removed_keys(run, saved, purpose)
-    block = parse_block(TRAIN)
-    return SimpleNamespace(**{name: saved.get(name, key.default) for name, key in block.items()})
+    settings = {name: saved.get(name, key.default) for name, key in parse_block(TRAIN).items()}
+    # lora_alpha was a key once: an old run's adapters keep theirs
+    return SimpleNamespace(**settings, lora_alpha=saved.get("lora_alpha", LORA_ALPHA))
 
 def load_run(run, run_cfg):
     """Load a run's VLM from its last checkpoint -> (vlm, folder of the checkpoint)."""

@@ -716,7 +716,7 @@ def build(cfg, base=None, q_init=0.0):
         vlm.add_adapters(cfg.lora_r, cfg.lora_targets, getattr(cfg, "lora_alpha", LORA_ALPHA))
     if cfg.actor_loss in ("afsft", "awr"):
         vlm.add_critics(cfg.n_critics, cfg.q_head, q_init)
-    vlm.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and vlm.device.type == "cuda")
+    vlm.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and choose_device(cfg) == "cuda")
     if cfg.trust_remote_code:
         rehearse(vlm)
     if cfg.shard and ranks()[1] > 1:

@@ -9,9 +9,10 @@ from extras.flag_mistakes import ConfigError
 # The value that always holds now, by what another value would change: how the run plays, what its critic's
 # values mean, how it continues to learn.
 REMOVED_KEYS = dict(
-    play=dict(lora_alpha=32, invalid="penalty"),
+    play=dict(invalid="penalty"),
     report=dict(gamma_token=1.0, reward_scale=1.0, v_support=0.0, awr_temperature=0.3),
     resume=dict(
+        lora_alpha=32,
         cql_coef=0.0,
         critic_detach=False,
         af_coef=1.0,

@@ -307,7 +307,8 @@ def run_jobs(jobs, function):
 
     Yields (name, exit code, seconds) as they end.
     """
-    waiting, running = list(jobs), {}
+    waiting = list(jobs)
+    running = {}
     while waiting or running:
         while waiting and len(running) < JOBS:
             name = waiting.pop(0)
@@ -324,7 +325,8 @@ def run_jobs(jobs, function):
 
 def table_lines(text):
     """Return the final tables of a console output, and the memory of a dry run."""
-    lines, inside = [], False
+    lines = []
+    inside = False
     for line in text.splitlines():
         header = "goal reached" in line and "valid" in line and "%" not in line
         inside = header or inside and "%" in line
@@ -410,7 +412,8 @@ def same_line(a, b):
     """Compare two lines. Peak memory may move by 5 %: it depends on when a temporary tensor is freed."""
     if a == b:
         return True
-    (name_a, *size_a), (name_b, *size_b) = a.split() or [""], b.split() or [""]
+    name_a, *size_a = a.split() or [""]
+    name_b, *size_b = b.split() or [""]
     if name_a != name_b or size_a[1:] != ["MiB"] or size_b[1:] != ["MiB"]:
         return False
     return abs(float(size_a[0]) - float(size_b[0])) <= 0.05 * float(size_a[0])
@@ -429,7 +432,8 @@ def compare_file(path, old, new):
         if not os.path.exists(file):
             return f"{path} is missing in {side}"
     lines = [content_lines(file) for file in sides]
-    a, b = ([line for line in part if not expected(path, line)] for part in lines)
+    a = [line for line in lines[0] if not expected(path, line)]
+    b = [line for line in lines[1] if not expected(path, line)]
     for number, (x, y) in enumerate(zip(a, b), 1):
         if not same_line(x, y):
             return f"{path}, line {number}: {around(x, y)!r} became {around(y, x)!r}"
@@ -508,7 +512,9 @@ def report(name, found, seconds):
 
 def run_cases(names, old, new, out, keep):
     """Run cases and report each when both sides have ended; return the names of those that differ."""
-    jobs, ended, different = {}, {}, []
+    jobs = {}
+    ended = {}
+    different = []
     for name in names:
         for side, checkout in (("old", old), ("new", new)):
             folder = os.path.join(out, side, name)
