@@ -18,6 +18,7 @@ and the reply so far. The last token of a turn ends the reply and carries the tu
 
 The functions below follow this order. Where the method departs from the paper, and why: docs/method.md.
 
+The fields of a batch are listed in buffer.make_batch.
 Letters: B turns, R reply tokens, N = B R, V vocabulary, H hidden size, C critics.
 """
 import math
@@ -119,23 +120,42 @@ def longest_chain(nexts):
         turns += 1
     return turns
 
-def backup_turn(y_end, last, lam, v, q=None, pi=None):
-    """Carry the target of each reply's last token back to its first.
+def has_target(batch):
+    """Tell which turns have a target: they terminate, or their next turn is in the batch -> (B,)."""
+    return (batch["terminated"] > 0) | (batch["next"] >= 0)
 
-    y_end, last (B,): the target and the column of the last token. v (B, R): V' before each token.
-    q, pi (B, R): Q'(s,a) and pi(a|s) for the tree backup (Precup, Sutton, Singh 2000); without them
-    TD(lambda). -> y (B, R)
+def end_target(batch, gamma, v_next):
+    """Compute y_R = r_t + gamma (1 - terminated_t) v_0 of turn t+1 -> (B,).
+
+    v_next (B,): the value of the next turn's first state. A terminated turn needs none. A truncated turn
+    bootstraps: its last observation is the next row, and v_next is V' of that.
+    """
+    v_next = torch.where(batch["next"] >= 0, v_next, 0.0)
+    return batch["reward"] + gamma * (1 - batch["terminated"]) * v_next
+
+def plain_backup(y_end, last, lam, v):
+    """Carry y_end (B,) from column last (B,) to the first: y_j = lam y_{j+1} + (1 - lam) V'(s_{j+1})."""
+    y = torch.zeros_like(y_end)
+    columns = []
+    for j in reversed(range(v.shape[1])):
+        y = torch.where(last == j, y_end, y)
+        columns.append(y)
+        y = lam * y + (1 - lam) * v[:, j]
+    return torch.stack(columns[::-1], 1)
+
+def tree_backup(y_end, last, lam, v, q, pi):
+    """Carry y_end (B,) from column last (B,) to the first token (Precup, Sutton, Singh 2000) -> y (B, R).
+
+    y_j = v_{j+1} and v_j = V'(s_j) + lam pi(a_j|s_j) (y_j - Q'(s_j,a_j)). A token that the policy would not
+    have produced cuts the trace: V' stands in for what followed.
     """
     y = torch.zeros_like(y_end)
     columns = []
     for j in reversed(range(v.shape[1])):
-        if j + 1 < v.shape[1] and q is not None:
-            # a token that the policy would not have said cuts the trace: V' stands in for what followed
-            y = v[:, j + 1] + lam * pi[:, j + 1] * (y - q[:, j + 1])
-        elif j + 1 < v.shape[1]:
-            y = lam * y + (1 - lam) * v[:, j + 1]
         y = torch.where(last == j, y_end, y)
         columns.append(y)
+        v_j = v[:, j] + lam * pi[:, j] * (y - q[:, j])
+        y = v_j
     return torch.stack(columns[::-1], 1)
 
 def td_targets(v, batch, gamma, lam=1.0, q=None, pi=None):
@@ -147,32 +167,24 @@ def td_targets(v, batch, gamma, lam=1.0, q=None, pi=None):
     known is false where the window ends before the episode does, so that the bootstrap is missing.
     """
     mask = batch["mask"]
-    reward = batch["reward"]
-    terminated = batch["terminated"]
-    nexts = batch["next"]
     last = mask.sum(1).long() - 1
-    after = nexts.clamp(min=0)
-    # a truncated turn has its last observation as next; a terminated one needs none
-    known = (terminated > 0) | (nexts >= 0)
+    after = batch["next"].clamp(min=0)
+    known = has_target(batch)
+    v_next = v[after, 0]
+    if q is None:
+        y_end = end_target(batch, gamma, v_next)
+        y = plain_backup(y_end, last, lam, v) * mask
+        return y, known & (last >= 0)
 
-    # One pass is enough for TD(lambda). The tree backup takes one for each turn of the longest window:
-    # every pass carries what is known one turn further back.
-    passes = 1 if q is None else longest_chain(nexts)
-    bootstrap = v[after, 0]
-    for _ in range(passes):
-        # The last token of a turn: y = r + gamma (1 - terminated) v_0 of the next turn.
-        # A truncated turn bootstraps: its last observation is the next row, and v_0 is V' of that.
-        # A terminated turn has no next value.
-        v_next = torch.where(nexts >= 0, bootstrap, 0.0)
-        y_end = reward + gamma * (1 - terminated) * v_next
-        if q is not None:
-            # nothing is known about what followed a window's last turn: its own Q' stands in
-            q_end = q.gather(1, last.clamp(min=0)[:, None])[:, 0]
-            y_end = torch.where(known, y_end, q_end)
-        y = backup_turn(y_end, last, lam, v, q, pi) * mask
-        if q is not None:
-            correction = mask * pi * (y - q)
-            bootstrap = v[after, 0] + lam * correction[after, 0]
+    # Nothing is known about what followed a window's last turn: its own Q' stands in.
+    q_end = q.gather(1, last.clamp(min=0)[:, None])[:, 0]
+    # Each pass carries what is known one turn further back.
+    for _ in range(longest_chain(batch["next"])):
+        y_end = torch.where(known, end_target(batch, gamma, v_next), q_end)
+        y = tree_backup(y_end, last, lam, v, q, pi) * mask
+        # v_0 of the next turn, now that its targets are known
+        correction = mask * pi * (y - q)
+        v_next = v[after, 0] + lam * correction[after, 0]
     return y, known & (last >= 0)
 
 
@@ -183,7 +195,8 @@ def filter_weight(adv, kind, beta=0.0, good_episode=None):
 
     sft: 1. afsft: 1 where A > beta, else 0. awr: exp(A / AWR_TEMPERATURE), at most
     AWR_MAX_WEIGHT (Peng et al., arXiv 1910.00177). fbc: 1 in the episodes that good_episode (B,) marks.
-    Another way to weigh tokens is one more branch here, and its name in configurator.CHOICES.
+    Another way to weigh tokens is one more branch here, its name in configurator.CHOICES, and in WITH_CRITIC
+    there if it uses A. Padding has an A too: a mean or a rank over tokens needs the mask.
     """
     if kind == "sft":
         return torch.ones_like(adv)
@@ -216,8 +229,8 @@ def critic_loss(values, y, known, mask, critic_tokens, cfg):
     if critic_tokens is None:
         critic_tokens = m.sum()
     td_error = ((values["qa"] - y) ** 2).mean(0)
-    # Tokens that no data shows keep the value that they start with. Pessimism pulls the whole vocabulary
-    # to q_init, so that only tokens with data behind them can rise above it.
+    # No target trains the Q of a token that the data never shows. Pessimism holds it at q_init, so that only
+    # tokens with data behind them rise above it.
     pessimism = values["pessimism"]
     per_token = td_error + cfg.pess_coef * pessimism
     loss = (per_token * m).sum() / critic_tokens.clamp(min=1)
@@ -258,7 +271,7 @@ def compute_loss(vlm, batch, cfg, warm=False, quantile=0.0, tokens=None, critic_
         tokens = mask.sum()
     good_episode = batch["ep_return"] >= quantile
 
-    # what the network knows before each reply token, and what it makes of the token
+    # the hidden state before each reply token; the token's log-probability, Q and V
     hidden = vlm.states(batch["inputs"], batch["P"], mask.shape[1])  # (B, R, H)
     values = all_token_values(vlm, hidden, batch["reply_ids"])
     logp = values["logp"]

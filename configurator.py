@@ -5,9 +5,9 @@ Read the settings of a script: its config block, then config files, then flags.
     $ python train.py config/numberline.py --lr=2e-3 --resume     # all files first, then all flags
     $ python train.py --help                                      # every key, its default, its comment
 
-It feels like nanoGPT's configurator: bare assignments, files that look like Python, --key=value. But nothing
-is ever executed: scripts and files are parsed, and values are literals. A later value replaces an earlier one
-as a whole; dicts and lists are not merged. A mistake ends the run with one sentence.
+Usage is that of nanoGPT's configurator: bare assignments, files that look like Python, --key=value. But
+nothing is ever executed: scripts and files are parsed, and values are literals. A later value replaces an
+earlier one as a whole; dicts and lists are not merged. A mistake ends the run with one sentence.
 """
 import ast, glob, io, operator, os, textwrap, tokenize, types, warnings
 from typing import Any, NamedTuple

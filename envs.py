@@ -1,5 +1,5 @@
 """
-Environments: a picture and a text go in, an action comes out as text.
+Environments: each shows a picture and a text, and takes an action as text.
 
     observation    {"image": picture(), "text": prompt()}    what the model sees
     reply          "I am below it. [action] +"               what the model writes

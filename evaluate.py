@@ -54,6 +54,7 @@ retries = 6  # of a failed request, after 1, 2, 4, ... seconds; then its episode
 # the keys of a run, and their defaults
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
 TEST_SEEDS = 10**6  # held-out starts have seeds from here on
+AGENT = 4  # a random stream beside those of train.py
 EVAL_ENVS = 64  # environments at once in an evaluation
 WAYS = ("greedy", "sampled", "hidden")  # the rows of the table
 
@@ -402,9 +403,6 @@ def format_table(results):
             lines.append(f"    {tag:<24}{100 * of_tag['success']:>12.1f} %  of {of_tag['episodes']}")
     return "\n".join(lines)
 
-
-# ---- evaluations ----
-
 def evaluate_policy(
     vlm, make_env, run_cfg, episodes=None, temperature=1.0, hide=False, bar=None, buffer=None
 ):
@@ -416,15 +414,14 @@ def evaluate_policy(
     """
     rank, n_ranks = ranks()
     seed = run_cfg.seed
-    if episodes is None:
-        episodes = run_cfg.eval_episodes
+    n = run_cfg.eval_episodes if episodes is None else episodes
     generator = torch.Generator(vlm.device).manual_seed(seed + 10**6 * rank)
     act = model_agent(vlm, run_cfg.max_new_tokens, temperature, generator, run_cfg.q_weight, hide)
-    starts = held_out_starts(make_env, episodes)
+    starts = held_out_starts(make_env, n)
     share = (rank, n_ranks)
     rank_bar = None if rank else bar
-    episodes = play(make_env, act, starts, EVAL_ENVS, prefix=f"eval{seed}-", bar=rank_bar, share=share)
-    played = list(episodes)
+    options = dict(prefix=f"eval{seed}-", bar=rank_bar, share=share)
+    played = list(play(make_env, act, starts, EVAL_ENVS, **options))
     # a sharded model generates on all ranks until the last one has finished
     vlm.finish()
     if buffer is not None:
@@ -512,7 +509,7 @@ def play_agent(cfg, make_env, n, buffer, folder):
     if cfg.save:
         # data to train on: no held-out starts
         split = "train"
-        seeds = np.random.default_rng([cfg.seed, 4]).integers(2**31, size=n).tolist()
+        seeds = np.random.default_rng([cfg.seed, AGENT]).integers(2**31, size=n).tolist()
     else:
         split = "test"
         seeds = held_out_starts(make_env, n)

@@ -1,7 +1,7 @@
 """
 The network: any open-weight vision-language model, LoRA on its language part, Q heads on its last state.
 
-Nothing here knows a model family. Three ideas carry all of it:
+There is almost no family-specific code. The design rests on three ideas:
  1. A sequence is [prompt, padded on the left to P | reply, padded on the right to R]. The states before
     the reply's tokens are then the columns P-1 .. P+R-2 of every row: a plain slice.
  2. Every model ends in `get_output_embeddings()`. A hook before it keeps that slice of the last hidden
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LogitsProcessor
 
+from configurator import WITH_CRITIC
 from extras.feature_cache import FeatureCache, Inputs, LRUCache
 from extras.model_folders import find_end_of_turn, find_folder, find_image_token
 from extras.model_folders import first_sentence, open_folder, rehearse, special_tokens
@@ -34,8 +35,7 @@ transformers.logging.disable_progress_bar()
 # LoRA's output is scaled by LORA_ALPHA / lora_r.
 LORA_ALPHA = 32
 PROMPT_CACHE_MB = 4096
-# The logit of a token that must not be sampled.
-NEVER = -1e9
+NEVER = -1e9  # logit of a token that is not sampled
 
 
 # -- ranks --------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def gather(value):
     return values
 
 
-# -- LoRA ---------------------------------------------------------------------------------------------------
+# -- LoRA and Q heads ---------------------------------------------------------------------------------------
 
 class LoRALinear(nn.Linear):
     """A linear layer with a low-rank update: y = x W^T + b + alpha / r * x A^T B^T.
@@ -108,9 +108,6 @@ def add_lora(net, r, alpha, targets):
         setattr(net.get_submodule(parent), leaf, lora[path])
     return lora
 
-
-# -- Q heads ------------------------------------------------------------------------------------------------
-
 class QHead(nn.Module):
     """Q of every token (..., V) from the last hidden state (..., H), at first the constant `init`.
 
@@ -139,7 +136,7 @@ class QHead(nn.Module):
         return x + self.bias
 
 
-# -- sampling -----------------------------------------------------------------------------------------------
+# -- sampling and padding -----------------------------------------------------------------------------------
 
 class Sampler(LogitsProcessor):
     """Draws each next token within the library's greedy `generate`, and keeps its log-probability.
@@ -180,9 +177,6 @@ class Sampler(LogitsProcessor):
         """Draw uniform numbers in the shape of a tensor: rollouts have a random stream of their own."""
         device = self.generator.device if self.generator else like.device
         return torch.rand(like.shape, generator=self.generator, device=device).to(like.device)
-
-
-# -- padding ------------------------------------------------------------------------------------------------
 
 def round_up(length):
     """Round a length up to a multiple of 4, for fewer shapes: kernels are prepared again for each one."""
@@ -277,7 +271,7 @@ class VLM(nn.Module):
         self.tokenizer = processor.tokenizer
         self.name = name
         switch_off_dropout(net)
-        # A checkpoint's own top_k, penalties, ... would bend the behaviour policy.
+        # A checkpoint's own top_k, penalties, ... would change the sampling distribution.
         net.generation_config = GenerationConfig()
 
         self.lora = {}
@@ -385,7 +379,7 @@ class VLM(nn.Module):
             clean.append({**message, "content": content})
         if getattr(self.processor, "chat_template", None):
             return self.processor.apply_chat_template(clean, add_generation_prompt=True, tokenize=False)
-        # Without a template: placeholders, text, and the cue that LLaVA-1.5 and MiniGPT-4 descend from.
+        # Without a template: placeholders, text, and Vicuna's cue, which LLaVA-1.5 and MiniGPT-4 share.
         parts = [part for message in clean for part in message["content"]]
         pictures = "".join(self.image_token for part in parts if part["type"] == "image")
         if self.has_q_former:
@@ -714,7 +708,7 @@ def build(cfg, base=None, q_init=0.0):
     if cfg.lora_r:
         # lora_alpha was a key once: the config of an old run has a value of its own.
         vlm.add_adapters(cfg.lora_r, cfg.lora_targets, getattr(cfg, "lora_alpha", LORA_ALPHA))
-    if cfg.actor_loss in ("afsft", "awr"):
+    if cfg.actor_loss in WITH_CRITIC:
         vlm.add_critics(cfg.n_critics, cfg.q_head, q_init)
     vlm.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and choose_device(cfg) == "cuda")
     if cfg.trust_remote_code:

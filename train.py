@@ -17,7 +17,7 @@ import transformers
 from tqdm import tqdm
 
 import envs
-from agent_rl import FBC_QUANTILE, clip_reward, compute_loss, summarise
+from agent_rl import FBC_QUANTILE, clip_reward, compute_loss, has_target, summarise
 from buffer import Buffer, make_batch
 from configurator import check_config, configure
 from evaluate import env_factory, evaluate_policy, full_evaluation, offline_results, read_run_config
@@ -29,7 +29,7 @@ from worlds.players import has_expert
 from worlds.registry import make, reading_names
 
 # --- config ---
-# the ones you will touch
+# main settings
 out_dir = 'out/run'  # folder for everything that this run writes
 resume = False  # continue from the last checkpoint; more online_updates than before extend the run
 overwrite = False  # delete the run that is in out_dir and start again
@@ -109,7 +109,7 @@ LAUNCHER = os.environ if dist.is_torchelastic_launched() else dict(RANK=0, LOCAL
 RANK, LOCAL_RANK, WORLD = [int(LAUNCHER[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
 
 def stream(cfg, *purpose):
-    """Make the random generator of a purpose and step: streams never meet, so resuming is exact."""
+    """Make the random generator of a purpose and step: each has its own, so resuming is exact."""
     return np.random.default_rng([cfg.seed, *purpose])
 
 def in_run(cfg, name):
@@ -120,9 +120,6 @@ def write_json(file, content):
     """Write a JSON file."""
     with open(file, "w") as f:
         json.dump(content, f, indent=1)
-
-
-# ---- settings ----
 
 def settings(argv):
     """Read the block above, config files and flags; a mistake ends the run with one sentence."""
@@ -335,8 +332,8 @@ def record_data(cfg, make_env, buffer):
     """Record data_episodes episodes of scripted players, on training starts."""
     seeds = stream(cfg, DATA, 0).integers(2**31, size=cfg.data_episodes)
     act = scripted_agent(cfg.data_mix, stream(cfg, DATA, 1), cfg.expert_episodes)
-    words = dict(split="train", prefix="data-", bar="recording data")
-    record(play(make_env, act, seeds.tolist(), **words), buffer)
+    options = dict(split="train", prefix="data-", bar="recording data")
+    record(play(make_env, act, seeds.tolist(), **options), buffer)
 
 def scripted_data(cfg, make_env):
     """Open out_dir/data, where the play of scripted players is recorded once."""
@@ -399,12 +396,12 @@ def rollout(cfg, step, vlm, make_env, replay):
     act = model_agent(vlm, cfg.max_new_tokens, 1.0, generator, cfg.q_weight)
     if cfg.explore:
         act = exploring_agent(act, cfg.explore, np.random.default_rng(seeds[RANK]))
-    own = dict(split="train", prefix=f"{step}-", share=(RANK, WORLD))
-    played = list(play(make_env, act, seeds, cfg.num_envs // WORLD, **own))
+    options = dict(split="train", prefix=f"{step}-", share=(RANK, WORLD))
+    played = list(play(make_env, act, seeds, cfg.num_envs // WORLD, **options))
     vlm.finish()
     record(played, replay)
     if not len(replay):
-        # its browsers died, those of the other ranks did not
+        # all episodes of this rank were lost
         print(f"Rank {RANK} has no episode of its own yet: it learns from recorded ones.")
     return logged("rollout", episode_summary(gather_episodes(played)))
 
@@ -475,8 +472,7 @@ def count_tokens(batches):
     tokens = sum(b["mask"].sum() for b in batches)
     critic_tokens = 0
     for b in batches:
-        known = (b["terminated"] > 0) | (b["next"] >= 0)
-        critic_tokens = critic_tokens + (b["mask"] * known[:, None]).sum()
+        critic_tokens = critic_tokens + (b["mask"] * has_target(b)[:, None]).sum()
     sum_over_ranks([tokens, critic_tokens])
     return tokens, critic_tokens
 
@@ -635,7 +631,7 @@ def checkpoint_due(cfg, done):
     """Tell whether a checkpoint is due after `done` updates."""
     return cfg.eval_interval > 0 and done % cfg.eval_interval == 0
 
-def finish(cfg, argv, vlm, make_env, data, clock):
+def final_evaluation(cfg, argv, vlm, make_env, data, clock):
     """Evaluate the trained agent, write eval.json, print the table."""
     with timed(clock, "eval"):
         results = full_evaluation(vlm, make_env, cfg)
@@ -672,7 +668,7 @@ def measure(cfg, argv, base, make_env, data):
             return measure_memory(vlm, optimizer, data, cfg, lambda: autocast(vlm))
 
 
-# ---- the story ----
+# ---- main ----
 
 def main(argv):
     """Train as the settings say: play, learn, look, log, save."""
@@ -732,7 +728,7 @@ def main(argv):
             return
 
     # how well it went
-    finish(cfg, argv, vlm, make_env, data, clock)
+    final_evaluation(cfg, argv, vlm, make_env, data, clock)
 
 def launch(argv):
     """Run main, and explain an early end."""

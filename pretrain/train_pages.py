@@ -427,7 +427,9 @@ def train_on_pages(folder, out, text=900, sight=500, both=660, batch=64):
 
     if net.config.vision_config.model_type != "swin":
         net = new_tower(net)
-    net, processor = retokenize(net, processor, tokenizer_texts(asker, deal))
+    # Not a generator: the tokenizer's Rust code would hold back Ctrl-C and `kill` until the last page.
+    texts = list(tokenizer_texts(asker, deal))
+    net, processor = retokenize(net, processor, texts)
     processor.vision_feature_select_strategy = "full"
     processor.num_additional_image_tokens = 0
     # On a CPU, the backward pass of the fused attention is slow in bfloat16.

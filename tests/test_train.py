@@ -720,7 +720,7 @@ def test_the_keys_are_few_and_in_groups():
     assert len(block) <= 60
     headings = [key.heading for key in block.values()]
     groups = list(dict.fromkeys(headings))
-    assert groups == ["the ones you will touch", "ablations", "machine"]
+    assert groups == ["main settings", "ablations", "machine"]
     # no group is in two places
     assert headings == sorted(headings, key=groups.index)
     assert all(headings.count(group) >= 10 for group in groups)
