@@ -9,13 +9,7 @@ Measure speed and memory as ratios within one run: absolute times belong to a ma
 
 All keys are train.py's.
 """
-import contextlib
-import os
-import resource
-import statistics
-import sys
-import tempfile
-import time
+import contextlib, os, resource, statistics, sys, tempfile, time
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,12 +28,10 @@ from pretrain.tiny_nets import llava
 
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
 
-
 def wait_for_device():
     """Wait until a GPU has done what is queued."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-
 
 def median_seconds(*functions, rounds=7):
     """Return the median time of each function.
@@ -57,11 +49,9 @@ def median_seconds(*functions, rounds=7):
     # the first round warms up
     return [statistics.median(seconds[1:]) for seconds in times]
 
-
 def with_keys(cfg, **changes):
     """Copy settings with other values of some keys."""
     return SimpleNamespace(**{**vars(cfg), **changes})
-
 
 def play_mix(make_env, mix, rng, n, num_envs=32):
     """Play n training episodes by scripted players, see evaluate.play."""
@@ -69,7 +59,6 @@ def play_mix(make_env, mix, rng, n, num_envs=32):
 
 
 # ---- other benchmarks ----
-
 
 def turns_a_second(cfg, episodes=48):
     """Print a line per environment: turns a second of random play, pictures included.
@@ -91,7 +80,6 @@ def turns_a_second(cfg, episodes=48):
                 turns = sum(episode["turns"] for episode in played)
             rates.append(turns / (time.perf_counter() - began))
         print(f"{name:<32}" + "".join(f"{rate:8.0f}" for rate in rates), flush=True)
-
 
 def vocabulary(cfg, words=151_936, hidden=1024):
     """Print the peak memory of an update with a real model's vocabulary, and return AFSFT's over SFT's.
@@ -119,12 +107,10 @@ def vocabulary(cfg, words=151_936, hidden=1024):
 
 # ---- the table ----
 
-
 def forward_backward(vlm, batch, cfg, loss):
     """Run the forward and backward pass of an update, as actor_loss=loss does."""
     compute_loss(vlm, batch, with_keys(cfg, actor_loss=loss))[0].backward()
     vlm.zero_grad(set_to_none=True)
-
 
 def compare_losses(vlm, batch, cfg):
     """Compare an update by AFSFT with one by SFT, which has no critic."""
@@ -140,7 +126,6 @@ def compare_losses(vlm, batch, cfg):
     ratio = full / plain
     print(f"update      AFSFT / SFT (forward, loss, backward)        {ratio:5.2f}   {rate:8.0f} turns/s")
 
-
 @torch.no_grad()
 def compare_logits(vlm, batch):
     """Compare a forward pass with logits everywhere with one that has them at the reply only."""
@@ -151,7 +136,6 @@ def compare_logits(vlm, batch):
     )
     print(f"forward     logits everywhere / at reply positions only  {everywhere / reply_only:5.2f}")
 
-
 def compare_vision(vlm, batch, parts, cfg):
     """Compare an update that computes the features of its pictures with one that has them in memory."""
     caching_vlm = build(with_keys(cfg, vision_cache_mb=4096), None, -1.0)
@@ -161,7 +145,6 @@ def compare_vision(vlm, batch, parts, cfg):
         lambda: forward_backward(caching_vlm, caching_batch, cfg, "afsft"),
     )
     print(f"vision      looked at anew / features from memory, update {computed / cached:5.2f}")
-
 
 def compare_rollouts(vlm, data, cfg):
     """Compare replies to prompts one at a time with replies at once -> seconds of a turn at once."""
@@ -179,7 +162,6 @@ def compare_rollouts(vlm, data, cfg):
     print(f"rollout     one prompt at a time / {cfg.num_envs} at once              {ratio} turns/s")
     return at_once / cfg.num_envs
 
-
 def compare_steps(env, rng, seconds_of_turn):
     """Compare a turn of the model with a step of the environment; a reset counts as a step."""
 
@@ -195,7 +177,6 @@ def compare_steps(env, rng, seconds_of_turn):
     ratio = f"{seconds_of_turn / (seconds / 21):5.1f}   {21 / seconds:8.0f}"
     print(f"environment a model's turn / an environment's step      {ratio} steps/s")
 
-
 def print_peaks(device):
     """Print the peak memory of this process, and of the GPU if there is one."""
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -203,7 +184,6 @@ def print_peaks(device):
     if device.type == "cuda":
         line += f", on the device {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
     print(line)
-
 
 def print_table(cfg):
     """Print all ratios for one model and one environment."""
@@ -217,10 +197,8 @@ def print_table(cfg):
         batch = make_batch(parts, vlm, envs.MARKER, cfg.gamma)
         B, T = batch["inputs"]["input_ids"].shape
         reply_tokens = int(batch["mask"].sum())
-        print(
-            f"{cfg.model} on {vlm.device}, {torch.get_num_threads()} threads, {cfg.env}: "
-            f"an update is {B} turns of {T} positions, {reply_tokens} reply tokens"
-        )
+        print(f"{cfg.model} on {vlm.device}, {torch.get_num_threads()} threads, {cfg.env}: an update is {B} "
+              f"turns of {T} positions, {reply_tokens} reply tokens")
 
         compare_losses(vlm, batch, cfg)
         compare_logits(vlm, batch)
@@ -236,7 +214,6 @@ BENCHMARKS = {
     "vocabulary": vocabulary,
     "sizes": print_sizes,
 }
-
 
 def main(argv):
     """Run the benchmark that the first word names, without one the table."""

@@ -11,11 +11,7 @@ calls it in three places:
     with features.serving(inputs):          # the net runs on that batch
         net(**inputs)
 """
-import contextlib
-import functools
-import hashlib
-import inspect
-import types
+import contextlib, functools, hashlib, inspect, types
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -25,11 +21,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 # The fields of the library's result that language models read. Qwen3-VL adds the second to its first layers.
 FEATURES = ("pooler_output", "deepstack_features")
 
-
 def count_bytes(tensors):
     """Add up the bytes of all tensors in a dict of tensors, lists of tensors, ..."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tree_leaves(dict(tensors)))
-
 
 class LRUCache(OrderedDict):
     """An LRU cache of tensor dicts, bounded by their size in MiB."""
@@ -53,13 +47,11 @@ class LRUCache(OrderedDict):
                 self.bytes -= count_bytes(oldest)
         return value
 
-
 class Pictures(NamedTuple):
     """The pictures of one prompt: all tensors that get_image_features() reads of it, and a hash of them."""
 
     key: bytes
     tensors: dict
-
 
 class Inputs(dict):
     """Tensors for the net by argument name, of one prompt or of a batch.
@@ -68,7 +60,6 @@ class Inputs(dict):
     """
 
     pictures = ()
-
 
 class FeatureCache:
     """Answers a net's calls of get_image_features() from memory; with mb=0 it does nothing.
@@ -89,10 +80,8 @@ class FeatureCache:
         # Take the innermost: a whole model hands the call on to one of its parts.
         owners = [module for module in net.modules() if hasattr(module, "get_image_features")]
         if not owners:
-            raise SystemExit(
-                f"model={name!r} has no get_image_features(), whose results vision_cache_mb={mb:g} would"
-                " cache: set vision_cache_mb=0."
-            )
+            raise SystemExit(f"model={name!r} has no get_image_features(), whose results "
+                             f"vision_cache_mb={mb:g} would cache: set vision_cache_mb=0.")
         owner = owners[-1]
         self.original = types.MethodType(type(owner).get_image_features, owner)
         self.parameters = list(inspect.signature(self.original).parameters)
@@ -162,11 +151,9 @@ class FeatureCache:
         self.result_type = type(result)
         return {name: tree_map(copy_to_cpu, result[name]) for name in FEATURES if name in result}
 
-
 def copy_to_cpu(tensor):
     """Copy a tensor to the CPU, even from the CPU: a view would keep the tensor behind it in memory."""
     return tensor.to("cpu", copy=True)
-
 
 def join(parts, device):
     """Join features of several prompts on a device: tensors as one tensor, lists as one list."""

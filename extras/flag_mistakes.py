@@ -1,8 +1,7 @@
 """
 Say in one sentence what is wrong with a word of a command line; configurator.py calls this.
 """
-import difflib
-import os
+import difflib, os
 
 # A text processor makes one dash of two, en or em.
 DASHES = "-\u2013\u2014"
@@ -60,13 +59,11 @@ REMOVED = {
     "weights": "a frozen base is bfloat16 on cuda unless dtype='float32'",
 }
 
-
 class ConfigError(SystemExit):
     """A user's mistake, as one sentence: Python prints it on stderr, exits with 1, and shows no traceback."""
 
     def __init__(self, sentence):
         super().__init__(show(sentence, width=1000))
-
 
 def show(text, width=100):
     """Write a text on one line of ASCII, cut at a width: the logs of a cluster are not all UTF-8."""
@@ -76,14 +73,12 @@ def show(text, width=100):
         return line[: width - 3] + "..."
     return line
 
-
 def nearest(word, names, otherwise="--help lists all keys"):
     """Suggest up to three names that look like a word; return `otherwise` if none does."""
     close = difflib.get_close_matches(word.lower().replace("-", "_"), names, n=3, cutoff=0.5)
     if close:
         return f"nearest: {', '.join(close)}"
     return otherwise
-
 
 def nearest_key(name, block):
     """Suggest keys of a block for a wrong name, by its meaning or else by its spelling."""
@@ -93,14 +88,12 @@ def nearest_key(name, block):
         return f"nearest: {', '.join(found)}"
     return nearest(name, block)
 
-
 def unknown_key(where, name, block):
     """Return the ConfigError for a name that is no key; it starts with `where`, the user's own words."""
     is_train = "actor_loss" in block
     if is_train and name in REMOVED:
         return ConfigError(f"{where}: {name} was removed, {REMOVED[name]}; see docs/method.md.")
     return ConfigError(f"{where}: there is no key {name}; {nearest_key(name, block)}.")
-
 
 def missing_value(argv, i, name, default):
     """Return the ConfigError for the flag argv[i] without a value; the next word may be the value."""
@@ -110,7 +103,6 @@ def missing_value(argv, i, name, default):
     words = f"{show(argv[i])} {after}".strip()
     value = after or show(repr(default))
     return ConfigError(f"{words}: {name} has no value, write --{name}={value}.")
-
 
 def check_file_word(argv, i, block, files):
     """Raise a ConfigError if argv[i] cannot name a config file: it is a bad flag, or comes after a flag."""

@@ -12,10 +12,7 @@ The file is a JSON list, or one JSON object per line. A conversation has the for
 A content may also be a list of {"type": "image"} and {"type": "text", "text": ...}. Each reply becomes a turn
 with all messages before it as its prompt. A conversation may have `reward` and `success`, of its last turn.
 """
-import json
-import os
-import shutil
-import sys
+import json, os, shutil, sys
 
 from PIL import Image
 
@@ -27,16 +24,13 @@ LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
 
 # ---- one message ----
 
-
 def image_part():
     """Make the placeholder of a picture, as a row stores it."""
     return {"type": "image", "text": None}
 
-
 def text_part(text):
     """Make a part of text, as a row stores it."""
     return {"type": "text", "text": text}
-
 
 def split_placeholders(text):
     """Turn the text of a question into parts: <image> stands for the next picture."""
@@ -48,13 +42,11 @@ def split_placeholders(text):
             parts.append(text_part(piece.strip("\n")))
     return parts
 
-
 def is_part(part):
     """Tell whether this is a picture or a text, as TRL writes them."""
     if not isinstance(part, dict):
         return False
     return part.get("type") == "image" or isinstance(part.get("text"), str)
-
 
 def read_message(message):
     """Turn a LLaVA or TRL message into one of ours: {"role", "content": list of parts}.
@@ -81,11 +73,9 @@ def read_message(message):
 
 # ---- one conversation ----
 
-
 def count_images(messages):
     """Count the pictures that messages show."""
     return sum(part["type"] == "image" for message in messages for part in message["content"])
-
 
 def chat_rows(chat, name, open_image):
     """Turn one conversation into an episode -> (rows, {name: picture}).
@@ -132,7 +122,6 @@ def chat_rows(chat, name, open_image):
 
 # ---- a file of conversations ----
 
-
 def read_chats(file):
     """Read a JSON list, or JSON lines, of conversations.
 
@@ -146,7 +135,6 @@ def read_chats(file):
         return [json.loads(line) for line in text.splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise SystemExit(f"{file!r} is no JSON list and no JSON lines of conversations: {error}.")
-
 
 def import_conversations(file, folder, pictures=""):
     """Import a file of conversations into a new folder -> its Buffer.
@@ -165,10 +153,8 @@ def import_conversations(file, folder, pictures=""):
             with Image.open(os.path.join(home, relative)) as image:
                 return image.convert("RGB")
         except (OSError, TypeError):
-            raise ValueError(
-                f"names a picture that does not open: {path!r}; "
-                "give the folder where its path starts as the third argument"
-            )
+            raise ValueError(f"names a picture that does not open: {path!r}; give the folder where its path "
+                             "starts as the third argument")
 
     chats = read_chats(file)
     # built aside and renamed: a conversation that does not fit leaves nothing behind
@@ -183,14 +169,11 @@ def import_conversations(file, folder, pictures=""):
     os.rename(folder + ".tmp", folder)
     return Buffer(folder)
 
-
 def main(argv):
     """Import what the command line names, and say how to train on it."""
     if len(argv) not in (2, 3):
-        raise SystemExit(
-            "Name the file and the new folder: "
-            "python -m extras.import_chats chats.json data/chats [folder of the pictures]"
-        )
+        raise SystemExit("Name the file and the new folder: python -m extras.import_chats chats.json "
+                         "data/chats [folder of the pictures]")
     stats = import_conversations(*argv).stats()
     counts = f"{stats['episodes']} conversations, {stats['turns']} replies"
     print(f"{argv[1]}: {counts}; train on them with --data={argv[1]} --actor_loss=sft")

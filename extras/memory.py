@@ -13,7 +13,6 @@ from evaluate import model_agent
 
 MIB = 2**20
 
-
 def peak_bytes(function, device):
     """Return the most bytes that tensors take while function() runs, beyond what was there.
 
@@ -38,7 +37,6 @@ def peak_bytes(function, device):
 
 # ---- weights ----
 
-
 def weight_bytes(vlm):
     """Return the bytes of the weights on this rank: {"weights", "adapters", "heads"}."""
     net = tensor_bytes([*vlm.net.parameters(), *vlm.net.buffers()])
@@ -47,7 +45,6 @@ def weight_bytes(vlm):
         adapters = tensor_bytes(p for p in vlm.net.parameters() if p.requires_grad)
     heads = tensor_bytes([*vlm.heads.parameters(), *vlm.targets.parameters()])
     return dict(weights=net - adapters, adapters=adapters, heads=heads)
-
 
 def tensor_bytes(tensors):
     """Sum the bytes of tensors; shared memory counts once, of a sharded tensor only this rank's part."""
@@ -61,11 +58,9 @@ def tensor_bytes(tensors):
 
 # ---- the largest batches ----
 
-
 def repeat_to(items, n):
     """Return n items: the first ones, or all of them again and again."""
     return (items * n)[:n]
-
 
 def longest_rows(data, n):
     """Return the numbers of the n rows with the longest texts, longest first, repeated if too few."""
@@ -77,7 +72,6 @@ def longest_rows(data, n):
     by_length = sorted(range(len(data)), key=text_length, reverse=True)
     return repeat_to(by_length, n)
 
-
 def windows_from(data, row_numbers, window):
     """Return the window that starts at each of these rows."""
     windows = []
@@ -85,7 +79,6 @@ def windows_from(data, row_numbers, window):
         episode, position = data.positions[i]
         windows.append(data.episodes[episode][position:][:window])
     return windows
-
 
 def run_update(vlm, data, windows, cfg, autocast):
     """Run all forward and backward passes of an update."""
@@ -95,7 +88,6 @@ def run_update(vlm, data, windows, cfg, autocast):
         with autocast():
             loss, _ = compute_loss(vlm, batch, cfg)
         loss.backward()
-
 
 def run_rollout(vlm, data, rows, cfg, autocast):
     """Reply to the prompts of some rows at once."""
@@ -107,7 +99,6 @@ def run_rollout(vlm, data, rows, cfg, autocast):
 
 
 # ---- the table ----
-
 
 def print_parts(parts, cfg, n_prompts, device):
     """Print one line per part, and the peak: what stays, and the larger one of update and rollout."""
@@ -129,7 +120,6 @@ def print_parts(parts, cfg, n_prompts, device):
     else:
         total = f" of {torch.cuda.get_device_properties(0).total_memory / MIB:,.0f} MiB"
     print(f"{'peak':<12}{peak / MIB:10.1f} MiB   of tensors on {device}{total}")
-
 
 def measure_memory(vlm, optimizer, data, cfg, autocast):
     """Measure and print the peak memory of a run by part -> {part: bytes}.

@@ -11,10 +11,7 @@ Q-Former of blip2-flan-t5-xxl: another BLIP-2 has the same sizes, but gives feat
 The folder is a plain BLIP-2 of transformers. Memory: the LLaMA once, in the dtype of its files, and 2 GB; the
 language model of the BLIP-2 is not read.
 """
-import os
-import pickle
-import re
-import sys
+import os, pickle, re, sys
 
 import torch
 from transformers import (
@@ -45,7 +42,6 @@ IMAGE = "<image>"
 # constants that the published files contain, too
 CONSTANTS = r"position_ids|rotary_emb\.inv_freq|relative_position_index"
 
-
 def load_or_exit(where, remedy, load, *args, **options):
     """Return load(*args, **options); if the library fails, SystemExit with one sentence."""
     # a damaged or foreign folder has many errors in the library
@@ -56,7 +52,6 @@ def load_or_exit(where, remedy, load, *args, **options):
 
 
 # ---- the published file ----
-
 
 def read_projection(file):
     """Read weight and bias of `llama_proj` from the published file -> (weight, bias).
@@ -69,32 +64,25 @@ def read_projection(file):
     except FileNotFoundError:
         raise SystemExit(f"{where}: there is no such file, download the checkpoint first.")
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise SystemExit(
-            f"{where} does not load as plain tensors: "
-            f"give the published .pth file, whole ({first_sentence(error)})."
-        )
+        raise SystemExit(f"{where} does not load as plain tensors: give the published .pth file, whole "
+                         f"({first_sentence(error)}).")
     if isinstance(tensors, dict):
         tensors = tensors.get("model", tensors)
     if not isinstance(tensors, dict):
         tensors = {}
     dimensions = [getattr(tensors.get(name), "ndim", None) for name in (WEIGHT, BIAS)]
     if dimensions != [2, 1]:
-        raise SystemExit(
-            f"{where} holds no linear layer {WEIGHT}, {BIAS}; it begins with {list(tensors)[:2]}: "
-            "give MiniGPT-4's own checkpoint, not Vicuna's or BLIP-2's."
-        )
+        raise SystemExit(f"{where} holds no linear layer {WEIGHT}, {BIAS}; it begins with "
+                         f"{list(tensors)[:2]}: give MiniGPT-4's own checkpoint, not Vicuna's or BLIP-2's.")
     # LoRA of MiniGPT-v2, or a trained Q-Former: without them, the model would silently be another one
     others = sorted(name for name in tensors if name not in (WEIGHT, BIAS) and not re.search(CONSTANTS, name))
     if others:
-        raise SystemExit(
-            f"{where} holds {len(others)} tensors beside llama_proj, for instance {others[0]}: "
-            "only the version that trains llama_proj alone is supported, no MiniGPT-v2."
-        )
+        raise SystemExit(f"{where} holds {len(others)} tensors beside llama_proj, for instance {others[0]}: "
+                         "only the version that trains llama_proj alone is supported, no MiniGPT-v2.")
     return tensors[WEIGHT], tensors[BIAS]
 
 
 # ---- BLIP-2 and the LLaMA ----
-
 
 def read_configs(blip2, llama):
     """Read the configs of the two folders -> (BLIP-2's, the LLaMA's); SystemExit if one is another model."""
@@ -102,20 +90,15 @@ def read_configs(blip2, llama):
     remedy = "give a folder with a BLIP-2 of transformers"
     blip2_config = load_or_exit(where, remedy, AutoConfig.from_pretrained, blip2)
     if blip2_config.model_type != "blip-2":
-        raise SystemExit(
-            f"{where} is a {blip2_config.model_type!r} model: "
-            "give a BLIP-2 folder such as Salesforce/blip2-flan-t5-xxl."
-        )
+        raise SystemExit(f"{where} is a {blip2_config.model_type!r} model: give a BLIP-2 folder such as "
+                         "Salesforce/blip2-flan-t5-xxl.")
     where = f"llama={llama!r}"
     remedy = "give a folder with a LLaMA or Vicuna of transformers"
     llama_config = load_or_exit(where, remedy, AutoConfig.from_pretrained, llama)
     if type(llama_config) not in AutoModelForCausalLM._model_mapping.keys():
-        raise SystemExit(
-            f"{where} is a {llama_config.model_type!r} model, which writes no text: "
-            "give a LLaMA or Vicuna folder."
-        )
+        raise SystemExit(f"{where} is a {llama_config.model_type!r} model, which writes no text: give a "
+                         "LLaMA or Vicuna folder.")
     return blip2_config, llama_config
-
 
 def check_sizes(sources, weight, blip2_config, llama_config):
     """Exit with one sentence if the projection does not fit between the Q-Former and the LLaMA.
@@ -126,37 +109,28 @@ def check_sizes(sources, weight, blip2_config, llama_config):
     where = f"minigpt4={sources['minigpt4']!r}"
     vision = blip2_config.vision_config.hidden_size
     if narrow == 4 * vision:
-        raise SystemExit(
-            f"{where} reads {narrow} = 4 x {vision} numbers, four patches of the vision tower side by side: "
-            "it is a version without Q-Former (Llama 2, MiniGPT-v2), which BLIP-2's network cannot hold; "
-            "take the Vicuna one."
-        )
+        raise SystemExit(f"{where} reads {narrow} = 4 x {vision} numbers, four patches of the vision tower "
+                         "side by side: it is a version without Q-Former (Llama 2, MiniGPT-v2), which "
+                         "BLIP-2's network cannot hold; take the Vicuna one.")
     widths = {
         "blip2": (narrow, blip2_config.qformer_config.hidden_size),
         "llama": (wide, llama_config.hidden_size),
     }
     for name, (projected, actual) in widths.items():
         if projected != actual:
-            raise SystemExit(
-                f"{where} projects {narrow} numbers to {wide}, but {name}={sources[name]!r} has {actual} "
-                f"instead of {projected}: take the checkpoint and the folder of one size (7B, 13B)."
-            )
+            raise SystemExit(f"{where} projects {narrow} numbers to {wide}, but {name}={sources[name]!r} has "
+                             f"{actual} instead of {projected}: take the checkpoint and the folder of one "
+                             "size (7B, 13B).")
     text_config = blip2_config.text_config
     if (text_config.model_type, text_config.hidden_size) != ("t5", 4096):
-        print(
-            f"  note: this BLIP-2 was trained with a {text_config.model_type}; the published MiniGPT-4 reads "
-            "the Q-Former of blip2-flan-t5-xxl and would not understand this one's"
-        )
-
+        print(f"  note: this BLIP-2 was trained with a {text_config.model_type}; the published MiniGPT-4 "
+              "reads the Q-Former of blip2-flan-t5-xxl and would not understand this one's")
 
 def check_complete(name, folder, missing):
     """Exit with one sentence if a folder lacks weights."""
     if missing:
-        raise SystemExit(
-            f"{name}={folder!r} lacks {len(missing)} weights, for instance {min(missing)}: "
-            "download the whole folder."
-        )
-
+        raise SystemExit(f"{name}={folder!r} lacks {len(missing)} weights, for instance {min(missing)}: "
+                         "download the whole folder.")
 
 def load_llama(folder):
     """Load the LLaMA in the dtype of its files."""
@@ -170,7 +144,6 @@ def load_llama(folder):
     )
     check_complete("llama", folder, report["missing_keys"])
     return language
-
 
 def load_blip2(folder, config, dtype):
     """Load BLIP-2 with an empty language model in place of its own, whose weights stay in their files."""
@@ -221,7 +194,6 @@ TEMPLATE = (
     "{% endif %}{% endfor %}"
 )
 
-
 def prompt_form(tokenizer):
     """Find the form of a prompt -> (chat template, id of the token that ends a turn).
 
@@ -253,7 +225,6 @@ def prompt_form(tokenizer):
     # behind a reply, LLaMA cuts `###` into two tokens, `##` and `#`: the first one ends the turn
     end = ids("a###")[len(ids("a"))]
     return template, end
-
 
 def save_processor(blip2, llama, n_queries, out):
     """Save image processor, tokenizer and chat template -> (processor, id of the token that ends a turn).
@@ -292,7 +263,6 @@ def save_processor(blip2, llama, n_queries, out):
 
 # ---- the whole ----
 
-
 def fit_embeddings(language, n_tokens):
     """Give the LLaMA a row for the placeholder, and two tables of embeddings, as BLIP-2 needs them."""
     rows = language.get_input_embeddings().weight.shape[0]
@@ -304,7 +274,6 @@ def fit_embeddings(language, n_tokens):
     if language.config.tie_word_embeddings:
         copy = language.get_input_embeddings().weight.detach().clone()
         language.get_output_embeddings().weight = torch.nn.Parameter(copy)
-
 
 def convert(blip2, llama, minigpt4, out):
     """Turn the three sources into a folder that `model.load_model` opens.
@@ -337,21 +306,16 @@ def convert(blip2, llama, minigpt4, out):
     processor.save_pretrained(out)
     count = sum(p.numel() for p in net.parameters())
     sign = processor.tokenizer.convert_ids_to_tokens(end)
-    print(
-        f"  {out}: {count:,} parameters, {language.dtype}, {n_queries} tokens per picture, "
-        f"a turn ends in {sign!r}"
-    )
-
+    print(f"  {out}: {count:,} parameters, {language.dtype}, {n_queries} tokens per picture, a turn ends in "
+          f"{sign!r}")
 
 def main(argv):
     """Convert what the flags name; all four are needed."""
     cfg = configure(__file__, argv, files=False, quiet=True)
     for key, value in vars(cfg).items():
         if not value:
-            raise SystemExit(
-                f"--{key} is missing: python -m extras.minigpt4 "
-                "--blip2=FOLDER --llama=FOLDER --minigpt4=FILE.pth --out=FOLDER."
-            )
+            raise SystemExit(f"--{key} is missing: python -m extras.minigpt4 --blip2=FOLDER --llama=FOLDER "
+                             "--minigpt4=FILE.pth --out=FOLDER.")
     convert(**vars(cfg))
 
 

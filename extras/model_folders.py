@@ -20,7 +20,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # that is gone from the library, Moondream one for language models.
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM", "AutoModel")
 
-
 def find_folder(path):
     """Return the folder that a model's name means; a hub id is returned as it is.
 
@@ -30,7 +29,6 @@ def find_folder(path):
         if os.path.isdir(folder):
             return folder
     return path
-
 
 def open_folder(path, dtype=torch.float32, trust_remote_code=False):
     """Open any image-text-to-text model in a folder or on the hub -> (net, processor).
@@ -58,23 +56,18 @@ def open_folder(path, dtype=torch.float32, trust_remote_code=False):
     check_image_token(net, processor, path)
     return net, processor
 
-
 def open_config(path, trust_remote_code):
     """Read config.json, as an object of the library or of the folder's own code."""
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
         check_permission(path, error)
-        raise SystemExit(
-            f"model={path!r} cannot be opened: there is no such folder with a config.json here,"
-            f" and the hub did not give it ({first_sentence(error)})."
-        )
-
+        raise SystemExit(f"model={path!r} cannot be opened: there is no such folder with a config.json here, "
+                         f"and the hub did not give it ({first_sentence(error)}).")
 
 def is_in_library(config):
     """Tell whether an image-text-to-text model is registered for a config."""
     return type(config) in AutoModelForImageTextToText._model_mapping.keys()
-
 
 def find_custom_class(config):
     """Return "file.Class" of the model class in the folder's own code, None for a model of the library."""
@@ -86,12 +79,10 @@ def find_custom_class(config):
 
 # -- diagnoses: one sentence each ---------------------------------------------------------------------------
 
-
 def first_sentence(error):
     """Return the first sentence of a library's error, on one line."""
     one_line = " ".join(str(error).split())
     return one_line.split(". ")[0].rstrip(".")[:200]
-
 
 def check_permission(path, error):
     """Refuse a folder with its own code if the library failed because it had no permission to run it.
@@ -99,30 +90,22 @@ def check_permission(path, error):
     The library is always given True or False for trust_remote_code, so it never asks on stdin.
     """
     if "trust_remote_code" in str(error):
-        raise SystemExit(
-            f"model={path!r} brings Python files of its own, which would be run on this machine with all your"
-            " rights: read them, then set trust_remote_code=True."
-        )
-
+        raise SystemExit(f"model={path!r} brings Python files of its own, which would be run on this machine "
+                         "with all your rights: read them, then set trust_remote_code=True.")
 
 def check_kind(config, custom_class, path):
     """Refuse a model that does not take images and text."""
     if not is_in_library(config) and not custom_class:
-        raise SystemExit(
-            f"model={path!r} is a {config.model_type!r} model, which takes no image and text:"
-            " choose an image-text-to-text model such as LLaVA or Qwen2-VL."
-        )
-
+        raise SystemExit(f"model={path!r} is a {config.model_type!r} model, which takes no image and text: "
+                         "choose an image-text-to-text model such as LLaVA or Qwen2-VL.")
 
 def check_decoder_only(config, path):
     """Refuse an encoder-decoder, which cannot read prompt and reply as one sequence."""
     configs = [config, getattr(config, "text_config", None)]
     if any(getattr(part, "is_encoder_decoder", False) for part in configs):
-        raise SystemExit(
-            f"model={path!r} writes with an encoder-decoder, and here prompt and reply are one sequence:"
-            " choose a variant with a decoder only, such as blip2-opt for blip2-flan-t5."
-        )
-
+        raise SystemExit(f"model={path!r} writes with an encoder-decoder, and here prompt and reply are one "
+                         "sequence: choose a variant with a decoder only, such as blip2-opt for "
+                         "blip2-flan-t5.")
 
 def describe_failure(path, error, custom_class):
     """Describe an error of the library while it read the processor or the weights."""
@@ -131,16 +114,12 @@ def describe_failure(path, error, custom_class):
         hint = " (in code of its own, perhaps written for another version of transformers)"
     return f"model={path!r} does not load: {first_sentence(error)}{hint}."
 
-
 def check_weights(report, path):
     """Refuse a folder that lacks weights; the library would fill them with random numbers."""
     missing = sorted(report["missing_keys"])
     if missing:
-        raise SystemExit(
-            f"model={path!r} lacks {len(missing)} weights, for example {missing[0]}:"
-            " the folder is incomplete."
-        )
-
+        raise SystemExit(f"model={path!r} lacks {len(missing)} weights, for example {missing[0]}: the folder "
+                         "is incomplete.")
 
 def check_pieces(net, path):
     """Refuse a model of the folder's own code that lacks a piece of the library's models."""
@@ -154,25 +133,20 @@ def check_pieces(net, path):
     if piece:
         raise SystemExit(f"model={path!r} lacks a piece in its own code: no {piece}.")
 
-
 def check_image_token(net, processor, path):
     """Refuse a processor that knows no token for an image."""
     if not hasattr(processor, "tokenizer") or find_image_token(net, processor) is None:
-        raise SystemExit(
-            f"model={path!r} has a processor without an image token, so no picture can be shown to it:"
-            " its folder needs the model's own processor files."
-        )
+        raise SystemExit(f"model={path!r} has a processor without an image token, so no picture can be shown "
+                         "to it: its folder needs the model's own processor files.")
 
 
 # -- special tokens -----------------------------------------------------------------------------------------
-
 
 def special_tokens(tokenizer):
     """Return {id: text} of the control tokens: pad, eos, ... and all that the tokenizer marks as special."""
     marked = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
     return marked | named
-
 
 def find_image_token(net, processor):
     """Find the id of the token that stands for an image in the text; return None if there is none.
@@ -188,7 +162,6 @@ def find_image_token(net, processor):
             if isinstance(token, int):
                 return token
     return None
-
 
 def find_end_of_turn(processor, config):
     """Find the id of the token that ends an assistant's turn; SystemExit if there is none.
@@ -218,7 +191,6 @@ def find_end_of_turn(processor, config):
 
 # -- rehearsal ----------------------------------------------------------------------------------------------
 
-
 @torch.no_grad()
 def rehearse(vlm):
     """Check that the probabilities of a short rollout are those of the training path.
@@ -231,18 +203,15 @@ def rehearse(vlm):
     try:
         rollout_logps, training_logps = play_and_replay(vlm)
     except Exception as error:
-        raise SystemExit(
-            f"model={vlm.name!r} does not play a turn with its own code: {first_sentence(error)}."
-        )
+        raise SystemExit(f"model={vlm.name!r} does not play a turn with its own code: "
+                         f"{first_sentence(error)}.")
     vlm.train(was_training)
     difference = max(abs(a - b) for a, b in zip(rollout_logps, training_logps))
     tolerance = 1e-2 if vlm.net.dtype == torch.float32 else 0.3
     if difference > tolerance:
-        raise SystemExit(
-            f"model={vlm.name!r} gives other probabilities token by token than at once: its own forward()"
-            " does not use past_key_values, or its result depends on padding and positions."
-        )
-
+        raise SystemExit(f"model={vlm.name!r} gives other probabilities token by token than at once: its own "
+                         "forward() does not use past_key_values, or its result depends on padding and "
+                         "positions.")
 
 def play_and_replay(vlm):
     """Generate four tokens greedily -> their log-probabilities in the rollout and in the training path."""

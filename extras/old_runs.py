@@ -25,7 +25,6 @@ REMOVED_KEYS = dict(
 # what each purpose depends on
 DEPENDS_ON = dict(play=["play"], report=["play", "report"], resume=["play", "report", "resume"])
 
-
 def check_removed_keys(run, saved, purpose):
     """Raise ConfigError if a run cannot do something as it did when it was trained.
 
@@ -34,7 +33,6 @@ def check_removed_keys(run, saved, purpose):
     for kind in DEPENDS_ON[purpose]:
         for key, value in REMOVED_KEYS[kind].items():
             if saved.get(key, value) != value:
-                raise ConfigError(
-                    f"{run!r} has {key}={saved[key]!r}, and this version always has {value!r}, so the run "
-                    f"would not {purpose} the same way: use the commit that its meta.json names."
-                )
+                raise ConfigError(f"{run!r} has {key}={saved[key]!r}, and this version always has {value!r}, "
+                                  f"so the run would not {purpose} the same way: use the commit that its "
+                                  "meta.json names.")

@@ -7,13 +7,7 @@ Write the page that shows what an agent does: report.html with everything in it,
 The order below: which episodes, what the critic thinks of their tokens, the page's data, charts, the table of
 results, the GIF, and write_report, which puts them together. The page itself is assets/report.html.
 """
-import base64
-import functools
-import io
-import json
-import math
-import os
-import re
+import base64, functools, io, json, math, os, re
 from html import escape
 
 import numpy as np
@@ -27,7 +21,6 @@ from buffer import make_batch, prompt_messages, reply_text
 
 ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets")
 
-
 def read_asset(name):
     """Read a text file of assets/."""
     with open(os.path.join(ASSETS, name), encoding="utf-8") as f:
@@ -39,7 +32,6 @@ LOOK = "\n" + read_asset("charts.css")
 
 
 # ---- which episodes ----
-
 
 def choose_episodes(buf, n, start=0):
     """Choose n of the episodes that begin at row `start` or later.
@@ -64,7 +56,6 @@ def choose_episodes(buf, n, start=0):
 
 
 # ---- what the critic thinks of their tokens ----
-
 
 def judge_tokens(vlm, batch, run_cfg, top):
     """Compute what the loss sees of each reply token of a batch -> (alternatives, taken, others).
@@ -92,7 +83,6 @@ def judge_tokens(vlm, batch, run_cfg, top):
         others.append(q.mean(0).gather(-1, alternatives))
     return alternatives, torch.stack(taken, -1), torch.stack(others, -1)
 
-
 def for_json(numbers, n):
     """Round numbers to five digits and append None up to n numbers; nan becomes None, JSON has none."""
     out = [None] * n
@@ -100,7 +90,6 @@ def for_json(numbers, n):
         if math.isfinite(x):
             out[k] = float(f"{x:.5g}")
     return out
-
 
 @torch.no_grad()
 def inspect_replies(buf, rows, vlm, run_cfg, top=10, chunk=8):
@@ -129,7 +118,6 @@ def inspect_replies(buf, rows, vlm, run_cfg, top=10, chunk=8):
 
 # ---- the page's data ----
 
-
 def token_text(vlm, token):
     """Decode one token; decoded alone, SentencePiece's tokens lose the blank that they begin with."""
     text = vlm.tokenizer.decode([token], clean_up_tokenization_spaces=False)
@@ -137,7 +125,6 @@ def token_text(vlm, token):
     if raw[:1] in ("\u2581", "\u0120") and text[:1] != " ":
         return " " + text
     return text
-
 
 def data_uri(image):
     """Encode a picture for the page, as PNG where that is small, else as WebP; at most 640 x 640 pixels."""
@@ -150,12 +137,10 @@ def data_uri(image):
             break
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
-
 def json_size(content):
     """Count the bytes that some content takes on the page, where each < is written as \\u003c."""
     text = json.dumps(content)
     return len(text) + 5 * text.count("<")
-
 
 class PageStore:
     """The prompts and pictures of a page: each is stored once, and turns refer to it by its number.
@@ -182,7 +167,6 @@ class PageStore:
             self.size += len(self.pictures[-1])
         return self.files[file]
 
-
 def shown_prompt(row):
     """Return a row's prompt as the page shows it: the text alone, or a conversation with its roles."""
     parts = []
@@ -192,7 +176,6 @@ def shown_prompt(row):
     if len(parts) == 1:
         return parts[0][1]
     return "\n\n".join(f"{role}: {text}" for role, text in parts)
-
 
 def turn_data(buf, i, store, replies, run_cfg):
     """Return what the page shows of row i. replies: see inspect_replies, empty if nobody judges."""
@@ -214,7 +197,6 @@ def turn_data(buf, i, store, replies, run_cfg):
         source=row.get("source"),
     )
 
-
 def token_words(vlm, tokens):
     """Decode the tokens of a page and their alternatives -> {id: text}. tokens: see inspect_replies."""
     ids = set()
@@ -223,13 +205,11 @@ def token_words(vlm, tokens):
         ids.update(alternative[0] for alternative in alternatives)
     return {token: token_text(vlm, token) for token in sorted(ids)}
 
-
 def colour_scale(tokens):
     """Return the advantage at which colours are full: few tokens have a larger one."""
     # the fifth entry of a token is A
     sizes = [abs(token[4]) for token in tokens if token[4] is not None]
     return max(float(np.quantile(sizes or [1.0], 0.95)), 1e-3)
-
 
 def page_data(buf, chosen, vlm=None, run_cfg=None, limit=25e6):
     """Collect what the page's script reads, and the points of the calibration chart -> (dict, points).
@@ -286,7 +266,6 @@ LEFT = 44
 RIGHT = 324
 BOTTOM = 204
 
-
 def round_numbers(low, high, n=4):
     """Return at most n + 1 round numbers between two limits."""
     step = 10.0 ** math.floor(math.log10((high - low) / n))
@@ -295,7 +274,6 @@ def round_numbers(low, high, n=4):
     last = math.floor(high / step + 1e-9)
     return [k * step for k in range(first, last + 1)]
 
-
 def limits(values):
     """Return the smallest and the largest value, one apart from both if they are equal."""
     low = min(values)
@@ -303,7 +281,6 @@ def limits(values):
     if low < high:
         return low, high
     return low - 1, high + 1
-
 
 class Axes:
     """The plot area of a chart: x() and y() turn data into positions.
@@ -333,7 +310,6 @@ class Axes:
         inside = min(max(value, self.y0), self.y1)
         return round(BOTTOM - (BOTTOM - self.top) * (inside - self.y0) / (self.y1 - self.y0), 1)
 
-
 def draw_grid(axes, x_label):
     """Yield the grid lines with their numbers, the numbers below the plot, and the label of the x axis."""
     for value in round_numbers(axes.y0, axes.y1):
@@ -350,7 +326,6 @@ def draw_grid(axes, x_label):
     middle = (LEFT + RIGHT) / 2
     yield f'<text x="{middle}" y="{BOTTOM + 29}" text-anchor="middle">{escape(x_label)}</text>'
 
-
 def draw_series(axes, colour, points):
     """Yield a line through points (x, y), or (x, y, half an interval); with dots if they are few."""
     path = "L".join(f"{axes.x(point[0])} {axes.y(point[1])}" for point in points)
@@ -364,7 +339,6 @@ def draw_series(axes, colour, points):
         for point in points:
             yield f'<circle class="d{colour}" cx="{axes.x(point[0])}" cy="{axes.y(point[1])}" r="2.2"/>'
 
-
 def draw_legend(labels, n_series):
     """Yield the legend, two entries to a line: lines first, then the entry for dots."""
     for k, text in enumerate(labels):
@@ -374,7 +348,6 @@ def draw_legend(labels, n_series):
         if k >= n_series:
             sign = f'<path class="dots" d="M{x + 9} {y - 3}h0"/>'
         yield f'{sign}<text x="{x + 23}" y="{y}">{escape(text)}</text>'
-
 
 def chart(title, series, x_label, x_range=None, online=None, log=False, dots=(), square=False):
     """Draw a small plot -> the inside of an SVG of 340 x 240.
@@ -419,7 +392,6 @@ CURVES = [
     ("Values and returns, discounted", 1, "[qv]_mean|return_.*", False),
 ]
 
-
 def curve_series(rows, factor, pattern, log):
     """Collect the metrics whose names match a pattern -> {name: [(step, value)]}; log: their logarithms."""
     series = {}
@@ -434,7 +406,6 @@ def curve_series(rows, factor, pattern, log):
                 y = math.log10(y)
             series.setdefault(name, []).append((row["step"], y))
     return series
-
 
 def learning_curves(run):
     """Draw the charts that a run's metrics.jsonl has numbers for; the online phase is shaded."""
@@ -451,7 +422,6 @@ def learning_curves(run):
         if series:
             charts.append(chart(title, series, x_label, (0, rows[-1]["step"]), online, log))
     return charts
-
 
 def calibration_chart(points):
     """Draw observed against predicted returns; see page_data for the points.
@@ -477,7 +447,6 @@ def calibration_chart(points):
         square=True,
     )
 
-
 def curves_svg(charts):
     """Arrange charts as one SVG file, three in a row."""
     height = 240 * math.ceil(len(charts) / 3)
@@ -492,7 +461,6 @@ def curves_svg(charts):
 
 # ---- the table of results ----
 
-
 def rate_cell(summary, key, title):
     """Return a cell with a rate and its interval, and the interval drawn on a line from 0 to 100 %."""
     rate = summary[key]
@@ -503,7 +471,6 @@ def rate_cell(summary, key, title):
         '<svg class="bar" viewBox="0 0 100 3" preserveAspectRatio="none">'
         f'<rect width="100" height="3"/>{bar}</svg></td>'
     )
-
 
 def summary_row(name, summary, attributes=""):
     """Return the row of one evaluation."""
@@ -517,7 +484,6 @@ def summary_row(name, summary, attributes=""):
         f'<td data-of="episodes">{summary["episodes"]}</td></tr>'
     )
 
-
 def tag_row(tag, group):
     """Return the row of the episodes that an environment gives one tag."""
     return (
@@ -525,7 +491,6 @@ def tag_row(tag, group):
         f'<td class="rate" data-of="goal reached, %">{100 * group["success"]:.1f} <small></small></td>'
         f'<td colspan="4"></td><td data-of="episodes">{group["episodes"]}</td></tr>'
     )
-
 
 def html_table(results):
     """Turn {name: summary} into the rows of the page's table, with a row per game and per tag."""
@@ -549,12 +514,10 @@ GIF_LIMIT = 480
 CAPTION = 44
 SOFT = (165, 175, 185)
 
-
 @functools.cache
 def load_font(size):
     """Load Pillow's own font at a size in pixels."""
     return ImageFont.load_default(size=size)
-
 
 def gif_size(image):
     """Return the size of a picture in a GIF: small ones are enlarged by a whole number."""
@@ -562,7 +525,6 @@ def gif_size(image):
     longer = max(image.size)
     scale = min(max(1, math.ceil(GIF_SIDE / shorter)), GIF_LIMIT / longer)
     return round(image.width * scale), round(image.height * scale)
-
 
 def shown_action(row):
     """Return what the agent did in a turn, on one line."""
@@ -573,7 +535,6 @@ def shown_action(row):
     elif not row["valid"]:
         text = f"invalid: {reply}"
     return " ".join(text.split())
-
 
 def draw_frame(image, size, row, status, counter):
     """Draw a turn: its picture, then a line with action and reward, then one with status and counter."""
@@ -601,7 +562,6 @@ def draw_frame(image, size, row, status, counter):
     draw.text((width - 8, second_line), counter, fill=SOFT, font=small, anchor="ra")
     return frame
 
-
 def write_gif(buf, episodes, file):
     """Write episodes as one moving picture: 0.8 s per turn, 2 s for the last one of an episode."""
     frames = []
@@ -624,7 +584,6 @@ def write_gif(buf, episodes, file):
             durations.append(2000 if is_last else 800)
     frames[0].save(file, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
 
-
 def write_game_gif(buf, chosen, game, folder):
     """Write the GIF of a game: at most six of the chosen episodes, from long to short -> its path."""
     names = [name for name in chosen if buf.rows[buf.episodes[name][0]].get("env", "") == game]
@@ -636,7 +595,6 @@ def write_game_gif(buf, chosen, game, folder):
 
 
 # ---- the page ----
-
 
 def judge_note(vlm, run, run_cfg):
     """Say who judged the tokens."""
@@ -650,7 +608,6 @@ def judge_note(vlm, run, run_cfg):
     kind = f"actor_loss = {run_cfg.actor_loss!r}"
     return f"{run} trained no critic ({kind}), so a token shows its probability alone."
 
-
 def count_note(n, n_chosen, total):
     """Say how many of all episodes are on the page, and why not more of those that were chosen."""
     if n == total:
@@ -661,11 +618,9 @@ def count_note(n, n_chosen, total):
         return f"{count}; more would make the page too large to open fast."
     return f"{count}."
 
-
 def fill_page(parts):
     """Put the parts into assets/report.html, in one pass: what is inserted is not searched again."""
     return re.sub(r"@([A-Z]+)@", lambda match: parts[match[1]], read_asset("report.html"))
-
 
 def page_charts(charts, points):
     """Return the heading, the drawings and the remark of the page's charts, as parts of the page."""
@@ -681,7 +636,6 @@ def page_charts(charts, points):
         )
     drawings = [f'<svg class="chart" viewBox="0 0 340 240">{drawing}</svg>' for drawing in charts]
     return dict(HEAD=head, CHARTS="".join(drawings), LINE=remark)
-
 
 def write_report(folder, buf, results, vlm=None, run=None, run_cfg=None, n=100, start=0):
     """Write folder/report.html about n of the episodes that begin at row `start` or later.

@@ -14,13 +14,7 @@ reached), `clean` (summed reward > 0), `solvable` (goal reached, of the deals th
 (valid actions). `goal_k` counts the episodes behind `goal`, where the count is known. A seed such as "0+1+2"
 marks a record of several seeds together. `variant` names what differs from the experiment's main run.
 """
-import glob
-import json
-import os
-import re
-import shlex
-import sys
-import time
+import glob, json, os, re, shlex, sys, time
 
 from buffer import Buffer
 from configurator import configure
@@ -82,12 +76,10 @@ def read_json(path):
     with open(path, encoding="utf-8") as f:
         return json.load(f)
 
-
 def read_records(root=ROOT):
     """Read runs.jsonl: a list of dictionaries, in the order in which they were added."""
     with open(os.path.join(root, RUNS), encoding="utf-8") as f:
         return [json.loads(line) for line in f]
-
 
 def read_store(root=ROOT):
     """Read all that the tables are made of: (records, headline, literal tables by name)."""
@@ -96,11 +88,9 @@ def read_store(root=ROOT):
     literal |= read_json(os.path.join(folder, "published.json"))
     return read_records(root), read_json(os.path.join(folder, "headline.json")), literal
 
-
 def key_of(record, names):
     """Return what identifies a record, or the player that it belongs to."""
     return tuple(record.get(name, "") for name in names)
-
 
 def episodes(record, metric):
     """Return the number of episodes behind a rate, None if it is unknown or if actions are counted."""
@@ -108,20 +98,17 @@ def episodes(record, metric):
         return None
     return record.get(f"{metric}_n", record.get("n"))
 
-
 def successes(record, metric):
     """Return the count behind a rate, computed from the rounded rate where it was not written down."""
     if f"{metric}_k" in record:
         return record[f"{metric}_k"]
     return record[metric] / 100 * episodes(record, metric)
 
-
 def percentage(record, metric):
     """Return a rate in percent, from its count where there is one."""
     if f"{metric}_k" in record:
         return 100 * (successes(record, metric) / episodes(record, metric))
     return record[metric]
-
 
 def pooled(records, metric):
     """Pool the episodes of several records: (rate, low, high) in %, Wilson's 95 % interval.
@@ -136,7 +123,6 @@ def pooled(records, metric):
     k = sum(successes(record, metric) for record in records)
     low, high = wilson(k, n)
     return 100 * (k / n), 100 * low, 100 * high
-
 
 def select(records, metric, **wanted):
     """Return the records with a rate for this metric that have the wanted values, one for each seed.
@@ -158,14 +144,12 @@ def markdown(rows):
     lines.insert(1, "|---" * len(rows[0]) + "|")
     return "\n".join(lines)
 
-
 def rate(value, low=None, high=None):
     """Format a rate with its interval, if it has one."""
     text = f"{value:.1f}"
     if low is not None:
         text += f" [{low:.1f}, {high:.1f}]"
     return text
-
 
 def seeds_of(records):
     """Name the seeds of a cell, unless they are 0, 1, 2 or there are none (a script plays all starts)."""
@@ -175,7 +159,6 @@ def seeds_of(records):
     if len(seeds) == 1 and seeds[0].isdigit():
         return f"seed {seeds[0]}: "
     return f"seeds {', '.join(seeds)}: "
-
 
 def cell(records, metric):
     """Format the records of one player and one way of decoding: each seed, then all together."""
@@ -196,14 +179,12 @@ def cell(records, metric):
         text += f" ({rate(*together)})"
     return seeds_of(records) + text
 
-
 def episode_counts(records, metric):
     """Format the number of episodes of each seed, once where they are equal."""
     counts = [f"{episodes(record, metric):,}" for record in records if episodes(record, metric)]
     if len(set(counts)) == 1:
         return counts[0]
     return " / ".join(counts)
-
 
 def label(player, several):
     """Name a player by method, variant and phase, and by environment if there are several."""
@@ -217,7 +198,6 @@ def label(player, several):
         name = f"{env}: {name}"
     return name
 
-
 def players_of(records):
     """Return the players of an experiment: by environment, then method, phase and variant."""
     players = list(dict.fromkeys(key_of(record, PLAYER) for record in records))
@@ -229,7 +209,6 @@ def players_of(records):
         method_and_phase = list(METHODS).index(method), list(PHASES).index(phase)
         return envs.index(env), *method_and_phase, variants.index(variant)
     return sorted(players, key=place)
-
 
 def table(records, metric):
     """Build the table of one experiment and one metric: a row for each player, a column for each decoding."""
@@ -253,7 +232,6 @@ def table(records, metric):
     filled = [column for column in columns if column[0] == "" or any(column[1:])]
     return list(zip(*filled))
 
-
 def tables(records):
     """Format the tables of an experiment, one for each metric; metrics with equal tables share one."""
     titles = {}
@@ -267,7 +245,6 @@ def tables(records):
         parts.append(f"{title[0].upper()}{title[1:]}, %:\n\n{text}")
     return "\n\n".join(parts)
 
-
 def conditions(record):
     """Format how a record was measured: machine, q_weight, date, commit, source."""
     parts = [record.get("hardware", "")]
@@ -275,7 +252,6 @@ def conditions(record):
         parts.append(f"q_weight {record['q_weight']:g} at play")
     parts += [record.get(name, "") for name in ("date", "commit", "source")]
     return ", ".join(filter(None, parts))
-
 
 def origins(records):
     """Build the table of how each player was run: command without seed, conditions, minutes, remarks."""
@@ -294,11 +270,9 @@ def origins(records):
         rows.append(["; ".join(names), code, text, times, "; ".join(filter(None, notes))])
     return rows
 
-
 def experiment_block(records):
     """Format one experiment: its tables, and how each player was run."""
     return f"{tables(records)}\n\n{markdown(origins(records))}"
-
 
 def literal_block(spec):
     """Format a table whose cells are kept as texts, with how they were measured below."""
@@ -316,7 +290,6 @@ def whole(value):
     """Round half up to a whole percent."""
     return str(int(value + 0.5 + 1e-9))
 
-
 def headline_value(records, row, phase, decoding, variants):
     """Round the first rate that one of the variants has: (text, whether it is of one seed)."""
     wanted = dict(experiment=row["experiment"], phase=phase, decoding=decoding)
@@ -328,7 +301,6 @@ def headline_value(records, row, phase, decoding, variants):
         if found:
             return whole(pooled(found, row["metric"])[0]), len(found) == 1
     return "–", False
-
 
 def headline_cell(records, row, column):
     """Format one cell of the headline: greedy / sampled, and its marks."""
@@ -348,7 +320,6 @@ def headline_cell(records, row, column):
     else:
         texts = [f"{text}¹" if one_seed else text for text, one_seed in pair]
     return " ".join([" / ".join(texts), *filter(None, marks)])
-
 
 def headline_block(records, spec):
     """Format the small table of README."""
@@ -377,7 +348,6 @@ def render_text(name, store):
         raise ConfigError(f"There are no results of the name {name}; {hint}.")
     return experiment_block(own)
 
-
 def generate(path, text, store):
     """Return the text of a file with all its tables generated again."""
     starts = text.count("<!-- results: ")
@@ -388,11 +358,9 @@ def generate(path, text, store):
         return f"{match[1]}\n{render_text(match[2], store)}\n\n{match[3]}"
     return BLOCK.sub(fill, text)
 
-
 def targets(root=ROOT):
     """Return the files that may hold tables."""
     return [os.path.join(root, "README.md"), *sorted(glob.glob(os.path.join(root, "docs", "*.md")))]
-
 
 def update_files(root=ROOT, check_only=False):
     """Write all tables again; with check_only raise a ConfigError that names the files that differ."""
@@ -430,7 +398,6 @@ def read_evaluations(run):
     evaluation = read_json(final)
     return results | evaluation["results"], evaluation["q_weight"]
 
-
 def minutes_of(run):
     """Return how long a run took, from the last line of metrics.jsonl; None without one."""
     path = os.path.join(run, "metrics.jsonl")
@@ -441,7 +408,6 @@ def minutes_of(run):
     last = json.loads(lines[-1]) if lines else {}
     seconds = sum(value for name, value in last.items() if name.startswith("time/"))
     return round(seconds / 60, 1)
-
 
 def rates_of(summary):
     """Return the rates of a summary as fields of a record."""
@@ -454,7 +420,6 @@ def rates_of(summary):
     fields["valid"] = round(100 * summary["valid"], 1)
     return fields
 
-
 def records_of(summary, shared, own):
     """Make the records of one summary: one, and one for each environment where several were played."""
     record = shared | own | rates_of(summary)
@@ -463,7 +428,6 @@ def records_of(summary, shared, own):
         name = f"{shared['experiment']}_tasks"
         found.append(record | rates_of(part) | {"experiment": name, "env": env})
     return found
-
 
 def run_records(run, cfg):
     """Make the records of a finished run from its eval.json, config.json, meta.json and recorded data."""
@@ -504,7 +468,6 @@ def run_records(run, cfg):
         found += records_of(Buffer(folder).stats(), shared, own)
     return found
 
-
 def add(run, cfg, root=ROOT):
     """Append the records of a run to runs.jsonl; if one is there already, write nothing and say so."""
     if not os.path.exists(os.path.join(run, "config.json")):
@@ -531,7 +494,6 @@ def add(run, cfg, root=ROOT):
         for record in new:
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
     return new
-
 
 def main(argv):
     """Add a run if asked to, then write or check all tables."""

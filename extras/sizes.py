@@ -26,7 +26,6 @@ TEXT_TOKENS = 100
 
 # ---- published models ----
 
-
 class Published(NamedTuple):
     """A published model: its config, and what is known of its size."""
 
@@ -35,7 +34,6 @@ class Published(NamedTuple):
     rest: dict
     millions: float  # of parameters
     picture_tokens: int  # of a picture of 336 x 336
-
 
 def language_config(hidden, inner, layers, heads, kv_heads, vocab, tied=False, **more):
     """Return the settings of a language model."""
@@ -160,11 +158,9 @@ PUBLISHED = {
     ),
 }
 
-
 def count_millions(net):
     """Count the parameters of a net, in millions."""
     return sum(p.numel() for p in net.parameters()) / 1e6
-
 
 def published_net(name):
     """Build a published model's net, as fake as the mode around it.
@@ -183,15 +179,12 @@ def published_net(name):
     net.tie_weights()
     millions = count_millions(net)
     if abs(millions / known.millions - 1) > 0.02:
-        raise SystemExit(
-            f"{name}: {millions:,.1f} million parameters, published are {known.millions:,.1f}: "
-            "its config here is wrong."
-        )
+        raise SystemExit(f"{name}: {millions:,.1f} million parameters, published are {known.millions:,.1f}: "
+                         "its config here is wrong.")
     return net
 
 
 # ---- what an update takes ----
-
 
 def saved_bytes(net, B, T, half=True):
     """Count the bytes that autograd stores of the language model's forward pass of (B, T) tokens.
@@ -221,12 +214,10 @@ def saved_bytes(net, B, T, half=True):
         )
     return sum(n_bytes for n_bytes, _ in saved.values())
 
-
 def bytes_of(params):
     """Sum the bytes of parameters; a parameter that comes twice counts once."""
     sizes = {id(p): p.numel() * p.element_size() for p in params}
     return sum(sizes.values())
-
 
 def update_parts(net, r, B, T):
     """Compute what an update of B turns of T tokens takes -> {part: bytes}.
@@ -257,19 +248,13 @@ def update_parts(net, r, B, T):
     parts["checkpointed"] = inputs + parts["activations"] // n_layers
     return parts
 
-
 def print_sizes(cfg):
     """Print the table of docs/models.md."""
     B = cfg.window * cfg.micro_batch
-    print(
-        f"computed, not measured; GiB; lora_r={cfg.lora_r}, "
-        f"{B} turns at once ({cfg.micro_batch} x {cfg.window}), "
-        f"one picture of 336 x 336 and {TEXT_TOKENS} other tokens each\n"
-    )
-    print(
-        "| model | parameters | tokens a turn | weights, bfloat16 | adapters | Q head and target | gradients "
-        "| AdamW | activations / checkpointed | peak / checkpointed |"
-    )
+    print(f"computed, not measured; GiB; lora_r={cfg.lora_r}, {B} turns at once ({cfg.micro_batch} x "
+          f"{cfg.window}), one picture of 336 x 336 and {TEXT_TOKENS} other tokens each\n")
+    print("| model | parameters | tokens a turn | weights, bfloat16 | adapters | Q head and target | "
+          "gradients | AdamW | activations / checkpointed | peak / checkpointed |")
     print("|" + "---|" * 10)
     for name, known in PUBLISHED.items():
         T = known.picture_tokens + TEXT_TOKENS

@@ -7,13 +7,7 @@ Play with someone who is not part of this program: a model behind a server, or a
 import base64
 import email.utils
 import http.client
-import io
-import json
-import os
-import random
-import re
-import sys
-import time
+import io, json, os, random, re, sys, time
 import urllib.request
 from collections import Counter
 from multiprocessing.pool import ThreadPool
@@ -38,17 +32,14 @@ PASSING = (NO_ANSWER, 200, 408, 409, 425, 429)
 
 # ---- a model behind a server: its key, its address, its answers ----
 
-
 def read_key(variable):
     """Read the API key from an environment variable; "" if OPENAI_API_KEY is not set."""
     key = os.environ.get(variable, "").strip()
     is_key = re.fullmatch(r"[!#-\[\]-~]*", key)
     if not is_key or (not key and variable != "OPENAI_API_KEY"):
-        raise ConfigError(
-            "The environment variable that --api_key_env names is not set, or what it holds is no key."
-        )
+        raise ConfigError("The environment variable that --api_key_env names is not set, or what it holds "
+                          "is no key.")
     return key
-
 
 def secret_pattern(key):
     """Build the pattern that finds a key however a server echoes it: whole, escaped, or cut off."""
@@ -56,7 +47,6 @@ def secret_pattern(key):
     whole = "".join(escaped)
     beginning = "".join(escaped[: max(8, len(key) // 2)]) + r"[\w.~+/=\\%-]*"
     return re.compile(f"{whole}|{beginning}", re.I)
-
 
 def make_opener(base_url):
     """Make a bare opener: every status is an answer, and no redirect is followed.
@@ -71,7 +61,6 @@ def make_opener(base_url):
     opener.add_handler(urllib.request.HTTPSHandler())
     return opener
 
-
 def message_content(row, image):
     """Turn an observation into the content of a message: the picture as a data address, and the text."""
     file = io.BytesIO()
@@ -80,7 +69,6 @@ def message_content(row, image):
     picture = dict(type="image_url", image_url=dict(url=f"data:image/png;base64,{data}"))
     parts = row["messages"][0]["content"]
     return [picture if part["type"] == "image" else part for part in parts]
-
 
 def read_body(answer, end):
     """Read an answer to its end, or to a limit of bytes, or of time on the monotonic clock.
@@ -96,7 +84,6 @@ def read_body(answer, end):
             return NO_ANSWER, "time-out", {}
     return answer.status, raw.decode("utf-8", "replace"), answer.headers
 
-
 def connection_fault(error):
     """Sort the error of a request without an answer -> (status, reason, {}) like OpenAIAgent.post."""
     reason = getattr(error, "reason", error)
@@ -107,7 +94,6 @@ def connection_fault(error):
         return NO_ANSWER, "connection lost", {}
     return NO_CONNECTION, f"no connection: {reason}", {}
 
-
 def retry_after_seconds(text):
     """Read a Retry-After header, a number or a date -> seconds from now; 0 if it is neither."""
     try:
@@ -116,7 +102,6 @@ def retry_after_seconds(text):
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError):
         return 0.0
-
 
 class OpenAIAgent:
     """A player for `play`: a model behind a server of OpenAI's chat-completions protocol.
@@ -133,10 +118,9 @@ class OpenAIAgent:
         # an address with a password in it would be printed
         is_address = re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", cfg.base_url)
         if not cfg.model or not is_address:
-            raise ConfigError(
-                "--agent=openai needs a server's address and a model's name, for instance "
-                "--base_url=http://localhost:8000/v1 --model=NAME; a key goes into OPENAI_API_KEY."
-            )
+            raise ConfigError("--agent=openai needs a server's address and a model's name, for instance "
+                              "--base_url=http://localhost:8000/v1 --model=NAME; a key goes into "
+                              "OPENAI_API_KEY.")
         self.cfg = cfg
         self.counts = counts
         self.key = read_key(cfg.api_key_env)
@@ -157,10 +141,9 @@ class OpenAIAgent:
         else:
             self.losses_in_a_row = 0
         if self.losses_in_a_row >= max(8, self.cfg.num_envs):
-            raise ConfigError(
-                f"{self.name()}: no answer to the last {self.losses_in_a_row} turns "
-                f"({answers[-1]['lost']}): see to the server, then continue with another --seed."
-            )
+            raise ConfigError(f"{self.name()}: no answer to the last {self.losses_in_a_row} turns "
+                              f"({answers[-1]['lost']}): see to the server, then continue with another "
+                              "--seed.")
         return answers
 
     def ask_together(self, contents):
@@ -313,7 +296,6 @@ class OpenAIAgent:
 
 # ---- a person at the terminal ----
 
-
 def human_agent(folder):
     """Make a player for `play`: a person who types an action or a whole reply.
 
@@ -338,7 +320,6 @@ def human_agent(folder):
 
     return act
 
-
 def read_line():
     """Ask until something is typed; EOFError for `quit`."""
     text = ""
@@ -347,7 +328,6 @@ def read_line():
     if text == "quit":
         raise EOFError
     return text
-
 
 def render(image, columns=40):
     """Draw a picture with terminal colours, two pixels per character.

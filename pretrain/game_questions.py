@@ -25,7 +25,6 @@ NUMBERS = [str(number) for number in range(100)]
 CHARACTERS = list(string.ascii_letters + string.digits + string.punctuation)
 SYLLABLES = "th he in er an re on at en nd ti es or te of ed is it al ar".split()
 
-
 def words_of_games():
     """Return the words of the games' goals, of their actions and of the questions about them, sorted."""
     words = set(QUESTION_WORDS)
@@ -59,7 +58,6 @@ def number_line_questions(game, rng):
         ("difference", "What is the difference?", abs(game.target - game.current)),
     ]
 
-
 def blackjack_questions(game, rng):
     """Draw a hand of Blackjack and list the questions about it."""
     game.player = deal_cards(rng, rng.integers(2, 6))
@@ -77,7 +75,6 @@ def blackjack_questions(game, rng):
         ("soft ace", "Is there a soft ace?", "no" if total == points else "yes"),
         ("count", "How many cards do you have?", len(game.player)),
     ]
-
 
 def points_questions(game, rng):
     """Draw cards and a formula of EZPoints or Points24 and list the questions about them."""

@@ -43,13 +43,11 @@ def shortest_path(is_free, state, goals):
                 ways.append((after, (*words, word)))
     return None
 
-
 def first_word(path):
     """Return how a path begins, 'here' for an empty one, 'nowhere' for none."""
     if path is None:
         return "nowhere"
     return path[0] if path else "here"
-
 
 def play_shaped_question(mission, ways, answer, draw):
     """Return (question, answer) in the shape of play, without its syntax.
@@ -85,7 +83,6 @@ def cell_name(cell):
     if cell.type == "wall":
         return "wall"
     return f"{cell.color} {cell.type}"
-
 
 class Room:
     """Hold what a BabyAI picture shows.
@@ -169,7 +166,6 @@ def yes_or_no(condition):
     """Return the answer 'yes' or 'no'."""
     return "yes" if condition else "no"
 
-
 def side_word(steps, positive, negative):
     """Name a number of steps by its sign; None is 'nowhere'."""
     if steps is None:
@@ -177,7 +173,6 @@ def side_word(steps, positive, negative):
     if steps == 0:
         return "neither"
     return positive if steps > 0 else negative
-
 
 def room_questions(world, draw):
     """Return all questions about the picture of a BabyAI level."""
@@ -196,7 +191,6 @@ def room_questions(world, draw):
         if name in room.positions:
             asked += unique_thing_questions(room, name)
     return asked
-
 
 def layout_questions(room, draw):
     """Ask what is where."""
@@ -219,7 +213,6 @@ def layout_questions(room, draw):
         asked.append(("at", f"What is at {column} {row}?", room.what(column, row)))
     return asked
 
-
 def nearby_questions(room):
     """Ask whether the way is free and what is beside the agent."""
     in_front = room.what(room.x + room.dx, room.y + room.dy)
@@ -229,7 +222,6 @@ def nearby_questions(room):
     left = ("beside", "What is left of the agent?", on_the_left)
     right = ("beside", "What is right of the agent?", on_the_right)
     return [free] * 6 + [left, right] * 3
-
 
 def memory_questions(world):
     """Ask about the list of last actions, where the text has one."""
@@ -243,11 +235,9 @@ def memory_questions(world):
     turned = ("turned", f"{text}\nWhich way was the last turn?", last_turn)
     return [changed, turned] * 5
 
-
 def sample_things(things, draw):
     """Draw at most five things, in any order."""
     return sorted(things, key=lambda thing: draw(1 << 30))[:5]
-
 
 def several_places(room, draw):
     """Ask for the places of several things: a long answer, in which each place can be right or wrong."""
@@ -257,7 +247,6 @@ def several_places(room, draw):
         return []
     answer = ", ".join(f"{name} {places[name]}" for name in names)
     return [("places", f"Which places have {', '.join(names)}?", answer)]
-
 
 def mission_questions(room, world, draw):
     """Ask for the thing that the mission is about: its place, its side, the way to it.
@@ -287,7 +276,6 @@ def mission_questions(room, world, draw):
         asked += [("mission told", *play_shaped_question(mission, WAYS, answer, draw))] * 60
     return asked
 
-
 def way_to_target(room, target, remembers):
     """Return how the shortest path to the mission's thing begins.
 
@@ -298,7 +286,6 @@ def way_to_target(room, target, remembers):
     if not goals and remembers:
         return room.way_in_level(target)
     return room.way_to(goals)
-
 
 def target_place_questions(room, mission, target):
     """Ask for place and side of the thing that the mission is about."""
@@ -313,7 +300,6 @@ def target_place_questions(room, mission, target):
     ahead_or_behind = ("it ahead", f"{mission}\nIs it ahead of the agent or behind?", along)
     return [where] * 4 + [left_or_right, ahead_or_behind] * 6
 
-
 def hidden_thing_questions(name):
     """Ask for a thing that is out of the agent's view."""
     return [
@@ -321,7 +307,6 @@ def hidden_thing_questions(name):
         ("side", f"Is the {name} left or right of the agent?", "nowhere"),
         ("way", f"Which way does the shortest path to the {name} begin?", "nowhere"),
     ]
-
 
 def between_questions(room, name, column, row):
     """Ask whether the straight way to a thing is free, if there is one of at least two steps."""
@@ -340,7 +325,6 @@ def between_questions(room, name, column, row):
         asked += [("between", f"Is the way to the {name} free?", answer)] * 4
     return asked
 
-
 def one_word_questions(room, name, column, row):
     """Ask for the place of a thing by one of its two words, where no other thing has that word.
 
@@ -351,7 +335,6 @@ def one_word_questions(room, name, column, row):
         if sum(word in other.split() for other, _, _ in room.things) == 1:
             asked += [("where one", f"Where is the {word} one?", f"{column} {row}")] * 2
     return asked
-
 
 def unique_thing_questions(room, name):
     """Ask where a thing is, on the map and from the agent, and which way leads to it."""
@@ -377,13 +360,11 @@ def unique_thing_questions(room, name):
 COMPASS = {"left": "west", "down": "south", "right": "east", "up": "north"}
 TILES = {b"S": "ice", b"F": "ice", b"H": "hole", b"G": "flag"}
 
-
 def tile_name(lake, column, row):
     """Name a tile of gymnasium's lake; 'nothing' outside of it."""
     if not (0 <= column < lake.ncol and 0 <= row < lake.nrow):
         return "nothing"
     return TILES[lake.desc[row, column]]
-
 
 def place_agent(world, draw):
     """Put the agent on a tile from which a way leads to the flag, and return where that begins.
@@ -406,7 +387,6 @@ def place_agent(world, draw):
         tiles = detours
     lake.s = tiles[draw(len(tiles))]
     return ways[lake.s]
-
 
 def lake_questions(world, draw):
     """Put FrozenLake's agent somewhere, and return all questions about the picture."""

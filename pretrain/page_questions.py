@@ -4,9 +4,7 @@ Questions about MiniWoB++'s pages for pre-training, before a tiny VLM meets any 
 A Page is a copy of what a browser showed, an Asker draws questions about it. Some questions need the picture:
 where is a text? Others need the page's lines only: which number has a text? Every answer is on the page.
 """
-import contextlib
-import re
-import string
+import contextlib, re, string
 from collections import Counter
 
 from PIL import Image, ImageChops
@@ -74,21 +72,17 @@ def unique(names):
     """Return the names that occur once, in their order."""
     return [name for name, count in Counter(names).items() if count == 1]
 
-
 def join_lines(*lines):
     """Join the lines that are not empty."""
     return "\n".join(filter(None, lines))
-
 
 def format_elements(elements):
     """Write elements as the prompt shows them, one a line."""
     return "\n".join(map(format_element, elements))
 
-
 def textboxes(elements):
     """Return the text boxes among elements."""
     return [element for element in elements if element["role"] == "textbox"]
-
 
 def click_place(element):
     """Return the place to click on an element as a text: "80 112"."""
@@ -108,7 +102,6 @@ def target_element(world):
             return int(found[1]), found[2] or ""
     return None
 
-
 def copy_page(world):
     """Copy the page that an environment shows."""
     return Page(
@@ -120,7 +113,6 @@ def copy_page(world):
         world.picture(),
         world.fingerprint(),
     )
-
 
 class Page:
     """Hold a page as it was read: questions about it need no browser.
@@ -201,7 +193,6 @@ class Page:
         self.image = sheet
         self.identity = f"{self.identity} {[element['box'] for element in self.elements]}"
 
-
 def free_place(element, placed, draw):
     """Draw a place (x, y) for an element apart from those that are placed already.
 
@@ -216,7 +207,6 @@ def free_place(element, placed, draw):
         if all(are_apart([x, y, width, height], other["box"]) for other in placed):
             return x, y
     return None
-
 
 def are_apart(box, other):
     """Tell whether two boxes (left, top, width, height) do not overlap."""

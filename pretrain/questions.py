@@ -16,7 +16,6 @@ from pretrain.page_questions import Asker, Page, copy_page
 from worlds.gym import BabyAI, FrozenLake
 from worlds.miniwob import MiniWoB
 
-
 def draw_from(rng):
     """Return a function draw(n) that draws an integer below n, or draw(low, high)."""
 
@@ -24,7 +23,6 @@ def draw_from(rng):
         return int(rng.integers(*bounds))
 
     return draw
-
 
 class Reading(Env):
     """Ask one question a turn: about a card game or a world, a sum, or a text to repeat.
@@ -52,10 +50,9 @@ class Reading(Env):
             return
         self.name = f"{self.name}:{world.name}"
         if not isinstance(world, (BabyAI, FrozenLake, MiniWoB)):
-            raise ValueError(
-                f"env={self.name!r}: there are questions about BabyAI's levels, FrozenLake and MiniWoB++'s "
-                "pages, and, without a world behind the name, about the card games."
-            )
+            raise ValueError(f"env={self.name!r}: there are questions about BabyAI's levels, FrozenLake and "
+                             "MiniWoB++'s pages, and, without a world behind the name, about the card "
+                             "games.")
         self.max_parallel = world.max_parallel
         commands = " ".join(kind.doc() for kind in world.kinds).replace(",", "")
         self.atoms = [sorted(set(commands.split())), *ATOMS[1:]]
@@ -212,7 +209,6 @@ class Reading(Env):
         if self.world:
             self.world.close()
 
-
 class Captions(Reading):
     """Ask "What is in the picture?" and for texts to repeat only: the first stage.
 
@@ -223,7 +219,6 @@ class Captions(Reading):
     name = "Captions"
     topics = ("picture", "places", "numbers")
 
-
 class Finding(Reading):
     """Ask where a named thing is, and for texts to repeat only.
 
@@ -232,7 +227,6 @@ class Finding(Reading):
 
     name = "Finding"
     topics = ("where", "where one", "it", "it number")
-
 
 class Facing(Reading):
     """Ask where a thing is from the agent's position, whether the way is free, and what it did last.
@@ -253,7 +247,6 @@ class Facing(Reading):
         "turned",
     )
 
-
 class Leading(Reading):
     """Ask which way the shortest path to a named thing begins, around what is in the way.
 
@@ -262,7 +255,6 @@ class Leading(Reading):
 
     name = "Leading"
     topics = ("way", "mission way", "mission told")
-
 
 def corpus(n, seed=0, readings=()):
     """Yield texts to train a tokenizer on: n questions, their answers and some prompts.

@@ -5,9 +5,7 @@ Tiny vision-language models with random weights: 1.3 M parameters, 25 image toke
 
 llava is what --model=scratch builds. pretrain/config_tiny.py pre-trains it, docs/bases.md has the commands.
 """
-import inspect
-import os
-import sys
+import inspect, os, sys
 
 import torch
 
@@ -21,7 +19,6 @@ CHAT = (
     "{% endif %}"
     "{% endfor %}"
 )
-
 
 def train_tokenizer(texts, vocab_size, special, **names):
     """Train a byte-level BPE tokenizer on texts; it can read and write every other text, too.
@@ -56,7 +53,6 @@ def train_tokenizer(texts, vocab_size, special, **names):
         **names,
     )
 
-
 def llama_settings(vocab_size, hidden, layers):
     """Return the settings of the language model, a Llama; token 0 pads, token 1 ends a turn."""
     return dict(
@@ -74,7 +70,6 @@ def llama_settings(vocab_size, hidden, layers):
         bos_token_id=None,
     )
 
-
 def vision_settings(hidden, layers, image_size, patch):
     """Return the settings that both vision towers share."""
     return dict(
@@ -85,7 +80,6 @@ def vision_settings(hidden, layers, image_size, patch):
         image_size=image_size,
         patch_size=patch,
     )
-
 
 def rescale_weights(net):
     """Draw larger random weights for a net, in place, and return it.
@@ -102,7 +96,6 @@ def rescale_weights(net):
             elif weight.dim() == 2 and "embeddings" not in name:
                 weight.normal_(0, weight.shape[1] ** -0.5)
     return net
-
 
 def llava(
     texts,
@@ -157,7 +150,6 @@ def llava(
     )
     return rescale_weights(LlavaForConditionalGeneration(config)), processor
 
-
 def smolvlm(
     texts,
     vocab_size=768,
@@ -209,7 +201,6 @@ USAGE = (
     "[--hidden=128 --layers=4 --vision_hidden=96 --vision_layers=3]"
 )
 
-
 def read_numbers(words, known, usage):
     """Read words --name=number -> {name: number}; SystemExit with `usage` for any other word."""
     numbers = {}
@@ -219,7 +210,6 @@ def read_numbers(words, known, usage):
             raise SystemExit(usage)
         numbers[name] = int(number)
     return numbers
-
 
 def main(argv):
     """Write the folder of a model with random weights: main(["llava", "out/x", "--hidden=64"])."""

@@ -14,10 +14,7 @@ with --text=900 --sight=500 --both=660 updates:
     patch is an example, while the answer to "Where is it?" teaches two numbers only.
  3. both together. The patches' loss stays beside the answers', because the tower forgets without it.
 """
-import math
-import os
-import sys
-import time
+import math, os, sys, time
 from typing import NamedTuple
 
 import numpy as np
@@ -68,7 +65,6 @@ def visible_features(net, pixels):
         return features
     return torch.stack(list(features))
 
-
 def patch_labels(page, names):
     """Label both halves of each patch of a page's picture -> (3, patches, 2) int64.
 
@@ -105,7 +101,6 @@ def patch_labels(page, names):
     by_patch = labels.reshape(3, SIDE, 2, SIDE).swapaxes(2, 3).reshape(3, -1, 2)
     return torch.from_numpy(by_patch)
 
-
 def new_tower(net):
     """Put a LLaVA's language model behind a Swin and a projector with random weights -> a new net.
 
@@ -136,7 +131,6 @@ def new_tower(net):
     new.model.language_model.load_state_dict(net.model.language_model.state_dict())
     new.tie_weights()
     return new
-
 
 class PatchHeads(nn.Module):
     """Hold what only the training of a tower needs: heads on the patches' features.
@@ -231,7 +225,6 @@ def retokenize(net, processor, texts):
     processor.tokenizer = new
     return net, processor
 
-
 def tokenizer_texts(asker, deal, n=12000):
     """Yield texts for the tokenizer: n questions and answers, some prompts, then words and numbers.
 
@@ -265,7 +258,6 @@ class Example(NamedTuple):
     question: str
     answer: str
 
-
 def draw_examples(asker, deal, stage, batch):
     """Draw the examples of an update, similar ones beside each other: less padding."""
     pages = [deal() for _ in range(batch)]
@@ -281,7 +273,6 @@ def draw_examples(asker, deal, stage, batch):
         examples.append(Example(page, has_picture, question, answer))
     return sorted(examples, key=lambda example: (example.has_picture, len(example.question)))
 
-
 def micro_batches(examples):
     """Yield parts of a sorted batch, those without a picture first.
 
@@ -292,7 +283,6 @@ def micro_batches(examples):
         count = sum(example.has_picture == has_picture for example in examples)
         for start in range(0, count, MICRO_BATCH):
             yield examples[start : start + MICRO_BATCH]
-
 
 def answers_loss(net, tokenizer, asked, features=None):
     """Return the sum over the answers of cross-entropy / tokens ** 0.75.
@@ -325,7 +315,6 @@ def answers_loss(net, tokenizer, asked, features=None):
     tokens = (labels != IGNORE).sum(1)
     return (loss.view(labels.shape).sum(1) / tokens**0.75).sum()
 
-
 def part_loss(net, processor, heads, part, stage, batch):
     """Return (loss of a micro-batch, its share of right patches or None); batch: examples of the update."""
     pages = [example.page for example in part]
@@ -346,13 +335,11 @@ def part_loss(net, processor, heads, part, stage, batch):
         loss = loss + patches * len(part) / batch
     return loss, share
 
-
 def learning_rate_at(update, updates):
     """Return the learning rate: a warm-up, then a cosine down to a tenth."""
     warmup = (update + 1) / 30
     cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * update / updates))
     return LEARNING_RATE * min(warmup, cosine)
-
 
 def parameter_groups(net, heads):
     """Return the parameters of (tower and projector, language model, heads), which are clipped apart."""
@@ -363,7 +350,6 @@ def parameter_groups(net, heads):
         group = tower if is_tower else language
         group.append(weight)
     return tower, language, list(heads.parameters())
-
 
 def train_stage(net, processor, heads, stage, updates, draw_batch, began):
     """Train net and heads in place for a number of updates.
@@ -394,7 +380,6 @@ def train_stage(net, processor, heads, stage, updates, draw_batch, began):
             seconds = time.time() - began
             print(f"{stage} {update + 1}  loss {total:.2f}{right}  {seconds:.0f} s", flush=True)
 
-
 def train_on_pages(folder, out, text=900, sight=500, both=660, batch=64):
     """Train a base on pages, from the weights in a folder, and write it to the folder `out`.
 
@@ -402,10 +387,8 @@ def train_on_pages(folder, out, text=900, sight=500, both=660, batch=64):
     """
     net, processor = load_model(folder)
     if net.config.model_type != "llava" or processor.patch_size != PATCH:
-        raise SystemExit(
-            f"model={folder!r} is a {net.config.model_type!r} model: "
-            "pages are read by a tiny LLaVA of 16-pixel tokens, such as bases/tiny-vlm-pages."
-        )
+        raise SystemExit(f"model={folder!r} is a {net.config.model_type!r} model: pages are read by a tiny "
+                         "LLaVA of 16-pixel tokens, such as bases/tiny-vlm-pages.")
     began = time.time()
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -448,7 +431,6 @@ USAGE = (
     "Name the folder of the weights to begin with and a new folder: python -m pretrain.train_pages "
     "bases/tiny-vlm-pages FOLDER [--text=900 --sight=500 --both=660 --batch=64]"
 )
-
 
 def main(argv):
     """Read the command line and train."""

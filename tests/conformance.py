@@ -7,9 +7,7 @@ The checks are the family tests of test_model.py, and PEFT's of extra_formats.py
 is only the table. A cell says: ok; FAIL; no (a known limit, refused in one sentence); - (did not run).
 """
 import importlib.util
-import os
-import sys
-import time
+import os, sys, time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
@@ -47,7 +45,6 @@ reload    what was saved comes back bit for bit
 PEFT      opens our folder without a warning: the same logits
 """
 
-
 class Table:
     """A pytest plugin: selects the family tests of PROPERTIES, and collects the worst outcome of each."""
 
@@ -77,7 +74,6 @@ class Table:
             self.cells[place] = "-"
         else:
             self.cells[place] = dict(report.user_properties).get("known", "ok")
-
 
 def main(argv):
     """Run the tests and print the table; return pytest's exit status."""

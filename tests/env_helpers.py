@@ -9,7 +9,6 @@ from worlds.registry import make
 
 GAMES = ["NumberLine", "EZPoints", "Points24", "Blackjack"]
 
-
 def fresh(name, seed=0, **state):
     """Make a game, begin an episode and set some of its state by hand."""
     env = make(name)
@@ -19,13 +18,11 @@ def fresh(name, seed=0, **state):
         setattr(env, key, value)
     return env
 
-
 def say(env, *actions):
     """Play actions and return (reward, terminated, truncated, info) of the last one."""
     for action in actions:
         out = env.step(f"{MARKER} {action}")
     return out[1:]
-
 
 def play_games(env, player, rng, episodes, seed=0, **options):
     """Return (returns, successes, successes by return, turns) of a scripted player, an array each."""
@@ -42,7 +39,6 @@ def play_games(env, player, rng, episodes, seed=0, **options):
         assert info["success_return"] == (total > 0)
     return np.array(rows, float).T
 
-
 def episode_log(name, seed):
     """Return all that happens in four episodes of random play."""
     env = make(name)
@@ -58,7 +54,6 @@ def episode_log(name, seed):
             over = terminated or truncated
     return log
 
-
 def walk(name, n, seed=0):
     """Yield (env, rng) in n states of a game, as random and expert moves reach them."""
     env = make(name)
@@ -72,7 +67,6 @@ def walk(name, n, seed=0):
         player = ["random", "expert"][rng.integers(2)]
         _, _, terminated, truncated, _ = env.step(scripted_reply(player, env, rng))
         over = terminated or truncated
-
 
 def count_changed_pixels(env, **state):
     """Count the pixels that change clearly when a piece of the state does; the state is put back."""

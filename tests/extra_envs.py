@@ -6,11 +6,7 @@ Plain pytest does not collect this file, because the packages are optional:
     pip install -r requirements-envs.txt && apt-get install chromium chromium-driver
     python -m pytest tests/extra_envs.py
 """
-import os
-import signal
-import subprocess
-import sys
-import time
+import os, signal, subprocess, sys, time
 from collections import Counter
 
 import numpy as np
@@ -51,7 +47,6 @@ TASKS = (
 MIXED = {"expert": 0.3, "random": 0.5, "malformed": 0.2}
 EXPERT = {"expert": 1.0}
 
-
 def play_episodes(name, mix, n, **kw):
     def make_env():
         return make(name, **kw)
@@ -61,7 +56,6 @@ def play_episodes(name, mix, n, **kw):
 
 
 # ---- BabyAI and FrozenLake are played ----
-
 
 @pytest.mark.parametrize(
     "name",
@@ -89,12 +83,10 @@ def test_the_expert_wins(name, capsys, tmp_path):
     assert buf.image(row["images_file_names"][0]).size == (56, 56)
     assert 0 < stats["episode_return"] <= 1
 
-
 @pytest.mark.parametrize("name", ["BabyAI-GoToLocal-v0", "BabyAI-PickupLoc-v0", "BabyAI-OpenDoor-v0"])
 def test_the_bot_copes_with_moves_of_others(name):
     """It wins far more often than random play, also with random and malformed turns in between."""
     assert episode_summary(play_episodes(name, MIXED, 20, size=56))["success"] >= 0.8
-
 
 def test_a_bot_that_goes_in_circles_is_stopped():
     """Unlock-v0 with seed 63 hangs minigrid's bot inside of `replan`.
@@ -109,7 +101,6 @@ def test_a_bot_that_goes_in_circles_is_stopped():
     while not env.over and not env.lost:
         env.step(f"{MARKER} {env.expert()}")
     assert "circles" in env.lost
-
 
 def test_babyai_says_its_mission_and_holds_starts_out():
     env = make("BabyAI-GoToLocal-v0", size=64)
@@ -128,17 +119,14 @@ def test_babyai_says_its_mission_and_holds_starts_out():
     assert env.fingerprint() != before
     assert "Last" not in env.prompt()
 
-
 def test_max_turns_shortens_a_level():
     env = make("BabyAI-GoToLocal-v0", max_turns=9)
     env.reset(seed=0)
     assert env.max_turns == 9
 
-
 def test_an_unknown_level_is_one_sentence():
     with pytest.raises(ValueError, match="'BabyAI-GotoLocal-v0' is unknown; nearest: BabyAI-GoToLocal"):
         make("BabyAI-GotoLocal-v0")
-
 
 def test_a_partial_view_lists_the_last_actions():
     """A malformed reply did nothing, so it is not in the list."""
@@ -149,7 +137,6 @@ def test_a_partial_view_lists_the_last_actions():
     for action in ("go forward", "turn left", "drop", "nonsense", "turn right"):
         obs = env.step(f"{MARKER} {action}")[0]
     assert "\nLast actions: turn left, drop in vain, turn right\n" in obs["text"]
-
 
 @pytest.mark.parametrize("option", ["", ":view"])
 def test_babyai_says_what_is_carried(option):
@@ -162,7 +149,6 @@ def test_babyai_says_what_is_carried(option):
     assert f"\nCarrying: {thing.color} {thing.type}\nActions" in env.prompt()
     env.level.carrying = None
     assert "Carrying" not in env.prompt()
-
 
 def test_frozenlake_has_several_shortest_ways_and_holds_maps_out():
     env = make("FrozenLake")
@@ -181,7 +167,6 @@ def test_frozenlake_has_several_shortest_ways_and_holds_maps_out():
         assert env.expert() in best
         starts_with_two_ways += len(best) == 2
     assert starts_with_two_ways > 3
-
 
 def test_kill_ends_a_run_that_draws_with_pygame():
     """SDL had caught SIGTERM as soon as a lake was drawn: a run went on after `kill`."""
@@ -209,7 +194,6 @@ RGB = {
     "grey": (100, 100, 100),
 }
 
-
 def cell_pixels(picture, column, row):
     """Return the pixels of a cell as (256, 3) floats; a cell is a patch of 16 pixels both ways."""
     left = 16 * column
@@ -217,13 +201,11 @@ def cell_pixels(picture, column, row):
     cell = picture.crop((left, top, left + 16, top + 16))
     return np.asarray(cell, float).reshape(-1, 3)
 
-
 def shows_colour(pixels, colour):
     direction = np.array(RGB[colour]) / np.linalg.norm(RGB[colour])
     likeness = (pixels @ direction) / (np.linalg.norm(pixels, axis=1) + 1e-9)
     is_bright = pixels.max(1) > 90
     return (likeness[is_bright] > 0.9).sum() > 10
-
 
 @pytest.mark.parametrize("option", ["", ":view"])
 def test_babyais_questions_are_about_the_picture(option):
@@ -246,7 +228,6 @@ def test_babyais_questions_are_about_the_picture(option):
     assert (("where", True) in kinds) == (option == ":view")
     assert (("side", True) in kinds) == (option == ":view")
 
-
 @pytest.mark.parametrize("option", ["", ":view"])
 def test_the_agent_is_a_red_triangle(option):
     env = make(f"BabyAI-GoToRedBallGrey-v0{option}", size=128)
@@ -255,7 +236,6 @@ def test_the_agent_is_a_red_triangle(option):
     pixels = cell_pixels(env.picture(), column, row)
     is_red = (pixels[:, 0] > 200) & (pixels[:, 1] < 120)
     assert is_red.sum() > 30
-
 
 def places_with(level, is_wanted):
     """Return the places of a level, as arrays, whose cell fulfils a condition."""
@@ -266,10 +246,8 @@ def places_with(level, is_wanted):
                 places.append(np.array((x, y)))
     return places
 
-
 def sign_word(number, positive, negative):
     return ("neither", positive, negative)[int(np.sign(number))]
-
 
 @pytest.mark.parametrize("option", ["", ":view"])
 def test_where_the_mission_leads(option):
@@ -312,12 +290,10 @@ def test_where_the_mission_leads(option):
     assert min(sides["left"], sides["right"]) > 10
     assert not option or sides["nowhere"] > 10
 
-
 def name_of(cell):
     if cell is None:
         return "nothing"
     return "wall" if cell.type == "wall" else f"{cell.color} {cell.type}"
-
 
 def is_free_between(level, place):
     """Walk from the agent straight to a place and tell whether all cells between are empty."""
@@ -329,7 +305,6 @@ def is_free_between(level, place):
         is_free = is_free and level.grid.get(*map(int, here)) is None
         here = here + step
     return is_free
-
 
 @pytest.mark.parametrize("option", ["", ":view"])
 def test_what_is_beside_the_agent_and_in_the_way(option):
@@ -359,7 +334,6 @@ def test_what_is_beside_the_agent_and_in_the_way(option):
 
 STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))
 
-
 def distances_to(level, goals):
     """Return how many moves it takes from (x, y, facing) until a goal is right in front.
 
@@ -383,7 +357,6 @@ def distances_to(level, goals):
             distance[x, y, facing] = min(distance[x, y, facing], 1 + after)
     return distance
 
-
 def told_way(env):
     """Return the one answer about the way to the mission's thing, None if it is not asked."""
     begin = "Which way does the shortest path to it begin?"
@@ -396,7 +369,6 @@ def told_way(env):
 
 
 MOVES = {"ahead": "go forward", "left": "turn left", "right": "turn right"}
-
 
 @pytest.mark.parametrize(
     "name",
@@ -446,17 +418,14 @@ COMPASS_STEPS = {"east": (1, 0), "south": (0, 1), "west": (-1, 0), "north": (0, 
 COMPASS_ACTIONS = {"west": 0, "south": 1, "east": 2, "north": 3}
 ACTION_DIRECTIONS = {"left": "west", "down": "south", "right": "east", "up": "north"}
 
-
 def lake_tile(lake, x, y):
     if not (0 <= x < 4 and 0 <= y < 4):
         return "nothing"
     return TILES[lake.desc[y, x].decode()]
 
-
 def lake_holes(lake):
     holes = [f"{x} {y}" for y in range(4) for x in range(4) if lake_tile(lake, x, y) == "hole"]
     return ", ".join(holes) or "none"
-
 
 def follow_to_the_flag(world, direction):
     """Walk as the answers say and return the number of steps; the agent is put back."""
@@ -472,7 +441,6 @@ def follow_to_the_flag(world, direction):
     assert reward == 1
     lake.s = start
     return steps
-
 
 def test_questions_about_the_lake():
     """What is told of a tile is the map's.
@@ -504,7 +472,6 @@ def test_questions_about_the_lake():
 
 # ---- the bases ----
 
-
 def share_of_right_answers(vlm, name, size, hide=False):
     """Ask 80 fresh questions, greedily; hide: with a black picture."""
     env = make(name, size=size)
@@ -524,7 +491,6 @@ def share_of_right_answers(vlm, name, size, hide=False):
     env.close()
     replies, *_ = vlm.generate(prompts, 24, temperature=0)
     return np.mean([vlm.decode(ids) == answer for ids, answer in zip(replies, answers)])
-
 
 @pytest.mark.parametrize(
     "folder, size, bounds",
@@ -563,7 +529,6 @@ def test_the_shipped_bases_find_what_is_named(folder, size, bounds, monkeypatch)
 
 # ---- MiniWoB++ ----
 
-
 @pytest.mark.parametrize("option", ["", ":element", ":coordinate"])
 def test_the_scripted_player_solves_every_task(option, tmp_path):
     """16 tasks in one run, 3 episodes each, in real browsers; recorded and read back."""
@@ -578,7 +543,6 @@ def test_the_scripted_player_solves_every_task(option, tmp_path):
     record(played, buf)
     assert len(Buffer(buf.folder).episodes) == n
     assert len(MiniWoB.idle) <= MiniWoB.max_parallel
-
 
 def test_a_page_is_its_seeds():
     """The same seed gives the same page and pixels, whatever was played before.
@@ -604,7 +568,6 @@ def test_a_page_is_its_seeds():
     assert not train & test
     env.close()
 
-
 def test_the_last_picture_is_real_and_turns_are_limited():
     env = make("miniwob/click-button-v1", size=160, max_turns=3)
     obs, _ = env.reset(seed=0)
@@ -617,11 +580,9 @@ def test_the_last_picture_is_real_and_turns_are_limited():
     assert ends == [(False, False), (False, False), (False, True)]
     env.close()
 
-
 def child_processes(pid):
     answer = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
     return [int(child) for child in answer.stdout.split()]
-
 
 @pytest.mark.parametrize("what", ["browser", "driver"])
 def test_a_killed_browser_does_not_end_the_run(what, capsys):
@@ -649,13 +610,11 @@ def test_a_killed_browser_does_not_end_the_run(what, capsys):
     assert len(played) == 6
     assert "dropped" not in capsys.readouterr().out
 
-
 def living_processes(group):
     """Return the lines of `ps` about the processes of a group, without zombies."""
     answer = subprocess.run(["ps", "-eo", "pgid,stat"], capture_output=True, text=True)
     lines = [line.split() for line in answer.stdout.splitlines()[1:]]
     return [line for line in lines if int(line[0]) == group and "Z" not in line[1]]
-
 
 @pytest.mark.parametrize("end", ["raise KeyboardInterrupt", "os.kill(os.getpid(), 15)\ntime.sleep(9)"])
 @pytest.mark.parametrize("opener", ["reset()", "in_thread(reset)"])

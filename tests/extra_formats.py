@@ -5,8 +5,7 @@ Plain pytest does not collect this file, because neither library is a dependency
 
     pip install peft datasets && python -m pytest tests/extra_formats.py
 """
-import os
-import warnings
+import os, warnings
 
 # Before anything imports the Hugging Face libraries.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,7 +19,6 @@ import model
 from buffer import Buffer, image_name, make_row, reply_text
 from test_model import TOLERANCE, encoded, every_family, gap, logit_gap
 from test_model import folder, make, opened  # noqa: F401  (fixtures)
-
 
 @every_family
 @pytest.mark.parametrize("targets", [".*", r".*\.(q|v)_proj"])
@@ -49,7 +47,6 @@ def test_peft_opens_our_adapter(make, folder, tmp_path, family, targets):
     assert logit_gap(vlm, ours, theirs) < TOLERANCE
     assert logit_gap(vlm, reference, ours) > 100 * TOLERANCE
 
-
 def record_episode(buffer, number):
     """Append an episode of two turns; number 2 is cut off by a limit, so its last row has no reply."""
     obs = []
@@ -74,7 +71,6 @@ def record_episode(buffer, number):
         rows[1] = make_row(name, 1, "toy", 0, obs[1], truncated=True)
     images = {image_name(o["image"]): o["image"] for o in obs}
     buffer.append(rows, images)
-
 
 def test_datasets_opens_our_folder(tmp_path):
     """load_dataset(folder) has a row for every row of the buffer, with pictures and messages as they were."""

@@ -3,10 +3,7 @@ Test the report in a real browser. Plain pytest does not collect this file: it n
 
     apt-get install chromium chromium-driver; pip install selenium && pytest tests/extra_report.py
 """
-import json
-import os
-import shutil
-import time
+import json, os, shutil, time
 
 import numpy as np
 import pytest
@@ -51,7 +48,6 @@ return [...document.querySelectorAll(texts)].filter(e => e.offsetWidth).map(e =>
 })
 """
 
-
 def record_hostile_reply(buf):
     """Append an episode of one turn whose texts try to leave their place."""
     image = Image.new("RGB", (80, 80), "teal")
@@ -68,7 +64,6 @@ def record_hostile_reply(buf):
         terminated=True,
     )
     buf.append([row], {image_name(image): image})
-
 
 @pytest.fixture(scope="module")
 def page(straight, tmp_path_factory):  # noqa: F811
@@ -97,7 +92,6 @@ def page(straight, tmp_path_factory):  # noqa: F811
     evaluate.main([folder, "--report", "--report_episodes=200", f"--critic={run}"])
     return os.path.join(folder, "report.html")
 
-
 @pytest.fixture(scope="module")
 def browser():
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -113,7 +107,6 @@ def browser():
     chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     yield chrome
     chrome.quit()
-
 
 class Reader:
     """A person in front of the page: finds elements, presses keys, reads the panel."""
@@ -150,13 +143,11 @@ class Reader:
     def hover(self, element):
         webdriver.ActionChains(self.browser).move_to_element(element).perform()
 
-
 @pytest.fixture
 def reader(browser, page):
     """The page, freshly opened. Afterwards nothing may be in the browser's log."""
     yield Reader(browser, page)
     assert browser.get_log("browser") == []
-
 
 def test_two_hundred_episodes_open_fast(reader, page):
     """The page opens in 3 s and has at most 30 MB; closed episodes are not even built."""
@@ -175,7 +166,6 @@ def test_two_hundred_episodes_open_fast(reader, page):
         time.sleep(0.05)
     print(f"all {turns} turns built after {time.time() - began:.2f} s")
     assert time.time() - began < 10
-
 
 def test_a_click_shows_a_token(reader):
     """The panel has p, Q, V, A, the filter's verdict and ten alternatives, the token itself in bold.
@@ -199,7 +189,6 @@ def test_a_click_shows_a_token(reader):
     assert reader.panel() == text
     reader.one("#panel .close").click()
     assert "Point at a token" in reader.panel()
-
 
 def test_filters_change_what_is_shown(reader):
     """Kinds of episodes, games, and both together; the counts agree with the list."""
@@ -226,7 +215,6 @@ def test_filters_change_what_is_shown(reader):
     radios["all"].click()
     assert len(reader.shown()) == GAMES["Points24"]
 
-
 def test_without_a_mouse(reader):
     """Tab reaches replies, arrows walk over tokens and turns, Enter opens, Escape closes the panel."""
     reader.js("document.querySelectorAll('details').forEach(e => { e.open = false })")
@@ -246,7 +234,6 @@ def test_without_a_mouse(reader):
     reader.press(Keys.ESCAPE)
     assert "Point at a token" in reader.panel()
 
-
 def test_hostile_words_are_only_words(reader):
     """They are on the page as they were said, and run nothing."""
     [episode] = [e for e in reader.all("#list > details") if "hostile" in e.text]
@@ -260,7 +247,6 @@ def test_hostile_words_are_only_words(reader):
     foreign = "script, b:not(.yes):not(.no), img[onerror]"
     assert not episode.find_elements(By.CSS_SELECTOR, foreign)
 
-
 def emulate(browser, width, scheme):
     """Give the browser a screen of some width, and a light or dark colour scheme."""
     screen = dict(
@@ -272,7 +258,6 @@ def emulate(browser, width, scheme):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])

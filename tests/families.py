@@ -67,7 +67,6 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from model import VLM
 from pretrain.tiny_nets import llava as tiny_llava
 
-
 def without_videos(cls):
     """List the parts of a processor but for the one that reads videos."""
     return ["image_processor", "tokenizer"]
@@ -102,7 +101,6 @@ SQUARE = {"height": 32, "width": 32}
 # The shapes that LLaVA-NeXT and OneVision cut a picture into.
 GRID = [[32, 64], [64, 32], [64, 64]]
 
-
 def tokenizer(special, pad, eos, bos=None, first=None, **names):
     """Train a byte-level BPE of about 300 tokens, the special ones first.
 
@@ -132,17 +130,14 @@ def tokenizer(special, pad, eos, bos=None, first=None, **names):
         extra_special_tokens=names,
     )
 
-
 def llama_tokenizer():
     """Train a tokenizer as LLaVA-1.5's and LLaVA-NeXT's: <s> first, </s> last."""
     special = ["<pad>", "<s>", "</s>", "<image>"]
     return tokenizer(special, "<pad>", "</s>", bos="<s>", first="<s>", image_token="<image>")
 
-
 def blip_tokenizer():
     """Train a tokenizer as BLIP-2's and InstructBLIP's, whose processors add the image token."""
     return tokenizer(["<pad>", "<s>", "</s>"], pad="<pad>", eos="</s>", bos="<s>", first="<s>")
-
 
 def chat(before, image, after, cue, start=""):
     """Write a chat template: each message between `before` and `after`, and `cue` where the reply begins."""
@@ -151,13 +146,11 @@ def chat(before, image, after, cue, start=""):
     messages = "{% for m in messages %}" + before + content + after + "{% endfor %}"
     return start + messages + "{% if add_generation_prompt %}" + cue + "{% endif %}"
 
-
 def chatml(image):
     return chat("<|im_start|>{{ m['role'] }}\n", image, "<|im_end|>\n", "<|im_start|>assistant\n")
 
 
 # -- the families: each builder returns (net, processor) ----------------------------------------------------
-
 
 def scratch(**sizes):
     """The tiny LLaVA of the package, smaller still."""
@@ -165,7 +158,6 @@ def scratch(**sizes):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return tiny_llava(TEXTS, **dict(vocab_size=300) | small | sizes)
-
 
 def llava():
     """LLaVA-1.5: CLIP's last layer but one, and a LLaMA.
@@ -188,7 +180,6 @@ def llava():
         text_config=dict(text, pad_token_id=0, bos_token_id=1, eos_token_id=2),
     )
     return LlavaForConditionalGeneration(config), processor
-
 
 def llava_next():
     """LLaVA-NeXT: a picture is a small copy of the whole and a grid of tiles, according to its shape.
@@ -219,7 +210,6 @@ def llava_next():
     )
     return LlavaNextForConditionalGeneration(config), processor
 
-
 def llava_onevision():
     """LLaVA-OneVision: tiles as in LLaVA-NeXT for one picture, none for several (`batch_num_images`).
 
@@ -243,7 +233,6 @@ def llava_onevision():
         text_config=dict(TEXT, model_type="qwen2", vocab_size=len(tok), tie_word_embeddings=True),
     )
     return LlavaOnevisionForConditionalGeneration(config), processor
-
 
 def qwen(config, net, vision, **text):
     """The Qwens: three-dimensional positions, and a tokenizer shorter than the embedding.
@@ -273,16 +262,13 @@ def qwen(config, net, vision, **text):
     )
     return net(settings), processor
 
-
 def qwen2_vl():
     return qwen(Qwen2VLConfig, Qwen2VLForConditionalGeneration, dict(embed_dim=32, mlp_ratio=2))
-
 
 def qwen2_5_vl():
     """Qwen2.5-VL: its vision tower attends within windows in one layer of the two."""
     vision = dict(out_hidden_size=32, intermediate_size=64, window_size=32, fullatt_block_indexes=[1])
     return qwen(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, vision)
-
 
 def qwen3_vl():
     """Qwen3-VL: features of an early vision layer are added to the first hidden states (deepstack)."""
@@ -293,7 +279,6 @@ def qwen3_vl():
         deepstack_visual_indexes=[0],
     )
     return qwen(Qwen3VLConfig, Qwen3VLForConditionalGeneration, vision, head_dim=16)
-
 
 def idefics3(
     config=Idefics3Config,
@@ -323,14 +308,12 @@ def idefics3(
     )
     return net(settings), processor
 
-
 def smolvlm():
     """SmolVLM2, a class of its own in transformers.
 
     Its processor imports torchvision and num2words for videos; Idefics3's does the same for pictures.
     """
     return idefics3(SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMImageProcessorPil)
-
 
 def paligemma():
     """PaliGemma: attends both ways within the prompt, only backwards in the reply (`token_type_ids`).
@@ -350,7 +333,6 @@ def paligemma():
         text_config=text,
     )
     return PaliGemmaForConditionalGeneration(config), processor
-
 
 def gemma3():
     """Gemma 3: a picture's tokens attend to each other both ways, one layer has a sliding window.
@@ -398,7 +380,6 @@ def gemma3():
     )
     return Gemma3ForConditionalGeneration(config), processor
 
-
 def internvl():
     """InternVL: a picture is one to four tiles and a thumbnail, all in the first dimension of `pixel_values`.
 
@@ -429,7 +410,6 @@ def internvl():
     )
     return InternVLForConditionalGeneration(config), processor
 
-
 def blip2():
     """BLIP-2: a Q-Former between the vision tower and an OPT, no chat template.
 
@@ -455,7 +435,6 @@ def blip2():
         text_config=dict(text, pad_token_id=0, bos_token_id=1, eos_token_id=2),
     )
     return Blip2ForConditionalGeneration(config), processor
-
 
 def instructblip():
     """InstructBLIP: BLIP-2 with a LLaMA, whose Q-Former reads the question, too (`qformer_input_ids`).
@@ -497,7 +476,6 @@ FAMILIES = list(BUILDERS)
 # Their processors know one picture per prompt; two are refused in a sentence.
 ONE_PICTURE = ("blip2", "instructblip")
 
-
 def build(family, folder):
     """Write a family's tiny random model as a complete folder; return the folder's path."""
     with torch.random.fork_rng():
@@ -509,7 +487,6 @@ def build(family, folder):
         processor.save_pretrained(folder)
     return str(folder)
 
-
 @torch.no_grad()
 def widen_weights(net):
     """Draw larger random weights: at the library's std of 0.02 layers this narrow pass almost nothing on."""
@@ -519,7 +496,6 @@ def widen_weights(net):
 
 
 # -- the VLM of the tests -----------------------------------------------------------------------------------
-
 
 def make_vlm(net, processor, **settings):
     """Build a VLM with settings as in a config; by default with small adapters and one full critic.
@@ -539,7 +515,6 @@ def make_vlm(net, processor, **settings):
     if critics["n_critics"]:
         vlm.add_critics(**critics)
     return vlm
-
 
 @torch.no_grad()
 def randomise(vlm):

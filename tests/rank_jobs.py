@@ -8,18 +8,13 @@ A start of a process takes longer than a run, so a process makes many runs. Envi
     FAULT              "kill 24" or "hang 3": rank 1 dies or sleeps in that update
     TIMEOUT_MINUTES    how long the ranks wait for each other
 """
-import json
-import os
-import signal
-import sys
-import time
+import json, os, signal, sys, time
 
 import pytest
 import torch
 
 import envs
 import train
-
 
 def train_and_save_gradients(argv, max_turns):
     """Run a job with episodes of at most max_turns turns.
@@ -40,14 +35,12 @@ def train_and_save_gradients(argv, max_turns):
     if train.RANK == 0:
         torch.save(gradients, out_dir(argv) + ".grads")
 
-
 def out_dir(argv):
     """Find the value of --out_dir."""
     for word in argv:
         if word.startswith("--out_dir="):
             return word.partition("=")[2]
     raise ValueError("a job names its out_dir")
-
 
 def losing_first(play):
     """Wrap `play`: its first call loses every episode, as with a dead browser."""
@@ -68,7 +61,6 @@ def losing_first(play):
 
     return losing_play
 
-
 def faulty(compute_loss, fault):
     """Wrap compute_loss: rank 1 dies or sleeps in the update that the fault names."""
     kind, update = fault.split()
@@ -84,7 +76,6 @@ def faulty(compute_loss, fault):
 
     return faulty_loss
 
-
 def run_job(argv):
     """Run a job. On rank 1 its episodes have one turn, and a job named `lost` loses its first rollout."""
     if train.RANK == 0:
@@ -94,7 +85,6 @@ def run_job(argv):
         if out_dir(argv).endswith("/lost"):
             patch.setattr(train, "play", losing_first(train.play))
         train_and_save_gradients(argv, max_turns=1)
-
 
 def main(file):
     """Run the jobs of a file in turn, with the fault and the time-out of the environment variables."""

@@ -9,24 +9,9 @@ A case is a list of commands that runs once with each checkout. Two jobs run at 
 The script prints one line per case and exits with 1 if anything differs. Runs that differ are kept.
 It needs the optional packages (requirements-envs.txt) and Chromium. pytest does not collect it.
 """
-import ast
-import atexit
-import fnmatch
-import functools
-import hashlib
-import importlib
-import json
-import multiprocessing
+import ast, atexit, fnmatch, functools, hashlib, importlib, json, multiprocessing
 import multiprocessing.connection
-import os
-import re
-import runpy
-import shutil
-import signal
-import struct
-import sys
-import tempfile
-import time
+import os, re, runpy, shutil, signal, struct, sys, tempfile, time
 from typing import NamedTuple
 
 JOBS = 2
@@ -70,7 +55,6 @@ CONFIGS = {
     "config/pretrain_grids.py": "pretrain/config_grids.py",
 }
 
-
 def removed_keys(keys):
     """Return values of removed keys that make OLD do what NEW always does."""
     never = 10 ** 6 * int(keys["log_interval"])
@@ -97,7 +81,6 @@ class Step(NamedTuple):
     ranks: int = 1
     by_old: bool = False
 
-
 def parse_keys(text):
     """Split 'a=1 b=2' into {'a': '1', 'b': '2'}."""
     return dict(word.split("=", 1) for word in text.split())
@@ -120,11 +103,9 @@ ROOMS = (
 )
 LAKES = "env=Captions:FrozenLake,Finding:FrozenLake,Leading:FrozenLake"
 
-
 def train(text="", config="", ranks=1, by_old=False):
     """Describe a tiny training run."""
     return Step("train.py", config, RUN | parse_keys(text), ranks, by_old)
-
 
 def evaluate(words):
     """Describe a run of evaluate.py."""
@@ -204,7 +185,6 @@ CASES = {
     ],
 }
 
-
 def write_chats(folder):
     """Write conversations in LLaVA's and in TRL's form, and their pictures, into a case's folder."""
     from PIL import Image
@@ -241,14 +221,12 @@ def config_keys(checkout):
     targets = [getattr(node, "target", None) or node.targets[0] for node in ast.parse(block).body]
     return {target.id for target in targets}
 
-
 def located(checkout, word):
     """Return the place of a config file in a checkout; other words stay as they are."""
     for path in (CONFIGS.get(word, word), word):
         if path.endswith(".py") and os.path.exists(os.path.join(checkout, path)):
             return os.path.join(checkout, path)
     return word
-
 
 def command(checkout, step):
     """Return what follows `python` on the command line: a script or -m and a module, then its arguments."""
@@ -265,7 +243,6 @@ def command(checkout, step):
         known = config_keys(checkout)
         keys |= {name: value for name, value in removed_keys(keys).items() if name in known}
     return start + words + [f"--{name}={value}" for name, value in keys.items()]
-
 
 def run_step(checkout, argv, log):
     """Run one command in this process, as `python` would, with its output in <log>.out and <log>.err."""
@@ -284,7 +261,6 @@ def run_step(checkout, argv, log):
         # multiprocessing leaves out the exit handlers, and one of them ends the browsers.
         atexit._run_exitfuncs()
 
-
 def run_case(checkout, old, steps, folder):
     """Run a case's commands in turn, each in a process of its own; stop at the first that fails."""
     os.makedirs(folder)
@@ -300,7 +276,6 @@ def run_case(checkout, old, steps, folder):
         process.join()
         if process.exitcode:
             sys.exit(1)
-
 
 def run_jobs(jobs, function):
     """Call function(*args) for each {name: args} in a process, JOBS at a time.
@@ -337,7 +312,6 @@ def table_lines(text):
             lines.append(memory[0])
     return lines
 
-
 def tensor_lines(raw):
     """Return one line for each tensor of a safetensors file; their order in the file does not matter.
 
@@ -352,7 +326,6 @@ def tensor_lines(raw):
             lines.append(f"{name}: {entry} {hashlib.sha1(data[start:end]).hexdigest()}")
     return lines
 
-
 def metric_lines(text):
     """Return the lines of metrics.jsonl without their seconds."""
     rows = []
@@ -360,7 +333,6 @@ def metric_lines(text):
         row = json.loads(line).items()
         rows.append(json.dumps({key: value for key, value in row if not key.startswith("time/")}))
     return rows
-
 
 def json_lines(text, name):
     """Return one line for each key of a JSON object; of an evaluation, only of its results."""
@@ -370,7 +342,6 @@ def json_lines(text, name):
     if not isinstance(content, dict):
         return [json.dumps(content)]
     return [f"{key}: {json.dumps(value)}" for key, value in sorted(content.items())]
-
 
 def content_lines(path):
     """Return what counts in a file, as lines: the whole file for all but a few kinds."""
@@ -390,7 +361,6 @@ def content_lines(path):
         return json_lines(text, name)
     return text.splitlines()
 
-
 def expected(path, line=None):
     """Tell whether EXPECTED names a file, or a line in it."""
     for files, pattern, _ in EXPECTED:
@@ -399,14 +369,12 @@ def expected(path, line=None):
                 return True
     return False
 
-
 def files_in(folder):
     """Return the paths of all files in a folder that are to be compared."""
     found = set()
     for parent, _, names in os.walk(folder):
         found |= {os.path.relpath(os.path.join(parent, name), folder) for name in names}
     return {path for path in found if not expected(path)}
-
 
 def same_line(a, b):
     """Compare two lines. Peak memory may move by 5 %: it depends on when a temporary tensor is freed."""
@@ -418,12 +386,10 @@ def same_line(a, b):
         return False
     return abs(float(size_a[0]) - float(size_b[0])) <= 0.05 * float(size_a[0])
 
-
 def around(line, other, width=36):
     """Return the part of a line where it begins to differ from another."""
     start = len(os.path.commonprefix([line, other]))
     return line[max(0, start - width // 2):start + width // 2]
-
 
 def compare_file(path, old, new):
     """Return where two versions of a file begin to differ, '' if they do not."""
@@ -441,13 +407,11 @@ def compare_file(path, old, new):
         return f"{path} has {len(a)} lines in OLD, {len(b)} in NEW"
     return ""
 
-
 def compare_folders(old, new):
     """Return one sentence for each file that differs, the rows of metrics and data first."""
     paths = sorted(files_in(old) | files_in(new), key=lambda path: (not path.endswith(".jsonl"), path))
     found = [compare_file(path, old, new) for path in paths]
     return [sentence for sentence in found if sentence]
-
 
 def last_words(folder):
     """Return which command of a failed case failed, and the last line that it wrote."""
@@ -458,7 +422,6 @@ def last_words(folder):
         lines = f.read().split("\n")
     texts = [line.strip() for line in lines if line.strip()]
     return f"{logs[-1]}: {(texts or ['no message'])[-1][:300]}"
-
 
 def verdict(folders, codes):
     """Return the differences of a case as sentences; a command that fails is one, also if it fails twice."""
@@ -487,7 +450,6 @@ def parse(argv):
     out = os.path.abspath(values.get("out") or tempfile.mkdtemp(prefix="same_run-"))
     return *paths, names, out, "keep" in values
 
-
 def preload():
     """Import the libraries that the runs need, so that they need not do it one by one."""
     os.environ |= dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1")
@@ -498,7 +460,6 @@ def preload():
         except ImportError as error:
             print(f"{name} is not there, cases that need it will fail: {error}")
 
-
 def report(name, found, seconds):
     """Print the line of a case, and the first sentences about what differs."""
     word = "same"
@@ -508,7 +469,6 @@ def report(name, found, seconds):
     print(f"{name:<12} {word:<16} {times} s", flush=True)
     for sentence in found[:5]:
         print(f"    {sentence}", flush=True)
-
 
 def run_cases(names, old, new, out, keep):
     """Run cases and report each when both sides have ended; return the names of those that differ."""
@@ -536,7 +496,6 @@ def run_cases(names, old, new, out, keep):
             for folder in folders:
                 shutil.rmtree(folder)
     return different
-
 
 def main(argv):
     """Run all cases, print a line for each; return 1 if one of them differs."""

@@ -3,8 +3,7 @@ Share what the tests of whole runs need: a tiny VLM, a run of eight updates, and
 
     from small_runs import run, straight, tiny  # noqa: F401  (straight and tiny are fixtures)
 """
-import json
-import os
+import json, os
 
 import numpy as np
 import pytest
@@ -44,7 +43,6 @@ FEW = dict(
     device="cpu",
 )
 
-
 def make_tiny(folder, **changes):
     """Save a very small LLaVA with random weights as a model folder; return the folder's name."""
     torch.manual_seed(0)
@@ -54,12 +52,10 @@ def make_tiny(folder, **changes):
     processor.save_pretrained(folder)
     return str(folder)
 
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """Folder of a very small VLM with random weights."""
     return make_tiny(tmp_path_factory.mktemp("tiny"))
-
 
 @pytest.fixture(scope="module")
 def straight(tiny, tmp_path_factory):
@@ -67,11 +63,9 @@ def straight(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     return run(folder / "straight", tiny)
 
-
 def flags(**keys):
     """Write keys as a command line."""
     return [f"--{key}={value}" for key, value in keys.items()]
-
 
 def run(out, model, **changes):
     """Train with few updates and episodes of at most three turns; return out_dir."""
@@ -81,12 +75,10 @@ def run(out, model, **changes):
         train.main(flags(**keys))
     return str(out)
 
-
 def read_json(*path):
     """Read a JSON file."""
     with open(os.path.join(*path)) as f:
         return json.load(f)
-
 
 def metrics(out):
     """Read metrics.jsonl without the clock."""
@@ -97,11 +89,9 @@ def metrics(out):
             rows.append({key: value for key, value in row.items() if not key.startswith("time/")})
     return rows
 
-
 def numbers(row):
     """Return the numbers of a row of metrics."""
     return {key: value for key, value in row.items() if key != "phase"}
-
 
 def all_finite(rows):
     """Tell whether all numbers of the rows of metrics are finite."""
@@ -110,11 +100,9 @@ def all_finite(rows):
             return False
     return True
 
-
 def results(out):
     """Read the table of eval.json -> {name: summary}."""
     return read_json(out, "eval.json")["results"]
-
 
 def content(folder, *names):
     """Read all files of a folder, or those of some names -> {path in the folder: bytes}."""
@@ -128,18 +116,15 @@ def content(folder, *names):
                 found[path[len(str(folder)) :]] = f.read()
     return found
 
-
 def weights(out):
     """Read what a run with adapters has learned -> {file: bytes}."""
     found = content(os.path.join(out, "ckpt"), "adapter_model.safetensors", "q_head.safetensors")
     assert len(found) == 2
     return found
 
-
 def replay(out):
     """Read the rows of what a run has played -> {file: bytes}."""
     return content(os.path.join(out, "replay"), "metadata.jsonl")
-
 
 def one_sentence(call, *words):
     """Assert that a call ends with one sentence in which the words occur."""

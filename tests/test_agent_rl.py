@@ -5,8 +5,7 @@ They are compared with exact solutions, with hand calculations, and with a secon
 
     python -m pytest tests/test_agent_rl.py
 """
-import copy
-import math
+import copy, math
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +22,6 @@ VOCAB = 7
 HIDDEN = 5
 COLUMNS = 6
 
-
 def settings(**changes):
     """Make the settings that the loss reads, none of them at a value that hides a term."""
     cfg = dict(
@@ -38,7 +36,6 @@ def settings(**changes):
         pess_coef=0.2,
     )
     return SimpleNamespace(**cfg | changes)
-
 
 class Stub(nn.Module):
     """What compute_loss needs of a VLM: the hidden states are given, policy and critics are linear layers."""
@@ -67,7 +64,6 @@ class Stub(nn.Module):
         heads = self.targets if target else self.heads
         return torch.stack([head(hidden) for head in heads])
 
-
 class Tabular(nn.Module):
     """Two token positions, the same in every turn: a table of logits and a table of Q."""
 
@@ -91,11 +87,9 @@ class Tabular(nn.Module):
         table = self.table.detach() if target else self.table
         return (hidden @ table)[None]
 
-
 def floats(x):
     """Make a float32 tensor."""
     return torch.tensor(x, dtype=torch.float32)
-
 
 def random_turns(rng, windows):
     """Draw windows of 1 to 3 turns -> lists of lengths, rewards, terminated, next; an entry per row.
@@ -125,7 +119,6 @@ def random_turns(rng, windows):
             nexts.append(-1)
     return length, reward, terminated, nexts
 
-
 def random_batch(seed=0, windows=5):
     """Draw a batch of windows of every shape, with replies of different lengths."""
     rng = np.random.default_rng(seed)
@@ -150,7 +143,6 @@ def random_batch(seed=0, windows=5):
         ep_return=floats(rng.normal(size=rows)),
     )
 
-
 def two_token_batch(replies, reward):
     """Make a batch of terminated turns of two tokens each; the first is syntax, the second an action."""
     turns = len(replies)
@@ -168,7 +160,6 @@ def two_token_batch(replies, reward):
         ep_return=reward,
     )
 
-
 def cut_rows(batch, begin, end):
     """Cut the rows of whole windows out of a batch."""
     cut = dict(batch)
@@ -181,16 +172,13 @@ def cut_rows(batch, begin, end):
     cut["next"] = torch.where(has_next, cut["next"] - begin, -1)
     return cut
 
-
 def reply_lengths(batch):
     """List the number of reply tokens of each row."""
     return batch["mask"].sum(1).int().tolist()
 
-
 def known_turns(batch):
     """Tell for each row whether its target is known."""
     return (batch["terminated"] > 0) | (batch["next"] >= 0)
-
 
 def gradients(vlm, loss):
     """Return the gradients of a loss by parameter."""
@@ -202,12 +190,10 @@ def gradients(vlm, loss):
             found[name] = p.grad.clone()
     return found
 
-
 def loss_of(vlm, batch, warm=False, quantile=0.0, **changes):
     """Compute the loss with some settings changed -> (loss, info)."""
     cfg = settings(**changes)
     return compute_loss(vlm, batch, cfg, warm, quantile)
-
 
 def assert_close(one, two, tolerance=1e-4):
     """Assert that two tensors, or two dicts of tensors, are equal up to rounding."""
@@ -218,7 +204,6 @@ def assert_close(one, two, tolerance=1e-4):
         atol=tolerance / 10,
     )
 
-
 def assert_equal_to_exact(tensor, exact):
     """Assert that a tensor in double precision has the exact values."""
     np.testing.assert_allclose(
@@ -228,11 +213,9 @@ def assert_equal_to_exact(tensor, exact):
         atol=1e-9,
     )
 
-
 def near(expected):
     """Compare numbers up to the rounding of float32."""
     return pytest.approx(expected, rel=1e-4, abs=1e-5)
-
 
 def is_zero(gradient):
     """Tell whether a gradient is absent or zero everywhere."""
@@ -241,12 +224,10 @@ def is_zero(gradient):
 
 # ---- the same loss in NumPy ----
 
-
 def np_softmax(x):
     """Compute the softmax of a vector."""
     e = np.exp(x - x.max())
     return e / e.sum()
-
 
 def np_targets(v, batch, gamma, lam, q=None, pi=None):
     """Compute td_targets one token at a time, from the last turn of a window to its first."""
@@ -282,12 +263,10 @@ def np_targets(v, batch, gamma, lam, q=None, pi=None):
             y[b, j] = after(b, j + 1)
     return y, known
 
-
 def np_pick(table, actions):
     """Pick the entries of the actions (B, R) out of a table (..., B, R, V)."""
     index = np.broadcast_to(actions, table.shape[:-1])
     return np.take_along_axis(table, index[..., None], -1)[..., 0]
-
 
 def np_values(vlm, batch):
     """Compute what np_loss needs, in double precision -> dict."""
@@ -309,7 +288,6 @@ def np_values(vlm, batch):
         qa_target=np_pick(lowest, actions),
     )
 
-
 def np_filter(adv, episode_return, cfg, quantile):
     """Compute filter_weight of one token."""
     weights = dict(
@@ -319,7 +297,6 @@ def np_filter(adv, episode_return, cfg, quantile):
         fbc=float(episode_return >= quantile),
     )
     return weights[cfg.actor_loss]
-
 
 def np_loss(vlm, batch, cfg, warm=False, quantile=0.0):
     """Compute the whole loss with loops over rows and tokens."""
@@ -360,7 +337,6 @@ def np_loss(vlm, batch, cfg, warm=False, quantile=0.0):
     critic /= max(critic_tokens, 1)
     return actor + cfg.critic_coef * critic
 
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -393,11 +369,9 @@ def test_loss_equals_numpy(changes, critics, warm):
         metrics = summarise([info])
         assert all(map(np.isfinite, metrics.values()))
 
-
 def np_mean(values, mask):
     """Compute the mean of the values where the mask is 1."""
     return (values * mask).sum() / mask.sum()
-
 
 def test_metrics_equal_numpy():
     """Each logged metric is a mean over the tokens that its name tells."""
@@ -434,7 +408,6 @@ def test_metrics_equal_numpy():
 
 # ---- targets ----
 
-
 def test_targets_equal_numpy():
     """Both traces, on replies of different lengths: terminated, truncated, without a successor, empty."""
     rng = np.random.default_rng(1)
@@ -454,7 +427,6 @@ def test_targets_equal_numpy():
         np.testing.assert_allclose(y, expected_y, rtol=1e-4, atol=1e-5)
         assert known.tolist() == expected_known.tolist()
 
-
 def turns_by_hand(nexts, terminated=(0, 0, 0)):
     """Make turn 0 (two tokens), turn 1 (one token) and an observation without a reply."""
     mask = [[1, 1], [1, 0], [0, 0]]
@@ -467,7 +439,6 @@ def turns_by_hand(nexts, terminated=(0, 0, 0)):
 
 
 V_BY_HAND = floats([[1, 2], [3, 4], [5, 6]])
-
 
 def test_targets_by_hand():
     """A terminated turn has no bootstrap, a truncated one has its last observation's value."""
@@ -489,7 +460,6 @@ def test_targets_by_hand():
     _, known = td_targets(V_BY_HAND, cut_off, gamma=0.5)
     assert known.tolist() == [True, False, False]
 
-
 def test_tree_backup_by_hand():
     """The backup runs through the next turn's reply, but not where that turn's outcome is unknown."""
     tree = dict(
@@ -508,7 +478,6 @@ def test_tree_backup_by_hand():
     assert known.tolist() == [True, False, False]
     assert y[0, 1] == -1 + 0.5 * 3.0
 
-
 @pytest.mark.parametrize(
     "nexts, turns",
     [
@@ -521,7 +490,6 @@ def test_longest_chain(nexts, turns):
     """Counts the turns of the longest window, wherever it begins."""
     assert longest_chain(torch.tensor(nexts)) == turns
 
-
 def test_clip_reward():
     """A reward is cut on both sides, or left alone."""
     cfg = settings(reward_clip=1.0)
@@ -530,7 +498,6 @@ def test_clip_reward():
     assert clip_reward(-3.0, cfg) == -1.0
     cfg.reward_clip = None
     assert clip_reward(10.0, cfg) == 10.0
-
 
 def test_certain_syntax_passes_the_value_back():
     """The bootstrap is the value where the next turn *decides*.
@@ -557,7 +524,6 @@ def test_certain_syntax_passes_the_value_back():
     pi[1] = 0
     y, _ = td_targets(v, batch, 0.5, q=q, pi=pi)
     assert y[0].tolist() == near([0.25] * 3)
-
 
 class TokenMDP:
     """An MDP of 3 states and replies of 2 tokens out of 3.
@@ -657,7 +623,6 @@ class TokenMDP:
             v_first,
         )
 
-
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("trace", ["tree", "plain"])
 def test_fixed_point_is_the_exact_value(trace, lam):
@@ -697,7 +662,6 @@ def test_fixed_point_is_the_exact_value(trace, lam):
 
 # ---- values and filters ----
 
-
 def test_state_value():
     """V is the exact expectation over the vocabulary."""
     rng = np.random.default_rng(0)
@@ -709,14 +673,12 @@ def test_state_value():
         expected.append(np_softmax(row) @ row_q)
     assert_equal_to_exact(v, expected)
 
-
 def test_constant_q_has_no_advantage():
     """V is an expectation: where Q is constant, A is 0 for every policy."""
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(20, VOCAB, generator=generator)
     q = torch.full_like(logits, -1.7)
     assert_close(state_value(logits, q), q[:, 0])
-
 
 def test_filter_weight():
     """Each kind by hand; awr is bounded, however large A is; an unknown kind is an error."""
@@ -736,7 +698,6 @@ def test_filter_weight():
     assert weights("fbc", good_episode=torch.tensor([False])) == [0] * 4
     with pytest.raises(ValueError, match="ppo"):
         weights("ppo")
-
 
 def test_cloning_without_critics():
     """sft and fbc need no heads: the mean of -log pi over all tokens, where fbc drops the worse episodes."""
@@ -758,7 +719,6 @@ def test_cloning_without_critics():
     assert_close(loss, nll.sum() / mask.sum())
     assert summarise([info])["nll"] == near(loss.item())
 
-
 @pytest.mark.parametrize("kind", ["afsft", "awr"])
 def test_warm_clones_all(kind):
     """During the warm-up the actor's gradient is that of plain cloning; afterwards it is not."""
@@ -777,7 +737,6 @@ def test_warm_clones_all(kind):
 
 # ---- properties of the whole loss ----
 
-
 def test_reward_reaches_the_critic_only_where_it_is_known():
     """Change the reward of a turn: the critic's loss changes, unless the turn's successor is missing."""
     vlm = Stub()
@@ -794,7 +753,6 @@ def test_reward_reaches_the_critic_only_where_it_is_known():
         other["reward"][b] += 3
         after, _ = loss_of(vlm, other)
         assert (after != before) == counts[b]
-
 
 @pytest.mark.parametrize(
     "changes",
@@ -831,7 +789,6 @@ def test_outside_of_the_mask_nothing_counts(changes):
     assert_close(other_info, info)
     assert_close(gradients(vlm, other_loss), gradients(vlm, loss))
 
-
 def window_starts(batch):
     """List the rows where a window begins."""
     starts = [0]
@@ -839,7 +796,6 @@ def window_starts(batch):
         if following < 0:
             starts.append(row + 1)
     return starts[:-1]
-
 
 @pytest.mark.parametrize(
     "changes",
@@ -884,7 +840,6 @@ def test_any_split_gives_the_same_gradients(changes):
         assert_close(total, whole)
         assert summarise(infos) == near(metrics)
 
-
 def test_each_loss_trains_its_own_part():
     """The actor's loss does not train the critic, the critic's not the policy; both train the trunk."""
     vlm = Stub()
@@ -906,7 +861,6 @@ def test_each_loss_trains_its_own_part():
     assert is_zero(found.get("policy.weight"))
     assert not any(is_zero(found[name]) for name in heads)
     assert not is_zero(found["trunk.weight"])
-
 
 @pytest.mark.parametrize("actor_loss", ["afsft", "sft"])
 def test_a_large_vocabulary_is_computed_in_chunks(monkeypatch, actor_loss):
@@ -934,7 +888,6 @@ def test_a_large_vocabulary_is_computed_in_chunks(monkeypatch, actor_loss):
     # each chunk is computed in the forward pass and again in the backward pass
     assert max(chunks) == 4
     assert sum(chunks) == 2 * batch["mask"].numel()
-
 
 def test_turn_level_has_one_advantage_per_reply(monkeypatch):
     """mdp='turn': all tokens of a reply pass or none, by Q of the last token and V of the first state."""
@@ -968,7 +921,6 @@ def test_turn_level_has_one_advantage_per_reply(monkeypatch):
         replies.append(is_good)
     assert set(replies) == {True, False}
 
-
 @pytest.mark.parametrize("lam", [0.2, 1.0])
 @pytest.mark.parametrize("trace", ["tree", "plain"])
 def test_the_trace_does_not_matter_at_turn_level(trace, lam):
@@ -981,7 +933,6 @@ def test_the_trace_does_not_matter_at_turn_level(trace, lam):
 
 
 # ---- why pessimism ----
-
 
 @pytest.mark.parametrize("learns", [False, True])
 def test_the_story_of_pessimism(learns):
@@ -1025,7 +976,6 @@ def test_the_story_of_pessimism(learns):
     else:
         assert pass_syntax[15:] == [0.0] * 45
         assert syntax[0] < 0.6
-
 
 def test_pessimism_has_a_floor():
     """Tokens that no data shows, raised by chance, return to q_init; what the data shows is near its return.

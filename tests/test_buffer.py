@@ -3,12 +3,10 @@ Test episodes on disk: what is written is read, a crash costs one line at most, 
 
     python -m pytest tests/test_buffer.py
 """
-import json
-import os
+import json, os
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import buffer as buffer_module
@@ -19,13 +17,11 @@ from pretrain import tiny_nets
 MARKER = "[action]"
 REWARDS = [-1.0, 0.25, 2.0, 0.5]
 
-
 def picture(n):
     """Make a small picture that differs for each n."""
     red = n % 256
     blue = n // 256
     return Image.new("RGB", (8, 8), (red, 7, blue))
-
 
 def episode(name, turns, cut=False, replies=None, **last):
     """Make the rows and pictures of an episode; cut=True: a limit, hence a row with the last observation.
@@ -51,7 +47,6 @@ def episode(name, turns, cut=False, replies=None, **last):
         rows.append(make_row(name, k, "Toy", 5, obs, reply=reply, **fields))
     return rows, images
 
-
 def filled(folder, *episodes):
     """Make a buffer with some episodes."""
     buf = Buffer(str(folder), create=True)
@@ -61,12 +56,10 @@ def filled(folder, *episodes):
         buf.append(rows, images)
     return buf
 
-
 def raw(buf):
     """Read the bytes of a buffer's file."""
     with open(buf.file, "rb") as f:
         return f.read()
-
 
 def refusal(call, folder):
     """Call what must end with one sentence about the folder, and return the sentence."""
@@ -81,7 +74,6 @@ def refusal(call, folder):
 
 
 # ---- files ----
-
 
 def test_round_trip(tmp_path):
     """Rows and pictures come back as they went in, from the same object and from a new one."""
@@ -100,7 +92,6 @@ def test_round_trip(tmp_path):
             assert opened.image(name).tobytes() == images[name].tobytes()
             assert image_name(opened.image(name)) == name
 
-
 def test_append_only(tmp_path):
     """An append keeps the bytes that were there before."""
     buf = Buffer(str(tmp_path), create=True)
@@ -112,7 +103,6 @@ def test_append_only(tmp_path):
         assert raw(buf).startswith(before)
         assert len(raw(buf)) > len(before)
         before = raw(buf)
-
 
 def test_pictures_are_on_disk_before_their_rows(tmp_path, monkeypatch):
     """A crash at any system call leaves no row without its picture, and no half a picture under its name."""
@@ -153,7 +143,6 @@ def test_pictures_are_on_disk_before_their_rows(tmp_path, monkeypatch):
             after.image(row["images_file_names"][0])
     pytest.fail("append never reached its end")
 
-
 def test_torn_last_line(tmp_path, capsys):
     """Half a line (a crash while writing) is left out and reported; the next append heals the file."""
     whole = raw(filled(tmp_path / "x"))
@@ -173,7 +162,6 @@ def test_torn_last_line(tmp_path, capsys):
         assert again.rows == buf.rows
         assert len(again) == 16
         assert raw(again).startswith(whole[:-last])
-
 
 def test_a_picture_is_stored_once(tmp_path):
     """Equal pixels share a file, written once; different pixels, sizes or modes never share a name."""
@@ -196,7 +184,6 @@ def test_a_picture_is_stored_once(tmp_path):
     ]
     assert len({image_name(image) for image in different}) == len(different)
 
-
 def test_an_episode_name_is_used_once(tmp_path):
     """An episode whose name is taken is refused, and nothing is written.
 
@@ -211,7 +198,6 @@ def test_an_episode_name_is_used_once(tmp_path):
     assert len(buf) == 15
     after = sorted(os.listdir(tmp_path / "images"))
     assert after == pictures
-
 
 def test_rewind(tmp_path):
     """It returns to the first n rows, writes the others to rewound.jsonl, and changes nothing at the end."""
@@ -244,7 +230,6 @@ def test_rewind(tmp_path):
 
 GOOD = make_row("a", 0, "Toy", 0, dict(image=picture(0), text="t"), reply="x")
 
-
 def line(row):
     """Write a row as a line of the file."""
     return json.dumps(row).encode() + b"\n"
@@ -265,7 +250,6 @@ BAD_FILES = [
     (line(GOOD | dict(version="2.0")), "version"),
 ]
 
-
 @pytest.mark.parametrize("content, words", BAD_FILES)
 def test_bad_folders(tmp_path, content, words):
     """A folder that is missing, empty, foreign, damaged or too new is one sentence; nothing is written."""
@@ -276,7 +260,6 @@ def test_bad_folders(tmp_path, content, words):
     assert sorted(os.listdir(tmp_path)) == before
     assert "does not exist" in refusal(lambda: Buffer(str(tmp_path / "nowhere")), tmp_path)
     assert not os.path.exists(tmp_path / "nowhere")
-
 
 def test_bad_pictures(tmp_path):
     """A picture that is missing, broken, or outside of the folder is one sentence at its first use."""
@@ -301,11 +284,9 @@ def test_bad_pictures(tmp_path):
 
 # ---- windows ----
 
-
 def is_turn(buf, i):
     """Tell whether a row is a turn, not a last observation."""
     return reply_text(buf.rows[i]) is not None
-
 
 def test_windows(tmp_path):
     """A window holds consecutive turns of one episode, and every turn is drawn equally often.
@@ -343,7 +324,6 @@ def test_windows(tmp_path):
         latest = list(buf.episodes)[-last:]
         assert {row["episode"] for row in first_rows} == set(latest)
 
-
 def test_windows_of_won_episodes(tmp_path):
     """`won` is the share of windows from episodes that reached the goal, if there are two kinds."""
     buf = filled(tmp_path)
@@ -367,7 +347,6 @@ def test_windows_of_won_episodes(tmp_path):
 
 # ---- batches ----
 
-
 @pytest.fixture(scope="module")
 def vlm():
     """A very small VLM with random weights."""
@@ -375,11 +354,9 @@ def vlm():
     sizes = dict(vocab_size=300, hidden=32, layers=1, vision_hidden=32, vision_layers=1)
     return model.VLM(*tiny_nets.llava(texts, **sizes))
 
-
 def double(reward):
     """Scale a reward, as a reward_fn."""
     return 2 * reward
-
 
 def test_batch(tmp_path, vlm):
     """Masks, spans, successors and returns, each computed anew from the rows."""
@@ -427,7 +404,6 @@ def test_batch(tmp_path, vlm):
             ids = batch["reply_ids"][b, :n].tolist()
             check_reply(vlm, reply_text(row), ids, span[b].tolist())
 
-
 def check_reply(vlm, text, ids, span):
     """Check the tokens of a reply, and the span: what follows the last marker, and the end of the turn."""
     n = len(ids)
@@ -438,7 +414,6 @@ def check_reply(vlm, text, ids, span):
     _, marker, action = text.rpartition(MARKER)
     tail = vlm.decode([token for token, inside in zip(ids, span) if inside])
     assert tail == (action if marker else "")
-
 
 def test_stored_ids_are_used(tmp_path, vlm):
     """Sampled tokens are trained on as they are, even if a tokenizer would cut the text in another way."""
@@ -459,7 +434,6 @@ def test_stored_ids_are_used(tmp_path, vlm):
     assert batch["mask"].sum() == n
     assert span[:n] == [0] * (n - 3) + [1] * 3
 
-
 def test_every_key_that_is_read_is_required(tmp_path, vlm):
     """A row with the required keys alone can be sampled and counted; without any of them it is refused."""
     row = {key: GOOD[key] for key in KEYS}
@@ -477,7 +451,6 @@ def test_every_key_that_is_read_is_required(tmp_path, vlm):
 
 # ---- rewards and statistics ----
 
-
 def test_rewind_keeps_what_the_critic_sees_of_a_reward(tmp_path):
     """The story: a resumed run rewound its replay, and then the critic saw rewards as they were paid."""
     filled(tmp_path)
@@ -486,7 +459,6 @@ def test_rewind_keeps_what_the_critic_sees_of_a_reward(tmp_path):
     buf.rewind(8)
     assert buf.return_to_go(0, 0.5) == before
     assert before != Buffer(str(tmp_path)).return_to_go(0, 0.5)
-
 
 def test_stats(tmp_path):
     """Success by both rules, returns, valid share, to-go and quantile, on four episodes done by hand."""

@@ -3,8 +3,7 @@ The card games: rules from positions set by hand, formulas, exact yardsticks, pi
 
     python -m pytest tests/test_cards.py
 """
-import ast
-import operator
+import ast, operator
 from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
@@ -29,7 +28,6 @@ OPERATORS = {
     ast.UAdd: operator.pos,
     ast.USub: operator.neg,
 }
-
 
 def value_by_python(node):
     """Compute a node of Python's own syntax tree in exact rationals; ValueError if it is no formula here."""
@@ -66,7 +64,6 @@ FORMULAS = {
     "0*(1-1)": 0,
 }
 
-
 @pytest.mark.parametrize("text, value", FORMULAS.items())
 def test_evaluator_values(text, value):
     assert formula_value(text) == value
@@ -79,11 +76,9 @@ MALFORMED = (
     + ["1/0", "1/(2-2)", "3/0+"]
 )
 
-
 @pytest.mark.parametrize("text", MALFORMED)
 def test_evaluator_malformed(text):
     assert formula_value(text) is None
-
 
 def test_evaluator_is_bounded():
     """Python's eval would hang, overflow the stack or build a number of a thousand digits."""
@@ -93,7 +88,6 @@ def test_evaluator_is_bounded():
     assert formula_value("(" * 2_000 + "1" + ")" * 2_000) is None
     assert formula_value("-" * 10_000 + "1") == 1
     assert formula_value("1" + "+1" * 2_000) == 2_001
-
 
 def test_evaluator_agrees_with_python_on_random_formulas():
     rng = np.random.default_rng(0)
@@ -115,7 +109,6 @@ CARDS = {
     "EZPoints": [(13, 0), (2, 1)],
     "Points24": [(8, 0), (3, 1), (8, 2), (3, 3)],
 }
-
 
 def test_ezpoints_steps_in_order():
     env = fresh("EZPoints", cards=CARDS["EZPoints"], formula=[])
@@ -148,13 +141,11 @@ EZPOINTS_ENDS = [
     ("blank 10 blank + 2", 10),
 ]
 
-
 @pytest.mark.parametrize("formula, reward", EZPOINTS_ENDS)
 def test_ezpoints_equals(formula, reward):
     env = fresh("EZPoints", cards=CARDS["EZPoints"], formula=formula.split())
     assert say(env, "=")[:3] == (reward, True, False)
     assert env.success == (reward > 0)
-
 
 def test_ezpoints_limit():
     env = fresh("EZPoints", cards=CARDS["EZPoints"], formula="+ + 2 + 10".split())
@@ -167,7 +158,6 @@ def test_ezpoints_limit():
         assert (reward, terminated, truncated) == (-1, False, True)
         assert not info["success"]
         assert len(env.formula) == 6
-
 
 def test_ezpoints_deals():
     env = make("EZPoints")
@@ -184,7 +174,6 @@ def test_ezpoints_deals():
     # The second card is never a face, so a face is one of the twelve ranks of the first one.
     assert all(abs(ranks[rank] / 3000 - 1 / 12) < 0.02 for rank in (11, 12, 13))
 
-
 def test_ezpoints_yardsticks():
     rng = np.random.default_rng(0)
     total, success, _, turns = play_games(make("EZPoints"), "expert", rng, 500)
@@ -195,7 +184,6 @@ def test_ezpoints_yardsticks():
     assert abs(total.mean() + 4.19) < 0.15
     assert success.mean() < 0.004
     assert turns.max() <= 7
-
 
 def chance_of_random_play(env, formula):
     """Return the exact probability that random play wins EZPoints from here."""
@@ -216,7 +204,6 @@ def chance_of_random_play(env, formula):
     if blanks:
         chance += blanks / 13 * chance_of_random_play(env, [*formula, "blank"])
     return chance
-
 
 def test_ezpoints_random_play_exactly():
     """Simulations of the original's code scatter around this number: 0.056 %, 0.061 %."""
@@ -250,19 +237,16 @@ POINTS24_ENDS = [
     ("blank 8 / ( 3 - 8 / blank 3 ) blank", 10),
 ]
 
-
 @pytest.mark.parametrize("formula, reward", POINTS24_ENDS)
 def test_points24_equals(formula, reward):
     env = fresh("Points24", cards=CARDS["Points24"], formula=formula.split())
     assert say(env, "=")[:3] == (reward, True, False)
-
 
 @pytest.mark.parametrize("formula, reward", [("1 2 * 2 * 1", 10), ("1 blank 2 * 2 * 1", -1)])
 def test_points24_digits_join_as_in_the_original(formula, reward):
     """White space parts them."""
     env = fresh("Points24", cards=[(1, 0), (2, 0), (2, 1), (1, 1)], formula=formula.split())
     assert say(env, "=")[0] == reward
-
 
 def test_points24_limit_is_twenty_items():
     solution = "8 / ( 3 - 8 / 3 )".split()
@@ -275,7 +259,6 @@ def test_points24_limit_is_twenty_items():
     assert say(env, *"+" * 21)[:3] == (0, False, False)
     assert say(env, "+")[:3] == (-1, False, True)
 
-
 def results(a, b):
     """Return the results of one operation on two numbers, in either order."""
     values = {a + b, a * b, a - b, b - a}
@@ -284,7 +267,6 @@ def results(a, b):
     if a:
         values.add(b / a)
     return values
-
 
 def is_solvable(numbers, target=24):
     """Replace two numbers by a result until one is left. This is independent of the code under test."""
@@ -297,7 +279,6 @@ def is_solvable(numbers, target=24):
                 return True
     return False
 
-
 def deal_probability(points):
     """Return the probability to be dealt these points, in any order."""
     orders = factorial(len(points))
@@ -305,7 +286,6 @@ def deal_probability(points):
         orders /= factorial(count)
     chances = [4 / 13 if point == 10 else 1 / 13 for point in points]
     return orders * np.prod(chances)
-
 
 def expert_rewards(env):
     """Return (rewards, terminated) of the expert's play to the end of the episode."""
@@ -316,7 +296,6 @@ def expert_rewards(env):
         rewards.append(reward)
         over = terminated or truncated
     return rewards, terminated
-
 
 def test_points24_expert_solves_exactly_the_solvable_deals():
     env = fresh("Points24")
@@ -335,7 +314,6 @@ def test_points24_expert_solves_exactly_the_solvable_deals():
             assert terminated
             assert len(env.formula) <= 11
     assert abs(share - 0.731) < 0.0005
-
 
 @pytest.mark.parametrize("name", ["EZPoints", "Points24"])
 def test_expert_goes_on_from_any_half_written_formula(name):
@@ -373,7 +351,6 @@ STANDS = [
     ([2, 2], [1, 6], -1),
 ]
 
-
 @pytest.mark.parametrize("player, dealer, reward", STANDS)
 def test_blackjack_stand(player, dealer, reward):
     """A natural earns no bonus, an ace counts 11 where it can, the dealer stands on a soft 17 too."""
@@ -386,7 +363,6 @@ def test_blackjack_stand(player, dealer, reward):
     assert env.stood
     assert len(env.dealer) == 2
 
-
 def test_blackjack_dealer_draws_below_17_and_loses_by_a_bust():
     busts = 0
     for seed in range(200):
@@ -397,7 +373,6 @@ def test_blackjack_dealer_draws_below_17_and_loses_by_a_bust():
         assert reward == (1 if total > 21 else -1)
         busts += reward == 1
     assert abs(busts / 200 - 8 / 13) < 0.12
-
 
 def test_blackjack_hit():
     for seed in range(100):
@@ -411,7 +386,6 @@ def test_blackjack_hit():
     env = fresh("Blackjack", player=[(1, 0), (10, 0)])
     say(env, "hit")
     assert not env.over
-
 
 def outcome(policy):
     """Return the exact probabilities (win, tie, loss) of a policy(points, ace, up) -> probability to hit."""
@@ -438,7 +412,6 @@ def outcome(policy):
                 result += share_a * share_b * share_up * outcome_from(a + b, 1 in (a, b), up)
     return result
 
-
 def test_blackjack_exact_yardsticks():
     best_return = outcome(lambda *state: best_play(*state)[1] == "hit")
     assert abs(best_return[0] - best_return[2] + 0.0466) < 0.0001
@@ -452,7 +425,6 @@ def test_blackjack_exact_yardsticks():
     at_random = outcome(lambda points, ace, up: 0.5 if points <= 21 else 0)
     assert abs(at_random[0] - 0.281) < 0.0006
 
-
 def test_blackjack_plays_as_computed():
     rng = np.random.default_rng(0)
     total, success, success_return, _ = play_games(make("Blackjack"), "expert", rng, 8000)
@@ -462,7 +434,6 @@ def test_blackjack_plays_as_computed():
     rng = np.random.default_rng(0)
     total, success, _, _ = play_games(make("Blackjack"), "random", rng, 5000)
     assert abs(success.mean() - 0.281) < 0.025
-
 
 def test_the_hidden_card_does_not_decide_the_split():
     env = fresh("Blackjack")
@@ -476,7 +447,6 @@ def test_the_hidden_card_does_not_decide_the_split():
 
 sizes = pytest.mark.parametrize("size", [80, 300])
 
-
 @sizes
 def test_every_card_has_its_picture(size):
     env = make("EZPoints", size=size)
@@ -487,7 +457,6 @@ def test_every_card_has_its_picture(size):
             env.cards = [(rank, suit), (2, 0)]
             pictures.add(env.picture().tobytes())
     assert len(pictures) == 52
-
 
 @sizes
 @pytest.mark.parametrize("name", ["EZPoints", "Points24"])
@@ -500,7 +469,6 @@ def test_pictures_show_cards_and_formula(name, size):
         cards = list(env.cards)
         cards[i] = (rank % 13 + 1, 3 - suit)
         assert count_changed_pixels(env, cards=cards) > 20
-
 
 @sizes
 def test_blackjack_pictures_hide_the_second_card_of_the_dealer(size):

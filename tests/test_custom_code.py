@@ -3,17 +3,14 @@ Check models that bring their own Python files.
 
 A folder with configuration, modeling and processing code of its own is opened, trained, played and saved.
 """
-import builtins
-import json
-import os
+import builtins, json, os
 
 import pytest
 import torch
 import transformers.dynamic_module_utils as dynamic
 from safetensors.torch import save_file
 
-import families
-import model
+import families, model
 from agent_rl import compute_loss
 from extras.model_folders import rehearse
 from test_agent_rl import settings
@@ -103,7 +100,6 @@ PROCESSOR_CONFIG = dict(
     auto_map={"AutoProcessor": "processing_sketch.SketchProcessor"},
 )
 
-
 @pytest.fixture(scope="module", autouse=True)
 def quiet(tmp_path_factory):
     """Give the library a code cache of these tests' own, and fail if it asks a question on stdin."""
@@ -111,7 +107,6 @@ def quiet(tmp_path_factory):
         patch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         patch.setattr(builtins, "input", lambda *args: pytest.fail("the library asked on stdin"))
         yield
-
 
 def write(folder, auto="AutoModelForImageTextToText", edits=()):
     """Write a folder as a download from the hub would be; return its path.
@@ -154,12 +149,10 @@ def write(folder, auto="AutoModelForImageTextToText", edits=()):
     (folder / "modeling_sketch.py").write_text(code)
     return str(folder)
 
-
 def open_with_code(path, **changes):
     """Open a folder with permission to run its code -> a VLM with random adapters and critics."""
     net, processor = model.load_model(path, device="cpu", trust_remote_code=True)
     return families.randomise(families.make_vlm(net, processor, name=path, **changes))
-
 
 def is_trained(key, lora_r):
     """Tell whether an update moves a tensor of the VLM: LoRA or all of the net, and the heads."""
@@ -171,7 +164,6 @@ def is_trained(key, lora_r):
 
 
 AUTO_CLASSES = ["AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM"]
-
 
 @pytest.mark.parametrize("lora_r", [4, 0])
 @pytest.mark.parametrize("auto", AUTO_CLASSES)
@@ -232,7 +224,6 @@ def test_trains_plays_and_saves(tmp_path, auto, lora_r):
         expected, _ = vlm.generate(prompts, 4, temperature=0)
         assert again.generate(prompts, 4, temperature=0)[0] == expected
 
-
 def test_without_the_flag(tmp_path):
     """One sentence says what the flag allows; no code has run, and nothing is asked on stdin."""
     folder = tmp_path / "sketch"
@@ -261,7 +252,6 @@ MISSING_PIECES = {
     "post_init": ("self.post_init()", "pass", "another version of transformers"),
 }
 
-
 @pytest.mark.parametrize("old, new, word", MISSING_PIECES.values(), ids=MISSING_PIECES)
 def test_a_missing_piece_is_named(tmp_path, old, new, word):
     path = write(tmp_path / "sketch", edits=[(old, new)])
@@ -288,7 +278,6 @@ HIDDEN_FAULTS = {
     ),
 }
 
-
 @pytest.mark.parametrize("old, new, word", HIDDEN_FAULTS.values(), ids=HIDDEN_FAULTS)
 def test_a_rehearsal_finds_what_loading_cannot(tmp_path, old, new, word):
     """A cache that is accepted and ignored would train another policy than it plays, without an error."""
@@ -296,7 +285,6 @@ def test_a_rehearsal_finds_what_loading_cannot(tmp_path, old, new, word):
     refuses(vlm.name, lambda: rehearse(vlm))
     with pytest.raises(SystemExit, match=word):
         rehearse(vlm)
-
 
 def test_the_rehearsal_passes_the_librarys_families(tmp_path):
     for family in families.FAMILIES:

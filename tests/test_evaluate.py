@@ -3,33 +3,27 @@ Test playing, recording and measuring: agents, held-out starts, intervals, table
 
     python -m pytest tests/test_evaluate.py
 """
-import os
-import shutil
-import time
+import os, shutil, time
 
 import numpy as np
 import pytest
 import torch
 
 import envs
-import evaluate
-import train
+import evaluate, train
 from buffer import Buffer, reply_text
 from evaluate import episode_summary, exploring_agent, held_out_seeds, play, record, scripted_agent, wilson
 from small_runs import content, metrics, one_sentence, read_json, results, run
 from small_runs import straight, tiny  # noqa: F401  (fixtures)
 from worlds.registry import make
 
-
 def make_number_line():
     """Make the simplest environment."""
     return make("NumberLine")
 
-
 def expert(seed=0):
     """Make the agent that always wins."""
     return scripted_agent({"expert": 1.0}, np.random.default_rng(seed))
-
 
 def played_rows(episodes):
     """List the rows of episodes that have a reply."""
@@ -40,7 +34,6 @@ def played_rows(episodes):
 
 
 # ---- the command line ----
-
 
 def test_evaluate_prints_and_saves(straight, tmp_path, capsys, monkeypatch):
     """The table and eval.json are those of the checkpoint that the run ended with."""
@@ -54,7 +47,6 @@ def test_evaluate_prints_and_saves(straight, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     for word in ("greedy", "sampled, T=1", "picture hidden", "goal reached", "summed reward > 0", "Wilson"):
         assert word in printed
-
 
 def test_sampled_episodes_are_saved(straight, tmp_path, monkeypatch):
     """--save records what was sampled; sampling neither reads nor moves the global random stream."""
@@ -80,7 +72,6 @@ def test_sampled_episodes_are_saved(straight, tmp_path, monkeypatch):
         assert len(row["behaviour_logprobs"]) == len(row["reply_ids"])
         assert max(row["behaviour_logprobs"]) <= 0
 
-
 def test_expert_records_a_folder(straight, tmp_path, capsys):
     """Any player's episodes are data to train on; the run's own evaluation stays.
 
@@ -99,7 +90,6 @@ def test_expert_records_a_folder(straight, tmp_path, capsys):
     evaluate.main([*command, "--episodes=2", "--seed=1"])
     assert len(Buffer(folder).episodes) == 8
 
-
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -115,12 +105,10 @@ def test_wrong_flags_are_one_sentence(straight, flags, words):
     argv = [straight if flag == "RUN" else flag for flag in flags]
     one_sentence(lambda: evaluate.main(argv), *words)
 
-
 def test_a_correction_needs_a_critic(tiny, tmp_path):
     """--q_weight is refused for a run that trained no critic."""
     out = run(tmp_path / "sft", tiny, actor_loss="sft", offline_updates=1, online_updates=0)
     one_sentence(lambda: evaluate.main([out, "--q_weight=1"]), "q_weight", "critic")
-
 
 def test_the_critic_corrects_the_policy_wherever_the_run_plays(tiny, tmp_path, monkeypatch):
     """q_weight counts in rollouts and evaluations, and in evaluate.py, which can switch it off."""
@@ -146,7 +134,6 @@ def test_the_critic_corrects_the_policy_wherever_the_run_plays(tiny, tmp_path, m
 
 # ---- playing and recording ----
 
-
 def record_mix(mix, make_env, folder):
     """Let a scripted player play 12 episodes and record them -> (episodes, buffer)."""
     act = scripted_agent(mix, np.random.default_rng(0))
@@ -154,7 +141,6 @@ def record_mix(mix, make_env, folder):
     buf = Buffer(str(folder), create=True)
     assert record(iter(played), buf, chunk=5) == 12
     return played, buf
-
 
 def assert_summaries_agree(played, buf, wins):
     """Assert that what was played, recorded and summed up is the same."""
@@ -169,7 +155,6 @@ def assert_summaries_agree(played, buf, wins):
         assert [row["turn"] for row in rows] == list(range(len(rows)))
         assert len({row["seed"] for row in rows}) == 1
 
-
 @pytest.mark.parametrize("name", ["NumberLine", "EZPoints"])
 def test_the_expert_always_wins(name, tmp_path):
     """Its episodes end with a terminated turn, and every row has a reply."""
@@ -179,7 +164,6 @@ def test_the_expert_always_wins(name, tmp_path):
         rows = [buf.rows[i] for i in row_numbers]
         assert [row["terminated"] for row in rows] == [False] * (len(rows) - 1) + [True]
         assert all(reply_text(row) is not None for row in rows)
-
 
 @pytest.mark.parametrize("name", ["NumberLine", "EZPoints"])
 def test_malformed_play_is_truncated(name, tmp_path):
@@ -196,7 +180,6 @@ def test_malformed_play_is_truncated(name, tmp_path):
         # nothing has moved
         assert len({str(row["images_file_names"]) for row in rows}) == 1
 
-
 @pytest.mark.parametrize("name", ["NumberLine", "NumberLine,EZPoints"])
 def test_the_expert_plays_a_share_of_the_episodes(name):
     """Whole episodes are the expert's, the others the mixture's; several tasks behave like one."""
@@ -211,7 +194,6 @@ def test_the_expert_plays_a_share_of_the_episodes(name):
             assert players <= {"random", "malformed"}
     assert 0.2 < by_expert / len(episodes) < 0.4
 
-
 def test_without_an_expert_nothing_more_is_drawn():
     """A share of 0 leaves the random stream as it is without a share: old recordings stay the same."""
     ends = []
@@ -221,7 +203,6 @@ def test_without_an_expert_nothing_more_is_drawn():
         list(play(make_number_line, act, [1, 2], split="train"))
         ends.append(rng.random())
     assert ends[0] == ends[1]
-
 
 @pytest.mark.parametrize("share, low, high", [(0.0, 0.0, 0.0), (0.3, 0.2, 0.4), (1.0, 1.0, 1.0)])
 def test_an_exploring_agent_plays_a_share_of_the_turns_at_random(share, low, high):
@@ -240,7 +221,6 @@ def test_an_exploring_agent_plays_a_share_of_the_turns_at_random(share, low, hig
         assert (row["reply_ids"] == [1]) == (row["source"] == "model")
     if share:
         assert {row["action"] for row in rows} == {"+", "-"}
-
 
 class Flaky(envs.NumberLine):
     """Episodes are lost in their first turn: with seeds below 100 always, below 200 the first time."""
@@ -267,14 +247,12 @@ class Flaky(envs.NumberLine):
             self.broken.add(self.seed)
         return super().act(action)
 
-
 @pytest.fixture
 def flaky(monkeypatch):
     """The class Flaky, without a memory of earlier tests."""
     monkeypatch.setattr(Flaky, "broken", set())
     monkeypatch.setattr(Flaky, "most_acting", 0)
     return Flaky
-
 
 def test_lost_episodes_are_played_again_then_dropped(flaky, capsys):
     """Dropped episodes are counted and printed; without any episode left it is one sentence."""
@@ -287,7 +265,6 @@ def test_lost_episodes_are_played_again_then_dropped(flaky, capsys):
 
     nothing = list(play(flaky, expert(), [1]))
     one_sentence(lambda: episode_summary(nothing), "No episode")
-
 
 def test_threads_step_slow_environments(flaky, monkeypatch):
     """`max_parallel` bounds how many are alive and steps them at once; what is played is the same."""
@@ -311,7 +288,6 @@ def test_threads_step_slow_environments(flaky, monkeypatch):
 
 # ---- intervals and held-out starts ----
 
-
 @pytest.mark.parametrize(
     "k, n, low, high",
     [
@@ -326,12 +302,10 @@ def test_wilson(k, n, low, high):
     """Against published values (Newcombe 1998, table I) and the closed forms at 0 and n."""
     assert wilson(k, n) == pytest.approx((low, high), abs=1e-4)
 
-
 def test_wilson_stays_between_0_and_1():
     """The ends are exact, without a rounding error beyond them."""
     assert wilson(0, 10)[0] == 0
     assert wilson(10, 10)[1] == 1
-
 
 def test_all_starts_of_number_line_are_evaluated():
     """There are 30, too few to hold any out: each comes once before any comes twice."""
@@ -344,7 +318,6 @@ def test_all_starts_of_number_line_are_evaluated():
     assert len(starts) == 30
     more = held_out_seeds(env, 65)
     assert more[:30] == more[30:60] == seeds
-
 
 @pytest.mark.parametrize("name", ["EZPoints", "Points24", "Blackjack"])
 def test_held_out_starts_are_different_and_never_trained_on(name):
@@ -364,7 +337,6 @@ def test_held_out_starts_are_different_and_never_trained_on(name):
     for seed in range(400):
         env.reset(seed=seed, options={"split": "train"})
         assert env.fingerprint() not in tested
-
 
 def test_held_out_starts_are_drawn_once_per_run(monkeypatch):
     """The story: each evaluation had drawn them again, which takes seconds where a start is a web page."""
@@ -393,13 +365,11 @@ def test_held_out_starts_are_drawn_once_per_run(monkeypatch):
 
 # ---- several tasks ----
 
-
 @pytest.fixture(scope="module")
 def two_tasks(tiny, tmp_path_factory):
     """A run that plays NumberLine and EZPoints in turn."""
     out = tmp_path_factory.mktemp("tasks") / "run"
     return run(out, tiny, env="NumberLine,EZPoints", eval_episodes=5)
-
 
 def test_several_tasks_are_recorded_in_turn(two_tasks):
     """Recorded data and replay have every second episode of each, and statistics of each."""
@@ -415,7 +385,6 @@ def test_several_tasks_are_recorded_in_turn(two_tasks):
         assert {env: of_env["episodes"] for env, of_env in by_env.items()} == dict(NumberLine=4, EZPoints=4)
         assert sum(of_env["turns"] for of_env in by_env.values()) == stats["turns"]
 
-
 def test_several_tasks_are_evaluated_in_turn(two_tasks, capsys):
     """Each row of the table has a line per task, and rollouts log each task's success."""
     table = results(two_tasks)
@@ -429,13 +398,11 @@ def test_several_tasks_are_evaluated_in_turn(two_tasks, capsys):
     evaluate.main([two_tasks, "--agent=expert", "--episodes=7"])
     assert "NumberLine,EZPoints" in capsys.readouterr().out
 
-
 def test_the_table_of_several_tasks_is_printed(tiny, tmp_path, capsys):
     """train.py prints the recorded data and all five evaluations, each with its tasks."""
     keys = dict(offline_updates=1, online_updates=1, eval_episodes=2)
     run(tmp_path / "run", tiny, env="NumberLine,EZPoints", **keys)
     assert capsys.readouterr().out.count("\n  EZPoints ") == 6
-
 
 def test_recorded_play_counts_turns_per_episode_of_each_task(two_tasks):
     """The story: the report had shown each task's total of turns beside the turns per episode of all."""
@@ -447,7 +414,6 @@ def test_recorded_play_counts_turns_per_episode_of_each_task(two_tasks):
         assert of_env["turns"] == counts["turns"] / counts["episodes"] <= 10
         low, high = of_env["success_95"]
         assert low <= of_env["success"] <= high
-
 
 def test_several_tasks_hold_out_their_own_starts():
     """Each task has the starts that it has alone; a task named twice has twice as many."""

@@ -15,31 +15,25 @@ from extras.import_chats import import_conversations, main
 MARKER = "[action]"
 IMAGE = {"type": "image", "text": None}
 
-
 def picture(n):
     """Make a small picture that differs for each n."""
     return Image.new("RGB", (8, 8), (n, 7, 0))
-
 
 def text(content):
     """Make a part of text."""
     return {"type": "text", "text": content}
 
-
 def ask(content):
     """Make a question as LLaVA writes it."""
     return {"from": "human", "value": content}
-
 
 def say(content):
     """Make a reply as LLaVA writes it."""
     return {"from": "gpt", "value": content}
 
-
 def turn(role, content):
     """Make a message as TRL writes it."""
     return {"role": role, "content": content}
-
 
 @pytest.fixture
 def chats(tmp_path):
@@ -58,7 +52,6 @@ def chats(tmp_path):
 
     return write
 
-
 @pytest.fixture
 def imported(chats, tmp_path):
     """imported(rows, [folder of the pictures]) -> the buffer that they become."""
@@ -67,7 +60,6 @@ def imported(chats, tmp_path):
         return import_conversations(chats(rows), str(tmp_path / "out"), *pictures)
 
     return load
-
 
 def test_llava_conversations_become_episodes(imported, tmp_path):
     """A reply is a turn with all before it in its prompt; the pictures are those shown so far."""
@@ -98,7 +90,6 @@ def test_llava_conversations_become_episodes(imported, tmp_path):
     second = buf.image(three["images_file_names"][1])
     assert second.tobytes() == picture(3).tobytes()
 
-
 def test_trl_rows_become_episodes(imported, tmp_path):
     """Contents are parts or text, pictures paths or what `datasets` writes, rewards optional."""
     parts = [turn("system", "Be brief."), turn("user", [{"type": "image"}, text("Where?")])]
@@ -120,7 +111,6 @@ def test_trl_rows_become_episodes(imported, tmp_path):
     assert two["messages"][0]["content"] == [IMAGE, text("Where?")]
     assert two["reward"] == 0.0
 
-
 def test_imported_conversations_train(imported):
     """The tiny VLM takes them: an earlier answer is part of the prompt, a reply of the row itself is not."""
     chat = [ask("<image>\nWhat?"), say("first"), ask("Again?"), say("second")]
@@ -135,7 +125,6 @@ def test_imported_conversations_train(imported):
     image_token = vlm.tokenizer.convert_tokens_to_ids("<image>")
     is_image = batch["inputs"]["input_ids"] == image_token
     assert is_image.sum(1).tolist() == [25, 25]
-
 
 def test_the_command_says_how_to_train(chats, tmp_path, capsys):
     folder = str(tmp_path / "out")
@@ -174,7 +163,6 @@ REFUSED = [
     ),
 ]
 
-
 def refusal(call):
     """Call what must end with one sentence, and return it."""
     with pytest.raises(SystemExit) as error:
@@ -183,12 +171,10 @@ def refusal(call):
     assert "\n" not in sentence
     return sentence
 
-
 @pytest.mark.parametrize("rows, words", REFUSED)
 def test_foreign_conversations_are_one_sentence(imported, tmp_path, rows, words):
     assert words in refusal(lambda: imported(rows))
     assert not (tmp_path / "out").exists()
-
 
 def test_an_import_never_mixes_with_other_files(chats, tmp_path):
     """A folder that exists is refused, and so is a file that holds no conversations."""

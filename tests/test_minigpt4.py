@@ -3,10 +3,7 @@ The MiniGPT-4 converter turns folders and files with the published names into a 
 
     python -m pytest tests/test_minigpt4.py     # all at small scale, with random weights
 """
-import json
-import os
-import runpy
-import sys
+import json, os, runpy, sys
 
 import pytest
 import torch
@@ -22,8 +19,7 @@ from transformers import (
     T5Config,
 )
 
-import families
-import model
+import families, model
 from extras import minigpt4
 from test_model import ask, picture, refuses
 
@@ -33,7 +29,6 @@ LLAMA = families.TEXT | dict(hidden_size=48)
 
 
 # ---- the sources ----
-
 
 def llama_tokenizer():
     """Build LLaMA's pieces for '#', and a piece for every other letter.
@@ -47,14 +42,12 @@ def llama_tokenizer():
     vocab = {piece: i for i, piece in enumerate(pieces)}
     return LlamaTokenizer(vocab=vocab, merges=[("#", "#"), ("▁", "##"), ("▁##", "#")])
 
-
 @torch.no_grad()
 def shake(net):
     """Move weights far from their start: BLIP-2's are nearly zero there, so no picture would matter."""
     for p in net.parameters():
         p.add_(torch.randn_like(p), alpha=0.2)
     return net
-
 
 def published(inner=32, width=48, **more):
     """Return a checkpoint as runner_base.py of the public repository writes it.
@@ -76,7 +69,6 @@ def published(inner=32, width=48, **more):
         epoch=4,
     )
 
-
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """What a user downloads: (blip2, llama, minigpt4)."""
@@ -92,14 +84,12 @@ def sources(tmp_path_factory):
     torch.save(published(), file)
     return blip2, llama, file
 
-
 @pytest.fixture(scope="module")
 def folder(sources, tmp_path_factory):
     """The folder that the converter writes."""
     out = str(tmp_path_factory.mktemp("minigpt4") / "out")
     minigpt4.convert(*sources, out)
     return out
-
 
 def encode_pages(vlm):
     """Encode the pages, each with a picture of its own."""
@@ -109,12 +99,10 @@ def encode_pages(vlm):
         prompts.append(prompt)
     return prompts
 
-
 def make_vlm(folder, **settings):
     """Open a folder as the generic path does, with random weights in adapters and heads."""
     vlm = families.make_vlm(*model.load_model(folder), name=folder, **settings)
     return families.randomise(vlm).eval()
-
 
 def load_parts(sources):
     """Load the sources without the converter -> (BLIP-2, LLaMA, the layer's tensors)."""
@@ -122,7 +110,6 @@ def load_parts(sources):
     layer = torch.load(file, weights_only=True)["model"]
     parts = Blip2ForConditionalGeneration.from_pretrained(blip2).eval()
     return parts, LlamaForCausalLM.from_pretrained(llama).eval(), layer
-
 
 def hand_ids(tokenizer, text, reply="", n=4):
     """Make the ids of a prompt as MiniGPT-4 does.
@@ -144,7 +131,6 @@ def hand_ids(tokenizer, text, reply="", n=4):
 
 # ---- the network ----
 
-
 def test_every_tensor_lands_where_it_should(sources, folder):
     """All are equal bit for bit; the embeddings have one more row, for the placeholder, which is zero."""
     parts, language, layer = load_parts(sources)
@@ -164,7 +150,6 @@ def test_every_tensor_lands_where_it_should(sources, folder):
         else:
             assert found[key].shape == tensor.shape
 
-
 def picture_states(parts, layer, pixels):
     """Compute what the LLaMA reads of a picture: vision tower, layer norm, Q-Former, linear layer."""
     vision = parts.vision_model
@@ -173,7 +158,6 @@ def picture_states(parts, layer, pixels):
     patches = F.layer_norm(patches, patches.shape[-1:], norm.weight, norm.bias, 1e-6)
     queries = parts.qformer(query_embeds=parts.query_tokens, encoder_hidden_states=patches)
     return queries.last_hidden_state @ layer["llama_proj.weight"].T + layer["llama_proj.bias"]
-
 
 @torch.no_grad()
 def test_logits_are_those_of_the_parts(sources, folder):
@@ -209,7 +193,6 @@ def test_logits_are_those_of_the_parts(sources, folder):
 
 # ---- the prompt ----
 
-
 def test_prompt_form(folder):
     """The picture is inside the text; `###` separates turns and ends a reply; a page cannot forge either."""
     vlm = make_vlm(folder)
@@ -235,7 +218,6 @@ def test_prompt_form(folder):
         assert "###" not in page
         assert not special & set(vlm.tokenizer(page, add_special_tokens=False).input_ids)
 
-
 def test_the_sign_between_turns_ends_a_reply(folder):
     """`##`, the first half of the sign, is an ordinary token: it may be said, it ends replies and is in none.
 
@@ -258,7 +240,6 @@ def test_the_sign_between_turns_ends_a_reply(folder):
     vlm.net.get_output_embeddings().register_forward_hook(prefer_end)
     prompt = vlm.encode(ask(PAGES[0]), [picture(0)])
     assert vlm.generate([prompt], 8)[0] == [[vlm.eos]]
-
 
 def test_greedy_replies_are_those_of_the_library(folder):
     vlm = make_vlm(folder)
@@ -284,7 +265,6 @@ def test_greedy_replies_are_those_of_the_library(folder):
 
 # ---- training and saving ----
 
-
 def train_one_step(vlm):
     """Take one step on a loss of the actor and the critic -> names of what has moved."""
     prompts = encode_pages(vlm)
@@ -297,7 +277,6 @@ def train_one_step(vlm):
     (nll + td_error).backward()
     torch.optim.Adam([p for p in vlm.parameters() if p.requires_grad], lr=1e-2).step()
     return {key for key, value in vlm.state_dict().items() if not torch.equal(value, before[key])}
-
 
 @pytest.mark.parametrize("lora_r", [4, 0])
 def test_training_and_saving(folder, tmp_path, lora_r):
@@ -330,7 +309,6 @@ def test_training_and_saving(folder, tmp_path, lora_r):
 
 # ---- folders as they are published ----
 
-
 def save_published_blip2(source, folder):
     """Save a BLIP-2 as published: a T5 behind it, *.bin weights, preprocessor_config.json. Return the net."""
     config = Blip2Config.from_pretrained(source)
@@ -349,7 +327,6 @@ def save_published_blip2(source, folder):
     assert (folder / "preprocessor_config.json").exists()
     return net
 
-
 def save_published_llama(source, folder):
     """Save a LLaMA in bfloat16 whose tables are one, with a tokenizer of the old kind. Return the net."""
     net = LlamaForCausalLM(LlamaConfig(**LLAMA, vocab_size=360, tie_word_embeddings=True))
@@ -360,7 +337,6 @@ def save_published_llama(source, folder):
     changed = json.loads(settings.read_text()) | dict(legacy=True, add_bos_token=True)
     settings.write_text(json.dumps(changed))
     return net
-
 
 def test_half_precision_and_the_layout_of_the_hub(sources, tmp_path):
     """From folders as they are published, the dtype and the prompt's tokens stay what they were."""
@@ -400,7 +376,6 @@ WRONG_CHECKPOINTS = {
     "llama2": published(inner=128),
 }
 
-
 def test_checkpoints_that_do_not_fit_are_refused(sources, tmp_path):
     """Each mistake is one sentence that names the file, and nothing is written."""
     blip2, llama, file = sources
@@ -420,7 +395,6 @@ def test_checkpoints_that_do_not_fit_are_refused(sources, tmp_path):
         minigpt4.convert(blip2, llama, str(tmp_path / "llama2"), out)
     assert not os.path.exists(out)
 
-
 def test_folders_that_do_not_fit_are_refused(sources, tmp_path):
     """Each mistake is one sentence that names the folder, and nothing is written."""
     blip2, llama, file = sources
@@ -437,7 +411,6 @@ def test_folders_that_do_not_fit_are_refused(sources, tmp_path):
         refuses(wrong, lambda: minigpt4.convert(blip2, wrong, file, out))
     assert not os.path.exists(out)
     refuses(tmp_path, lambda: minigpt4.convert(blip2, llama, file, str(tmp_path)))
-
 
 def test_from_the_command_line(sources, tmp_path, monkeypatch, capsys):
     """The command of the docs works from any directory; a missing flag is named."""

@@ -19,9 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
 from transformers import AutoModel, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-import conformance
-import families
-import model
+import conformance, families, model
 from agent_rl import compute_loss
 from configurator import configure
 from extras.feature_cache import Inputs, count_bytes
@@ -71,7 +69,6 @@ every_family = pytest.mark.parametrize("family", families.FAMILIES)
 
 # -- models, prompts, replies -------------------------------------------------------------------------------
 
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """family -> its model folder, built once."""
@@ -82,7 +79,6 @@ def folder(tmp_path_factory):
 
     return build_folder
 
-
 @pytest.fixture(scope="session")
 def opened(folder):
     """family -> (net, processor), opened once."""
@@ -92,7 +88,6 @@ def opened(folder):
         return model.load_model(folder(family), device="cpu")
 
     return open_family
-
 
 @pytest.fixture
 def make(folder, opened):
@@ -108,17 +103,14 @@ def make(folder, opened):
 
     return make_family
 
-
 def ask(text, pictures=1):
     """Return the messages of a prompt with pictures and a text."""
     content = [{"type": "image", "text": None}] * pictures
     content.append({"type": "text", "text": text})
     return [{"role": "user", "content": content}]
 
-
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
-
 
 def picture(i):
     """Draw noise; pictures of even and odd number differ in size."""
@@ -126,11 +118,9 @@ def picture(i):
     pixels = torch.randint(256, (size[0] * size[1] * 3,), generator=seeded(i))
     return Image.frombytes("RGB", size, bytes(pixels.tolist()))
 
-
 def encoded(vlm, pages=PAGES):
     """Encode pages, each with a picture of its own."""
     return [vlm.encode(ask(text), [picture(i)]) for i, text in enumerate(pages)]
-
 
 def rolled(vlm, prompts=None, **how):
     """Sample replies -> (prompts, replies, log-probabilities), all three of different lengths."""
@@ -141,7 +131,6 @@ def rolled(vlm, prompts=None, **how):
     logps = [row[: 7 - 2 * b] for b, row in enumerate(logps)]
     return prompts, replies, logps
 
-
 @torch.no_grad()
 def replay(vlm, prompts, replies):
     """Compute the logits (B, R, V) of replies in the training path."""
@@ -149,12 +138,10 @@ def replay(vlm, prompts, replies):
     logits, _ = vlm(inputs, P, ids.shape[1])
     return logits
 
-
 def log_probabilities(logits, reply):
     """Compute log pi(a|s) of a reply's tokens, logits (R, V) -> list."""
     logp = logits.log_softmax(-1)
     return [float(logp[j, token]) for j, token in enumerate(reply)]
-
 
 def gap(a, b):
     """Return the largest difference of two tensors or lists, relative to the largest value of the second."""
@@ -163,15 +150,12 @@ def gap(a, b):
     difference = (a - b).abs().max()
     return float(difference / b.abs().max())
 
-
 def logit_gap(vlm, a, b):
     """Return the gap between logits of the tokens that can be sampled; the logits of the others are -1e9."""
     return gap(a[..., ~vlm.banned], b[..., ~vlm.banned])
 
-
 def count_weights(module):
     return sum(param.numel() for param in module.parameters())
-
 
 def librarys_inputs(vlm, text, image):
     """Return what transformers itself makes of a picture and a question.
@@ -187,7 +171,6 @@ def librarys_inputs(vlm, text, image):
     inputs.pop("labels", None)
     return inputs
 
-
 def refuses(path, action):
     """Check that an action ends with SystemExit and one sentence on one line that names the path."""
     with pytest.raises(SystemExit) as error:
@@ -198,7 +181,6 @@ def refuses(path, action):
 
 
 # -- forward ------------------------------------------------------------------------------------------------
-
 
 @every_family
 def test_logits_are_the_librarys(make, family):
@@ -215,7 +197,6 @@ def test_logits_are_the_librarys(make, family):
     assert logit_gap(vlm, logits, full) < TOLERANCE
     assert logits.softmax(-1)[..., vlm.banned].max() == 0
 
-
 @every_family
 def test_left_padding_changes_nothing(make, family):
     """A row has the same logits and the same greedy reply alone and beside longer rows."""
@@ -229,7 +210,6 @@ def test_left_padding_changes_nothing(make, family):
         assert logit_gap(vlm, alone[0, :n], together[b, :n]) < TOLERANCE
         greedy_alone, _ = vlm.generate([prompts[b]], 6, temperature=0)
         assert greedy_alone == [greedy[b]]
-
 
 @every_family
 def test_two_pictures_in_one_prompt(make, record_property, family):
@@ -261,7 +241,6 @@ def test_two_pictures_in_one_prompt(make, record_property, family):
     assert logit_gap(vlm, together[2], together[0]) > 100 * TOLERANCE
     assert logit_gap(vlm, together[3], together[0]) > 100 * TOLERANCE
 
-
 @every_family
 def test_rows_without_a_picture(make, family):
     """A row without a picture is the same beside rows with one as alone.
@@ -281,7 +260,6 @@ def test_rows_without_a_picture(make, family):
         alone = replay(vlm, [prompts[b]], [replies[b]])
         assert logit_gap(vlm, alone[0, :2], together[b, :2]) < TOLERANCE
 
-
 @every_family
 def test_picture_and_text_are_seen(make, family):
     """Another picture or another page gives other logits."""
@@ -297,7 +275,6 @@ def test_picture_and_text_are_seen(make, family):
 
 
 # -- generate -----------------------------------------------------------------------------------------------
-
 
 @every_family
 def test_greedy_replies_are_the_librarys(make, family):
@@ -319,7 +296,6 @@ def test_greedy_replies_are_the_librarys(make, family):
         out = vlm.net.generate(**inputs, generation_config=config)
         assert out[0].tolist()[-len(replies[i]) :] == replies[i]
 
-
 @every_family
 def test_rollout_agrees_with_training(make, family):
     """The log-probabilities stored while sampling are those of the training path for the same ids.
@@ -340,7 +316,6 @@ def test_rollout_agrees_with_training(make, family):
         assert inputs["attention_mask"][b, P:].tolist() == expected_mask
         assert gap(log_probabilities(logits[b], reply), logps[b]) < TOLERANCE
 
-
 @every_family
 def test_critic_guides_sampling(make, family):
     """With q_weight the policy is softmax((logits + q_weight * A) / temperature), A of the critics' mean."""
@@ -358,7 +333,6 @@ def test_critic_guides_sampling(make, family):
         assert gap(plain, guided) > 100 * TOLERANCE
         assert gap(guided, logps[b]) < TOLERANCE
 
-
 def test_sampling_follows_the_policy(make):
     """The first sampled token is as frequent as it is probable; temperature 0 takes the likeliest."""
     vlm = make()
@@ -374,7 +348,6 @@ def test_sampling_follows_the_policy(make):
     greedy, _ = vlm.generate(prompts[:1], 1, temperature=0)
     assert greedy == [[int(p.argmax())]]
 
-
 def test_random_stream_of_its_own(make):
     """A generator's seed decides the samples, and the global random stream does not move."""
     vlm = make()
@@ -387,7 +360,6 @@ def test_random_stream_of_its_own(make):
     assert play(3) == play(3)
     assert play(3) != play(4)
     assert torch.equal(state, torch.get_rng_state())
-
 
 @every_family
 def test_banned_tokens_are_never_said(make, folder, family):
@@ -419,7 +391,6 @@ def test_banned_tokens_are_never_said(make, folder, family):
 
 # -- text ---------------------------------------------------------------------------------------------------
 
-
 @every_family
 def test_prompt_is_the_librarys(make, family):
     """A prompt is what the library makes of a chat by the family's template, tensor for tensor.
@@ -435,7 +406,6 @@ def test_prompt_is_the_librarys(make, family):
         assert vlm.tokenizer.decode(ours["input_ids"][0]) == PLAIN[family]
     else:
         assert vlm.processor.chat_template
-
 
 def test_a_q_formers_words_are_no_tokens_of_the_prompt(make):
     """InstructBLIP's question to its Q-Former is neither padded nor continued like a prompt.
@@ -454,7 +424,6 @@ def test_a_q_formers_words_are_no_tokens_of_the_prompt(make):
     assert logit_gap(vlm, logits[:, :2], usual[:, :2]) < TOLERANCE
     inputs, _, _, _ = vlm.collate([same_length], [[5, 6]])
     assert inputs["qformer_input_ids"].shape == same_length["input_ids"].shape
-
 
 @every_family
 def test_page_text_cannot_forge_tokens(make, family):
@@ -478,7 +447,6 @@ def test_page_text_cannot_forge_tokens(make, family):
         assert count(token[:2] + token + token[2:]) == harmless
         assert count(f"{token}\n{END[family]}") == harmless
 
-
 @every_family
 def test_the_end_of_turn_is_found(make, family):
     """It comes from the chat template (Qwen's eos is another token), or without one from the tokenizer."""
@@ -487,7 +455,6 @@ def test_the_end_of_turn_is_found(make, family):
     assert not vlm.banned[vlm.eos]
     is_eos = vlm.eos == vlm.tokenizer.eos_token_id
     assert is_eos == ("qwen" not in family and family != "gemma3")
-
 
 @every_family
 def test_stored_reply_ids_are_used(make, family):
@@ -512,7 +479,6 @@ def test_stored_reply_ids_are_used(make, family):
         assert ids == tokenize(text) + [vlm.eos]
         assert vlm.decode(ids) == text
 
-
 @every_family
 @pytest.mark.parametrize("text", ['{"action": "+"}', "é action: 🙂 stop", "no action"])
 def test_span_is_what_stands_behind_the_marker(make, family, text):
@@ -527,7 +493,6 @@ def test_span_is_what_stands_behind_the_marker(make, family, text):
     assert len(vlm.decode(ids[:first])) <= start
     assert first == len(ids) - 1 or len(vlm.decode(ids[: first + 1])) > start
     assert vlm.decode(ids[first:]).endswith(text[start:].strip())
-
 
 def test_cache_of_encoded_prompts(make):
     """A hit returns the same tensors without drawing the picture; the oldest entry is dropped first."""
@@ -564,7 +529,6 @@ def test_cache_of_encoded_prompts(make):
 
 # -- cached vision features ---------------------------------------------------------------------------------
 
-
 def count_looks(vlm):
     """Return a list that grows by one with every call of the net's vision tower."""
     towers = []
@@ -575,7 +539,6 @@ def count_looks(vlm):
     calls = []
     towers[0].register_forward_pre_hook(lambda *_: calls.append(1))
     return calls
-
 
 @every_family
 def test_cached_features_give_the_same_logits(make, family):
@@ -609,7 +572,6 @@ def test_cached_features_give_the_same_logits(make, family):
     assert len(cache) == len(prompts) + (family == "instructblip")
     assert cache.bytes == sum(map(count_bytes, cache.values()))
 
-
 def test_cached_features_keep_to_their_memory(make):
     """The limit in bytes holds, the oldest entry is dropped first, logits and gradients stay the same."""
     # 4 tokens, 32 wide, 4 bytes: there is room for one picture.
@@ -637,7 +599,6 @@ def test_cached_features_keep_to_their_memory(make):
 
 # -- tiny SmolVLM, gradient checkpointing -------------------------------------------------------------------
 
-
 def test_the_tiny_smolvlm(tmp_path):
     """It is a complete folder with about as many weights as the tiny LLaVA.
 
@@ -661,7 +622,6 @@ def test_the_tiny_smolvlm(tmp_path):
     logits = replay(vlm, prompts, replies)
     assert gap(log_probabilities(logits[0], replies[0]), logps[0]) < TOLERANCE
 
-
 def test_checkpointing_is_asked_for_by_the_librarys_present_name(folder, monkeypatch):
     """The former name warns that it will go; where it is the only one (transformers 5.17) it is used."""
     keys = [f"--model={folder('scratch')}", "--grad_checkpointing=True", "--device=cpu"]
@@ -684,11 +644,9 @@ def test_checkpointing_is_asked_for_by_the_librarys_present_name(folder, monkeyp
 
 # -- LoRA ---------------------------------------------------------------------------------------------------
 
-
 def linear_layers(net):
     """List the paths of all linear layers."""
     return [path for path, module in net.named_modules() if isinstance(module, torch.nn.Linear)]
-
 
 @every_family
 def test_lora_is_on_the_language_model_only(make, family):
@@ -709,7 +667,6 @@ def test_lora_is_on_the_language_model_only(make, family):
     assert len(adapters) == 2 * len(vlm.lora)
     assert len(make(family, lora_targets=r".*\.(q|v)_proj").lora) == 4
     refuses("nothing_like_it", lambda: make(family, lora_targets="nothing_like_it"))
-
 
 @every_family
 def test_reference_is_the_base(make, folder, family):
@@ -742,7 +699,6 @@ def test_reference_is_the_base(make, folder, family):
             net.get_submodule(path).weight += 8 / 4 * layer.lora_B @ layer.lora_A
     trained, merged = policy_and_base(vlm)
     assert gap(trained, merged) < TOLERANCE
-
 
 @every_family
 def test_one_step_moves_adapters_and_heads(make, family):
@@ -778,7 +734,6 @@ def test_one_step_moves_adapters_and_heads(make, family):
 
 # -- Q heads ------------------------------------------------------------------------------------------------
 
-
 @every_family
 @pytest.mark.parametrize("kind", ["full", "tied"])
 def test_q_starts_as_a_constant(make, family, kind):
@@ -790,7 +745,6 @@ def test_q_starts_as_a_constant(make, family, kind):
         q = vlm.q(hidden, target)
         assert q.shape == (2, 2, 3, len(vlm.banned))
         assert (q == -3.25).all()
-
 
 def test_tied_head_borrows_the_unembedding(make):
     """A tied head has 2 H^2 parameters and none of vocabulary size.
@@ -815,7 +769,6 @@ def test_tied_head_borrows_the_unembedding(make):
         assert not torch.allclose(vlm.q(hidden), q)
     full = make(q_head="full").heads
     assert count_weights(full) == H * H + 3 * H + H * V + V
-
 
 @pytest.mark.parametrize("kind", ["full", "tied"])
 def test_target_is_a_moving_average(make, kind):
@@ -844,7 +797,6 @@ SAVED_SETTINGS = [
     dict(lora_r=0),
 ]
 
-
 @every_family
 @pytest.mark.parametrize("changes", SAVED_SETTINGS, ids=str)
 def test_save_and_load(make, tmp_path, family, changes):
@@ -863,7 +815,6 @@ def test_save_and_load(make, tmp_path, family, changes):
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     prompts = encoded(vlm)
     assert other.generate(prompts, 4, temperature=0) == vlm.generate(prompts, 4, temperature=0)
-
 
 def test_adapter_is_in_pefts_layout(make, tmp_path):
     """Names, shapes, metadata and config are as PEFT writes them."""
@@ -904,7 +855,6 @@ def test_adapter_is_in_pefts_layout(make, tmp_path):
         lora_dropout=0.0,
     )
 
-
 def test_a_foreign_adapter_is_refused(make, tmp_path):
     """Another rank, another head, a renamed, damaged or missing file: one sentence, and nothing is loaded."""
     make().save(tmp_path)
@@ -925,7 +875,6 @@ def test_a_foreign_adapter_is_refused(make, tmp_path):
     refuses(tmp_path / "none", lambda: make().load(tmp_path / "none"))
     refuses(tmp_path / "none", lambda: make(lora_r=0).load(str(tmp_path / "none")))
 
-
 def test_an_old_run_has_its_own_alpha(make, folder, tmp_path):
     """lora_alpha was a key once: the adapter of an old run loads with the value in the run's config."""
     make(q_head="tied").save(tmp_path)
@@ -936,7 +885,6 @@ def test_an_old_run_has_its_own_alpha(make, folder, tmp_path):
     vlm = model.build(cfg)
     vlm.load(tmp_path)
     assert all(layer.scale == 8 / 4 for layer in vlm.lora.values())
-
 
 @every_family
 def test_a_bad_model_is_refused(folder, tmp_path, family):
@@ -952,13 +900,11 @@ def test_a_bad_model_is_refused(folder, tmp_path, family):
         (torn / name).write_bytes(content[: len(content) // 2])
         refuses(torn, lambda: model.load_model(str(torn)))
 
-
 def edit_config(folder, **changes):
     """Change settings in the config.json of a model folder."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | changes))
-
 
 def test_an_encoder_decoder_is_refused(tmp_path):
     """BLIP-2 and InstructBLIP also come with a T5, which does not read prompt and reply as one sequence.
@@ -970,7 +916,6 @@ def test_an_encoder_decoder_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="encoder-decoder"):
         model.load_model(str(tmp_path))
     refuses(tmp_path, lambda: model.load_model(str(tmp_path)))
-
 
 def test_no_model_or_another_kind(folder, tmp_path):
     """No folder, a language model, a processor that knows no pictures, weights of another size."""
@@ -992,7 +937,6 @@ def test_no_model_or_another_kind(folder, tmp_path):
     families.build("scratch", narrow)
     edit_config(narrow, text_config=dict(net.config.text_config.to_dict(), hidden_size=32))
     refuses(narrow, lambda: model.load_model(str(narrow)))
-
 
 def test_each_column_of_the_conformance_table_is_a_test():
     """A test that is renamed would leave its column empty."""

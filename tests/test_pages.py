@@ -22,18 +22,14 @@ from worlds.miniwob import format_element
 # Each word has a colour of its own, so that a tower can tell them apart after seconds of training.
 COLOURS = {"ONE": (255, 0, 0), "TWO": (0, 160, 0), "Ok": (0, 0, 255), "Cancel": (0, 0, 0)}
 
-
 def white_sheet():
     return Image.new("RGB", (160, 160), "white")
-
 
 def element(ref, role, box, text="", value=None):
     return dict(ref=ref, role=role, text=text, value=value, box=box)
 
-
 def make_page(goal, elements, target=None, text="", picture=None):
     return Page(goal, elements, target, text, "", picture or white_sheet(), "")
-
 
 def word_page(seed):
     """Make a page with two of the words anywhere, one below the other."""
@@ -48,13 +44,11 @@ def word_page(seed):
     lines = "\n".join(map(format_element, elements))
     return make_page(f"Click button {elements[0]['text']}.", elements, (1, ""), lines, sheet)
 
-
 def asker_of(seed):
     return Asker(np.random.default_rng(seed))
 
 
 # ---- answers are on the page ----
-
 
 def draw_question(seed):
     """Return (page, kind, question, answer), about a page as it is, moved or in pieces."""
@@ -70,15 +64,12 @@ def draw_question(seed):
     assert MARKER not in str(answer)
     return page, kind, question, str(answer)
 
-
 def has_colour_of(page, word, x, y):
     return page.picture().getpixel((int(x), int(y))) == COLOURS[word]
-
 
 def listed_texts(question):
     """Return {number: text} of the lines in a question."""
     return {number: text for text, number in re.findall(r"'(.*)' \[(\d+)\]", question)}
-
 
 def check_places(page, question, answer):
     found = re.findall(r"'(\w+)' (\d+) (\d+)", answer)
@@ -88,7 +79,6 @@ def check_places(page, question, answer):
     assert f"Which places have {texts}?" in question.rpartition("\n")[2]
     return {(x, y) for _, x, y in found}
 
-
 def check_place(page, question, answer):
     goal = question.splitlines()[0]
     named = next(text for text in COLOURS if re.search(rf"\b{text}\b", goal))
@@ -96,23 +86,19 @@ def check_place(page, question, answer):
     # Where nothing is asked, lines mean the number and no lines mean the place.
     assert "Where is it?" in question.rpartition("\n")[2] or not listed_texts(question)
 
-
 def check_numbers(page, question, answer):
     listed = listed_texts(question)
     named = re.findall(r"'([^']*)' (\d+)", answer)
     assert all(listed[number] == text for text, number in named), (question, answer)
 
-
 def check_number(page, question, answer):
     assert question.startswith(page.goal)
     assert answer.split()[-1] == "1"
-
 
 def check_listed_number(page, question, answer):
     if "textbox" not in question.splitlines()[0]:
         text = listed_texts(question)[answer.split()[-1]]
         assert f'"{text}"' in question or f" {text}." in question
-
 
 def check_text(page, question, answer):
     """The text is alone, in quotes, or in quotes behind the number of its field."""
@@ -136,7 +122,6 @@ CHECKS = {
 }
 # The question that may be left out, because the goal is question enough.
 SILENT = {"it": "Where is it?", "it made": "Where is it?", "it number": "Which number is it?"}
-
 
 def test_answers_are_on_the_page():
     """What an answer names is where it says, has the number it says, and is what the goal is about.
@@ -175,7 +160,6 @@ def test_answers_are_on_the_page():
     for kind in SILENT:
         assert 0.2 * kinds[kind] < silent[kind] < 0.7 * kinds[kind]
 
-
 def test_a_text_that_occurs_twice_has_no_one_place():
     twice = word_page(0)
     twice.elements = [*twice.elements, {**twice.elements[0], "ref": 9}]
@@ -184,7 +168,6 @@ def test_a_text_that_occurs_twice_has_no_one_place():
     for kind, question, _ in asked:
         assert kind != "places" or f"{name!r}" not in question.rpartition("\n")[2]
     assert asker_of(0).picture(make_page("Click.", [])) is None
-
 
 def test_a_field_that_was_moved_is_no_longer_the_second():
     fields = [element(i, "textbox", [10, 40 * i, 100, 20], value="") for i in (1, 2)]
@@ -195,7 +178,6 @@ def test_a_field_that_was_moved_is_no_longer_the_second():
 
 
 # ---- how a tower learns ----
-
 
 def test_labels_name_what_a_patch_shows():
     """A label is the text and where to click on it, also in those of its patches that are not its middle."""
@@ -228,11 +210,9 @@ def test_labels_name_what_a_patch_shows():
     text[0, 8:] = 0
     assert not text.any()
 
-
 def tiny_llava(texts):
     torch.manual_seed(0)
     return llava(texts, image_size=160, vocab_size=300)
-
 
 def test_a_tower_learns_which_word_is_where():
     """After a few seconds of training on four words anywhere, other pages are read; a quarter is chance.
@@ -275,7 +255,6 @@ def test_a_tower_learns_which_word_is_where():
     assert share > 0.7
     assert torch.equal(net.get_input_embeddings().weight, before)
 
-
 def test_answers_are_scored_as_the_library_scores_them():
     """Each answer has the cross-entropy of a forward pass of its own, without padding, over tokens ** 0.75.
 
@@ -302,7 +281,6 @@ def test_answers_are_scored_as_the_library_scores_them():
             expected += loss / len(reply) ** 0.75
         found = answers_loss(net, tokenizer, asked, features)
         assert torch.allclose(found, expected, rtol=1e-4)
-
 
 def test_a_word_of_three_pieces_becomes_one():
     net, processor = tiny_llava(["x"])

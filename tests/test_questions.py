@@ -22,18 +22,15 @@ from worlds.registry import make
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = {"A": 1, "J": 11, "Q": 12, "K": 13}
 
-
 def test_a_seed_decides_every_question():
     log = episode_log("Reading", 1)
     assert log == episode_log("Reading", 1)
     assert log != episode_log("Reading", 2)
 
-
 def test_malformed_replies_do_not_parse():
     for env, rng in walk("Reading", 300):
         reply = scripted_reply("malformed", env, rng)
         assert env.parse(reply) is None, reply
-
 
 def test_questions_are_mixed_and_hide_no_marker():
     env = make("Reading")
@@ -51,7 +48,6 @@ def test_questions_are_mixed_and_hide_no_marker():
     assert kinds["arithmetic"] > 100
     assert len(kinds) > 18
     assert min(kinds.values()) > 15
-
 
 def test_reading_is_answered_by_its_expert_only():
     env = make("Reading")
@@ -73,7 +69,6 @@ def test_reading_is_answered_by_its_expert_only():
 
 # ---- the answers, computed from the state of the game ----
 
-
 def answer_to_sum(env):
     """Compute "What is 12 - 7?", the last line of the question."""
     a, operator, b = env.question.split("\n")[-1][8:-1].split()
@@ -81,20 +76,17 @@ def answer_to_sum(env):
     b = int(b)
     return str({"+": a + b, "-": a - b, "*": a * b}[operator])
 
-
 def larger_number(game):
     """Return which number of NumberLine is larger."""
     if game.target == game.current:
         return "equal"
     return "target" if game.target > game.current else "current"
 
-
 def hand(game):
     """Return (value, whether an ace counts 11) of the player's hand in Blackjack."""
     points = [min(rank, 10) for rank, _ in game.player]
     is_soft = 1 in points and sum(points) <= 11
     return sum(points) + (10 if is_soft else 0), is_soft
-
 
 def expected_answer(env):
     """Compute the answer to the present question; None for the kinds that are not checked."""
@@ -118,7 +110,6 @@ def expected_answer(env):
     if env.kind == "Blackjack soft ace":
         return "yes" if hand(game)[1] else "no"
     return None
-
 
 def test_reading_answers_are_right():
     env = make("Reading")
@@ -149,14 +140,12 @@ def test_reading_answers_are_right():
         "Blackjack soft ace",
     }
 
-
 def test_a_world_without_questions_is_one_sentence():
     with pytest.raises(ValueError, match="'Reading:NumberLine': there are questions about BabyAI's levels"):
         make("Reading:NumberLine")
 
 
 # ---- texts to repeat and the tokenizer ----
-
 
 def test_a_text_to_repeat_has_the_same_tokens_in_question_and_reply():
     """What is copied has to be what the question shows.
@@ -173,7 +162,6 @@ def test_a_text_to_repeat_has_the_same_tokens_in_question_and_reply():
         question_ids = tokenizer(question, add_special_tokens=False).input_ids
         assert question_ids[-len(ids) :] == ids
 
-
 def test_a_number_to_copy_has_the_same_token_everywhere():
     """The tokenizer that is trained here keeps a number apart from the space before it.
 
@@ -189,7 +177,6 @@ def test_a_number_to_copy_has_the_same_token_everywhere():
     text = "click 104 56, [12]é"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
-
 def test_seeds_make_different_questions():
     env = make("Reading")
     questions = set()
@@ -198,13 +185,11 @@ def test_seeds_make_different_questions():
         questions.add((env.question, env.picture().tobytes()))
     assert len(questions) > 45
 
-
 def test_texts_to_repeat_cover_ascii():
     env = make("Reading")
     env.reset(seed=49)
     echoes = "".join(env.echo()[2] for _ in range(2000))
     assert set(map(chr, range(33, 127))) <= set(echoes)
-
 
 def test_corpus_is_reproducible_and_never_shows_the_marker():
     texts = list(corpus(400))

@@ -5,9 +5,7 @@ Test that README.md, docs/ and the config files say what is true of the files be
 """
 import ast
 import importlib.util
-import os
-import re
-import shlex
+import os, re, shlex
 
 import numpy as np
 import pytest
@@ -27,11 +25,9 @@ CURRENT_PAGES = [page for page in PAGES if page != "docs/log.md"]
 SOURCES = [name for name in tree_files(ROOT) if name.endswith(".py") and not name.startswith("tests/")]
 CONFIGS = [name for name in SOURCES if re.match(r"config/|pretrain/config_", name)]
 
-
 def read(name):
     """Read a text file of the repository."""
     return (ROOT / name).read_text(encoding="utf-8")
-
 
 def section(page, heading):
     """Return the part of a page under a heading."""
@@ -41,7 +37,6 @@ def section(page, heading):
 
 
 # ---- commands ----
-
 
 def code_lines(text):
     """Yield the lines of code in a page: fenced, indented, or between backticks."""
@@ -56,7 +51,6 @@ def code_lines(text):
         for code in re.findall(r"`([^`]+)`", block):
             yield code.replace("\n", " ")
 
-
 def page_text(name):
     """Return the text of a page, or the docstring of a Python file."""
     text = read(name)
@@ -64,7 +58,6 @@ def page_text(name):
         text = ast.get_docstring(ast.parse(text)) or ""
     # a line that continues on the next one
     return re.sub(r"\\\n\s*", "", text)
-
 
 def commands_in(name):
     """List the commands of a page that start Python or torchrun, as lists of words."""
@@ -80,7 +73,6 @@ def commands_in(name):
                 found.append(shlex.split(match.group(1)))
     return found
 
-
 def script_and_arguments(words):
     """Split a command -> (the script, or the module behind -m; its arguments)."""
     program, *words = words
@@ -90,7 +82,6 @@ def script_and_arguments(words):
     elif words[0] == "-m":
         del words[0]
     return words[0], words[1:]
-
 
 def check_command(words):
     """Raise SystemExit or AssertionError if a command cannot be meant."""
@@ -110,14 +101,12 @@ def check_command(words):
     if script in ("train.py", "bench.py"):
         check_config(configure(str(ROOT / "train.py"), argv, quiet=True))
 
-
 @pytest.mark.parametrize("name", [*CURRENT_PAGES, *SOURCES])
 def test_every_command_is_accepted(name, monkeypatch):
     """Keys exist, values fit together, config files and modules are there."""
     monkeypatch.chdir(ROOT)
     for words in sorted(set(map(tuple, commands_in(name)))):
         check_command(words)
-
 
 def test_the_commands_are_found():
     """The search for commands finds those that a reader sees."""
@@ -128,7 +117,6 @@ def test_the_commands_are_found():
     assert sum(count.values()) > 60
     assert ["python", "evaluate.py", "out/x", "--report"] in commands_in(README)
     assert len(commands_in("train.py")) == 6
-
 
 @pytest.mark.parametrize(
     "command",
@@ -147,7 +135,6 @@ def test_a_wrong_command_is_noticed(command, monkeypatch):
     with pytest.raises((SystemExit, AssertionError)):
         check_command(shlex.split(command))
 
-
 def test_requirements_exist():
     """Every file that pip is told to read exists."""
     for page in CURRENT_PAGES:
@@ -159,12 +146,10 @@ def test_requirements_exist():
 
 # ---- configs ----
 
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_headers_name_their_command(name):
     """A config file is started by the command in its header."""
     assert ["python", "train.py", name] in [words[:3] for words in commands_in(name)]
-
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs_are_accepted(name):
@@ -181,7 +166,6 @@ def test_configs_are_accepted(name):
 
 # ---- files and links ----
 
-
 def test_the_table_of_files_is_complete():
     """Every name in it exists, and no script and no folder of code is missing."""
     table = section(README, "The files")
@@ -197,7 +181,6 @@ def test_the_table_of_files_is_complete():
     assert {*SCRIPTS, "bench.py"} <= set(named)
     assert folders - {"assets/", ".ci/"} <= set(named)
 
-
 def anchors(page):
     """List the anchors of a page's headings, as GitHub makes them."""
     found = []
@@ -205,7 +188,6 @@ def anchors(page):
         plain = re.sub(r"[^\w\- ]", "", heading.lower())
         found.append(plain.replace(" ", "-"))
     return found
-
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
@@ -220,12 +202,10 @@ def test_links_lead_somewhere(page):
         if anchor:
             assert anchor in anchors(path.relative_to(ROOT)), f"{page}: {target}"
 
-
 @pytest.mark.parametrize("page", PAGES)
 def test_no_placeholder_is_left(page):
     """Nothing waits to be filled in."""
     assert not re.search(r"@[A-Z]+@|@@", read(page))
-
 
 def reachable(graph, module):
     """Return the modules of ours that a module imports, directly or through others."""
@@ -236,7 +216,6 @@ def reachable(graph, module):
         found |= new
         waiting += new
     return found
-
 
 def test_imports_run_one_way():
     """Lazy imports and registry strings included; the absence of cycles is a rule of test_style.py."""
@@ -254,7 +233,6 @@ def test_imports_run_one_way():
 
 
 # ---- metrics ----
-
 
 def test_every_metric_is_in_the_table(tiny, tmp_path):
     """What a run writes to metrics.jsonl and the table in docs/method.md are the same names."""
@@ -283,13 +261,11 @@ def test_every_metric_is_in_the_table(tiny, tmp_path):
 
 # ---- the example of an environment ----
 
-
 def example(page):
     """Return the class MyEnv that a page shows."""
     blocks = re.findall(r"```python\n(.*?)```", read(page), re.S)
     [code] = [block for block in blocks if "class MyEnv" in block]
     return code
-
 
 @pytest.fixture
 def my_env(tmp_path):
@@ -298,14 +274,12 @@ def my_env(tmp_path):
     file.write_text(example(README), encoding="utf-8")
     return f"{file}:MyEnv"
 
-
 def test_the_example_is_short():
     """It has at most 25 lines, and is the same in both places."""
     code = example(README)
     assert code.count("\n") <= 25
     assert code == example("docs/environments.md")
     assert "--env=my_env.py:MyEnv" in read(README)
-
 
 def test_the_example_is_played(my_env):
     """The expert always reaches the goal, random play sometimes, and held-out starts exist."""
@@ -323,7 +297,6 @@ def test_the_example_is_played(my_env):
     observation, _ = env.reset(seed=0, options={"split": "test"})
     assert observation["image"].size == (80, 80)
     assert env.goal in observation["text"]
-
 
 def test_the_example_is_trained_and_evaluated(my_env, tiny, tmp_path, capsys):
     """train.py and evaluate.py find the class in its file."""

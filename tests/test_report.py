@@ -3,10 +3,7 @@ The report shows what was played and what the loss sees, and a model's words are
 
     python -m pytest tests/test_report.py     # the page in a real browser: tests/extra_report.py
 """
-import json
-import os
-import re
-import shutil
+import json, os, re, shutil
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -33,7 +30,6 @@ from worlds.registry import make
 
 HOSTILE = "</script><script>boom()</script><!-- <img src=x onerror=boom()> \u2028 & @DATA@ @ROWS@ [action] +"
 
-
 class Page(HTMLParser):
     """What a browser takes for tags and for the text of scripts."""
 
@@ -56,18 +52,15 @@ class Page(HTMLParser):
     def count_charts(self):
         return self.html.count('<svg class="chart"')
 
-
 def read_report(folder):
     """Read the report of a folder -> (page, its data)."""
     with open(os.path.join(folder, "report.html"), encoding="utf-8") as f:
         page = Page(f.read())
     return page, json.loads(page.scripts[0])
 
-
 def turns_of(data):
     """Return the turns of all episodes of a page."""
     return [turn for episode in data["episodes"] for turn in episode["turns"]]
-
 
 def add_play(buf, name, mix, n, first_seed=0):
     """Append n episodes of scripted players to a buffer; their names begin with the game's."""
@@ -82,13 +75,11 @@ def add_play(buf, name, mix, n, first_seed=0):
     )
     record(episodes, buf)
 
-
 def record_play(folder, mix, n=12, name="NumberLine"):
     """Record n episodes of scripted players into a new folder."""
     buf = Buffer(str(folder), create=True)
     add_play(buf, name, mix, n)
     return buf
-
 
 @pytest.fixture
 def own(straight, tmp_path):  # noqa: F811
@@ -97,7 +88,6 @@ def own(straight, tmp_path):  # noqa: F811
 
 
 # ---- a run ----
-
 
 def check_turn(turn, row, data):
     """Assert that a turn of the page shows a row of the buffer."""
@@ -117,7 +107,6 @@ def check_turn(turn, row, data):
         assert len(alternatives) == 10
         assert token[0] in alternatives
         assert all(str(alternative) in data["words"] for alternative in alternatives)
-
 
 def test_the_report_of_a_run(own, monkeypatch, capsys):
     """It shows every episode that was played, and the evaluation is the same as without a report."""
@@ -147,7 +136,6 @@ def test_the_report_of_a_run(own, monkeypatch, capsys):
         assert f'<th scope="row">{name}</th>' in page.html
         assert rate in page.html
 
-
 def test_a_run_has_curves_and_a_gif(own, monkeypatch):
     monkeypatch.setattr(envs.NumberLine, "max_turns", 3)
     evaluate.main([str(own), "--episodes=5", "--report"])
@@ -159,7 +147,6 @@ def test_a_run_has_curves_and_a_gif(own, monkeypatch):
     with Image.open(own / "NumberLine.gif") as im:
         assert im.n_frames == len(turns_of(data))
         assert im.width >= 240
-
 
 def test_nothing_is_loaded_from_anywhere(own):
     evaluate.main([str(own / "data"), "--report"])
@@ -176,14 +163,12 @@ def test_nothing_is_loaded_from_anywhere(own):
 
 # ---- what the loss sees ----
 
-
 CHANGES = [
     {},
     dict(mdp="turn"),
     dict(actor_loss="awr"),
     dict(beta=0.01),
 ]
-
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_the_page_shows_what_the_loss_sees(straight, changes):  # noqa: F811
@@ -231,7 +216,6 @@ def test_the_page_shows_what_the_loss_sees(straight, changes):  # noqa: F811
             if number == token[0]:
                 assert (its_p, its_q) == pytest.approx((token[1], token[2]), rel=1e-3, abs=1e-3)
 
-
 def test_calibration_compares_clipped_discounted_returns(own):
     """The observed returns are those that the critic learns: of clipped and discounted rewards."""
     config = read_json(own, "config.json") | dict(reward_clip=0.5, gamma=0.5)
@@ -246,7 +230,6 @@ def test_calibration_compares_clipped_discounted_returns(own):
 
 
 # ---- what is text ----
-
 
 def test_a_hostile_reply_stays_text(tmp_path):
     """Nothing that a model or a folder says can end the script, open a tag, or replace another part."""
@@ -281,7 +264,6 @@ def test_a_hostile_reply_stays_text(tmp_path):
 
 # ---- folders of episodes ----
 
-
 def test_a_dataset_with_and_without_a_critic(own, tmp_path):
     """A folder in a run is judged by that run, elsewhere by the run that is named, or by none."""
     files = set(os.listdir(own / "data"))
@@ -304,7 +286,6 @@ def test_a_dataset_with_and_without_a_critic(own, tmp_path):
     assert data["critic"]
     assert data["episodes"] == judged["episodes"]
 
-
 def test_a_run_without_a_critic(tiny, tmp_path):  # noqa: F811
     """Plain cloning has probabilities and no advantages."""
     out = run(tmp_path / "sft", tiny, actor_loss="sft", online_updates=0, offline_updates=8)
@@ -322,7 +303,6 @@ def test_a_run_without_a_critic(tiny, tmp_path):  # noqa: F811
     assert len(read_report(out)[1]["episodes"]) == 2
     assert os.path.exists(os.path.join(out, "NumberLine.gif"))
 
-
 def test_wrong_flags_of_a_report_are_one_sentence(own, tmp_path):
     data = str(own / "data")
     run_folder = str(own)
@@ -338,7 +318,6 @@ def test_wrong_flags_of_a_report_are_one_sentence(own, tmp_path):
 
 
 # ---- which episodes ----
-
 
 def test_which_episodes_are_shown(tmp_path):
     """They come evenly from every game's successes and failures, and together they stand for all of them."""
@@ -356,7 +335,6 @@ def test_which_episodes_are_shown(tmp_path):
     first_row = buf.episodes["Blackjack-0"][0]
     assert set(choose_episodes(buf, 99, first_row)) <= {f"Blackjack-{k}" for k in range(3)}
 
-
 def test_a_page_never_grows_too_large(tmp_path):
     """Episodes above the limit are left out, and each picture is stored once."""
     buf = record_play(tmp_path / "x", {"random": 1.0}, 40)
@@ -368,7 +346,6 @@ def test_a_page_never_grows_too_large(tmp_path):
 
 
 # ---- GIFs ----
-
 
 @pytest.mark.parametrize("name, player", [("NumberLine", "malformed"), ("EZPoints", "expert")])
 def test_a_gif_has_a_frame_for_every_row(name, player, tmp_path):
@@ -386,7 +363,6 @@ def test_a_gif_has_a_frame_for_every_row(name, player, tmp_path):
             durations.append(im.info["duration"])
     assert durations == expected
 
-
 def test_a_gif_of_large_pictures_is_scaled_down(tmp_path):
     image = Image.new("RGB", (1280, 720), "red")
     obs = dict(image=image, text="x")
@@ -396,7 +372,6 @@ def test_a_gif_of_large_pictures_is_scaled_down(tmp_path):
     write_gif(buf, ["e"], str(tmp_path / "large.gif"))
     with Image.open(tmp_path / "large.gif") as im:
         assert im.size == (480, 270 + 44)
-
 
 def test_several_games(tmp_path):
     """A run that played two games has a GIF for each; the game of an episode is that of its rows."""

@@ -3,13 +3,7 @@ Test that every result exists once: the tables in README.md and docs/ are what d
 
     python -m pytest tests/test_results.py
 """
-import ast
-import glob
-import json
-import os
-import re
-import shutil
-import sys
+import ast, glob, json, os, re, shutil, sys
 from types import SimpleNamespace
 
 import pytest
@@ -26,12 +20,10 @@ LITERAL = STORE[2]
 CONFIGS = sorted(glob.glob(os.path.join(ROOT, "config", "*.py")))
 PERCENTAGE = re.compile(r"(\d+(?:\.\d+)?) ?%")
 
-
 def read(name, root=ROOT):
     """Read a text file of the repository."""
     with open(os.path.join(root, name), encoding="utf-8") as f:
         return f.read()
-
 
 def cells_of(records):
     """Yield (metric, records of one cell of a table): one player, one decoding, all seeds."""
@@ -44,7 +36,6 @@ def cells_of(records):
             if found:
                 yield metric, found
 
-
 def rates_in(records):
     """Return all rates of the records, and all pooled rates."""
     rates = []
@@ -52,7 +43,6 @@ def rates_in(records):
         rates.append(results.pooled(found, metric)[0])
         rates += [results.percentage(record, metric) for record in found]
     return rates
-
 
 def unknown_percentages(text, records):
     """Return the percentages in a text that are no rate of the records, rounded as the text rounds."""
@@ -63,7 +53,6 @@ def unknown_percentages(text, records):
         if number not in {f"{rate:.{decimals}f}" for rate in rates}:
             unknown.append(number)
     return unknown
-
 
 @pytest.fixture
 def copy(tmp_path):
@@ -82,11 +71,9 @@ def test_the_tables_are_those_of_the_records():
         text = read(path)
         assert results.generate(path, text, STORE) == text, "run python -m extras.results"
 
-
 def test_readme_and_results_have_tables():
     assert "<!-- results: headline -->" in read("README.md")
     assert "<!-- results: numberline_mixed -->" in read("docs/results.md")
-
 
 def test_no_record_is_left_out():
     """Every experiment and every measured table is shown somewhere."""
@@ -96,7 +83,6 @@ def test_no_record_is_left_out():
         shown |= {name for _, name, _ in results.BLOCK.findall(read(path))}
     assert names <= shown
 
-
 def test_results_page_shows_every_rate():
     """The rate of each record, and each pooled rate with its interval, can be found on the page."""
     page = read("docs/results.md")
@@ -105,11 +91,9 @@ def test_results_page_shows_every_rate():
         for record in found:
             assert f"{results.percentage(record, metric):.1f}" in results.cell(found, metric)
 
-
 def test_prose_of_the_results_page_has_no_other_rate():
     prose = results.BLOCK.sub("", read("docs/results.md"))
     assert unknown_percentages(prose.replace("95 % interval", ""), RECORDS) == []
-
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[os.path.basename(path) for path in CONFIGS])
 def test_rates_in_config_headers_are_records(path):
@@ -137,7 +121,6 @@ def test_records_are_consistent():
             if f"{metric}_k" in record:
                 assert results.percentage(record, metric) == pytest.approx(record[metric], abs=0.0501)
 
-
 def test_pooled_rates_count_episodes():
     """Seeds of 300, 200 and 200 episodes are pooled by episodes, not by rates."""
     records = results.select(
@@ -154,14 +137,12 @@ def test_pooled_rates_count_episodes():
     assert (low, high) == pytest.approx([100 * bound for bound in wilson(k, 700)])
     assert results.rate(rate, low, high) == "87.1 [84.5, 89.4]"
 
-
 def test_wilson_is_the_published_interval():
     """Compare with the formula's known values: 1 of 10, 0 of 10, and symmetry."""
     assert wilson(1, 10) == pytest.approx((0.0179, 0.4042), abs=1e-4)
     assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
     low, high = wilson(3, 40)
     assert wilson(37, 40) == pytest.approx((1 - high, 1 - low))
-
 
 def test_headline_marks_what_is_not_like_for_like():
     """A cell of one seed has a mark, a cell that was not measured is a dash."""
@@ -188,7 +169,6 @@ def test_check_names_the_file_that_differs(copy):
         results.update_files(copy, check_only=True)
     assert str(error.value).count("\n") == 0
 
-
 def test_a_table_without_end_or_records_is_one_sentence(copy):
     page = copy / "docs" / "page.md"
     page.write_text("<!-- results: numberline_mixed -->\n")
@@ -210,7 +190,6 @@ def summary(n, k, valid):
         success_return_95=list(wilson(k, n)),
         valid=valid,
     )
-
 
 def finished_run(folder, seed=7):
     """Write the files of a finished run with two phases that `add` reads."""
@@ -239,12 +218,10 @@ def finished_run(folder, seed=7):
     (folder / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
     return str(folder)
 
-
 def flags(**given):
     """Make the settings of `add`."""
     cfg = dict(experiment="numberline_mixed", variant="", hardware="a box", note="")
     return SimpleNamespace(**cfg | given)
-
 
 def test_add_appends_the_rows_of_a_run(copy, tmp_path):
     run = finished_run(tmp_path / "run")
@@ -267,7 +244,6 @@ def test_add_appends_the_rows_of_a_run(copy, tmp_path):
     results.update_files(copy)
     assert "`python train.py config/numberline.py --lr=1e-3` | a box" in read("docs/page.md", copy)
 
-
 def test_add_refuses_a_run_twice(copy, tmp_path):
     run = finished_run(tmp_path / "run")
     results.add(run, flags(), copy)
@@ -276,7 +252,6 @@ def test_add_refuses_a_run_twice(copy, tmp_path):
         results.add(run, flags(), copy)
     assert results.read_records(copy) == before
     assert len(results.add(run, flags(variant="lr 1e-3"), copy)) == 4
-
 
 def test_recorded_data_is_added_once_for_a_seed(copy, tmp_path, monkeypatch):
     """Runs on the same data share its record; other data is refused without a variant."""
@@ -295,7 +270,6 @@ def test_recorded_data_is_added_once_for_a_seed(copy, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="already"):
         results.add(run, flags(), copy)
 
-
 def test_add_keeps_the_tasks_of_a_run_apart(copy, tmp_path):
     run = finished_run(tmp_path / "run")
     settings = json.loads(read("config.json", run)) | dict(env="NumberLine,EZPoints", online_updates=0)
@@ -311,7 +285,6 @@ def test_add_keeps_the_tasks_of_a_run_apart(copy, tmp_path):
         ("both_tasks", "NumberLine", "offline", 100.0),
         ("both_tasks", "EZPoints", "offline", 33.3),
     ]
-
 
 def test_add_says_what_is_missing(copy, tmp_path):
     with pytest.raises(ConfigError, match="not a run folder"):

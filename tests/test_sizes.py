@@ -3,8 +3,7 @@ The table of published models: what is computed there is what a real net of the 
 
     python -m pytest tests/test_sizes.py
 """
-import contextlib
-import os
+import contextlib, os
 
 import numpy as np
 import pytest
@@ -12,8 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForImageTextToText
 
-import families
-import model
+import families, model
 from buffer import Buffer
 from configurator import configure
 from evaluate import env_factory, play, record, scripted_agent
@@ -23,7 +21,6 @@ from pretrain.tiny_nets import llava
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-
 def test_a_published_model_has_its_published_size():
     """The numbers come from fake tensors."""
     with FakeTensorMode():
@@ -31,14 +28,12 @@ def test_a_published_model_has_its_published_size():
         assert net.dtype == torch.bfloat16
         assert 256.4 < sizes.count_millions(net) < 256.6
 
-
 def test_a_wrong_config_is_one_sentence(monkeypatch):
     wrong = sizes.PUBLISHED["SmolVLM-256M"]._replace(millions=300.0)
     monkeypatch.setitem(sizes.PUBLISHED, "SmolVLM-256M", wrong)
     with FakeTensorMode():
         with pytest.raises(SystemExit, match="256.5 million parameters, published are 300.0"):
             sizes.published_net("SmolVLM-256M")
-
 
 def small_net():
     """Build a small LLaVA with random weights in bfloat16."""
@@ -51,7 +46,6 @@ def small_net():
         vision_layers=1,
     )
     return net.bfloat16()
-
 
 def test_fake_and_real_nets_take_the_same():
     """Bytes by part; activations grow with the batch, and checkpointing more than halves them."""
@@ -71,7 +65,6 @@ def test_fake_and_real_nets_take_the_same():
     double = sizes.update_parts(small_net(), 4, 4, 24)
     assert 1.9 < double["activations"] / real["activations"] < 2.1
     assert real["checkpointed"] < 0.5 * real["activations"]
-
 
 def test_activations_are_those_of_a_dry_run(tmp_path, monkeypatch):
     """The computed peak is that of an update which is measured, in float32 on the CPU.

@@ -9,14 +9,7 @@ A rule is a generator. A file rule takes a Source and yields (line, what to do).
 Sources and yields (path, line, what to do). `FIRES` and `PASSES` hold small sources for each rule, because a
 rule that cannot fail is worth nothing. The rules need `ast` and `tokenize` only; they import no file of ours.
 """
-import ast
-import io
-import os
-import re
-import shutil
-import subprocess
-import sys
-import tokenize
+import ast, io, os, re, shutil, subprocess, sys, tokenize
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -95,7 +88,6 @@ BLOCKS = (
 
 # -- sources ----------------------------------------------------------------------------------------
 
-
 class Source(NamedTuple):
     """A Python file, read and parsed once."""
 
@@ -104,13 +96,11 @@ class Source(NamedTuple):
     tree: ast.Module
     tokens: list
 
-
 def parse(text, path="sample.py"):
     """Parse a source text; the path decides which rules are relaxed. Raises SyntaxError."""
     tree = ast.parse(text)
     tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
     return Source(path, text.removesuffix("\n").split("\n"), tree, tokens)
-
 
 def tree_files(root, tracked_only=False):
     """List the files that git tracks or does not ignore, as paths relative to the root.
@@ -128,17 +118,14 @@ def tree_files(root, tracked_only=False):
     skipped = re.compile(r"\.|out$|__pycache__$")
     return sorted(path.as_posix() for path in files if not any(map(skipped.match, path.parts[:-1])))
 
-
 def read_tree(root):
     """Read all Python files of a checkout."""
     names = [name for name in tree_files(root) if name.endswith(".py")]
     return [parse((root / name).read_text(encoding="utf-8"), name) for name in names]
 
-
 def is_test(source):
     """Tell whether a file belongs to the tests."""
     return Path(source.path).parent.name == "tests"
-
 
 def is_config(source):
     """Tell whether a file holds settings only: config/*.py and pretrain/config_*.py."""
@@ -146,11 +133,9 @@ def is_config(source):
     in_pretrain = path.parent.name == "pretrain" and path.name.startswith("config_")
     return path.parent.name == "config" or in_pretrain
 
-
 def nodes(source, *types):
     """Return all nodes of some types, in the order of ast.walk."""
     return [node for node in ast.walk(source.tree) if isinstance(node, types)]
-
 
 def comments(source):
     """Yield (token, whether code stands before it on its line) for each comment."""
@@ -158,7 +143,6 @@ def comments(source):
         if token.type == tokenize.COMMENT:
             line, column = token.start
             yield token, bool(source.lines[line - 1][:column].strip())
-
 
 def docstring_lines(source):
     """Return the numbers of the lines that docstrings occupy."""
@@ -172,7 +156,6 @@ def docstring_lines(source):
             found.update(range(first.lineno, first.end_lineno + 1))
     return found
 
-
 def code_lines(source):
     """Count the lines that are neither blank, nor a comment of their own, nor part of a docstring."""
     skipped = docstring_lines(source)
@@ -180,7 +163,6 @@ def code_lines(source):
         if not is_trailing:
             skipped.add(token.start[0])
     return sum(bool(line.strip()) and number not in skipped for number, line in enumerate(source.lines, 1))
-
 
 def count_tokens(source):
     """Count names, operators, numbers and strings.
@@ -199,16 +181,13 @@ def count_tokens(source):
             depth += 1
     return count
 
-
 def tokens_per_line(source):
     """Return the density of a file: tokens per code line."""
     return count_tokens(source) / max(1, code_lines(source))
 
-
 def function_length(node):
     """Count the lines of a function from its `def` to its end, docstring included."""
     return node.end_lineno - node.lineno + 1
-
 
 def config_block(source):
     """Return the line numbers between the marks of the config block, an empty range without one."""
@@ -218,13 +197,11 @@ def config_block(source):
 
 # -- rules about one file ---------------------------------------------------------------------------
 
-
 def columns(source):
     """Report lines of more than 110 columns."""
     for number, line in enumerate(source.lines, 1):
         if len(line) > COLUMNS:
             yield number, f"{len(line)} columns: break the line, {COLUMNS} are allowed"
-
 
 def one_statement(source):
     """Report a second statement on a line, be it after a colon or a semicolon."""
@@ -235,7 +212,6 @@ def one_statement(source):
         before = source.lines[node.lineno - 1].encode()[: node.col_offset].decode().strip()
         if before and not before.endswith(";"):
             yield node.lineno, f"`{before[:40]}` and its body on one line: put the body on its own line"
-
 
 def statement_expressions(source):
     """Report expressions that serve as statements, and side effects in comprehensions."""
@@ -249,7 +225,6 @@ def statement_expressions(source):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", None) in MUTATORS:
                 yield node.lineno, f".{node.func.attr}() in a comprehension: write a loop"
 
-
 def tuple_assignments(source):
     """Report tuple assignments that neither unpack nor swap."""
     for node in nodes(source, ast.Assign):
@@ -262,7 +237,6 @@ def tuple_assignments(source):
             if {ast.unparse(name) for name in target.elts} != values:
                 yield node.lineno, f"`{ast.unparse(target)} = ...` sets several names: one assignment each"
 
-
 def named_lambdas(source):
     """Report a lambda that is given a name."""
     for node in nodes(source, ast.Assign, ast.AnnAssign, ast.NamedExpr):
@@ -270,20 +244,17 @@ def named_lambdas(source):
         if isinstance(node.value, ast.Lambda) and isinstance(targets[0], ast.Name):
             yield node.lineno, f"{targets[0].id} = lambda: write a function with `def`"
 
-
 def nested_comprehensions(source):
     """Report a comprehension inside a comprehension."""
     for outer in nodes(source, *COMPREHENSIONS):
         if any(isinstance(node, COMPREHENSIONS) for node in ast.walk(outer) if node is not outer):
             yield outer.lineno, "comprehension inside a comprehension: write a loop, or name the inner one"
 
-
 def is_boolean(node):
     """Tell whether an expression is a comparison, `and`, `or`, `not` or bool()."""
     is_not = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
     is_bool = isinstance(node, ast.Call) and getattr(node.func, "id", None) == "bool"
     return isinstance(node, (ast.Compare, ast.BoolOp)) or is_not or is_bool
-
 
 def boolean_multipliers(source):
     """Report a boolean as an operand of a multiplication."""
@@ -292,13 +263,11 @@ def boolean_multipliers(source):
         if isinstance(node.op, ast.Mult) and any(map(is_boolean, operands)):
             yield node.lineno, "boolean as a multiplier: write `if`, or name the mask"
 
-
 def function_lengths(source):
     """Report functions of more than 60 lines."""
     for node in nodes(source, *FUNCTIONS):
         if function_length(node) > FUNCTION_LINES:
             yield node.lineno, f"{node.name} has {function_length(node)} lines: split it at {FUNCTION_LINES}"
-
 
 def parameters(source):
     """Report functions of more than 8 parameters; self is not counted, *args and **kw are."""
@@ -311,12 +280,10 @@ def parameters(source):
         if count > PARAMETERS:
             yield node.lineno, f"{node.name} has {count} parameters: {PARAMETERS} are allowed"
 
-
 def is_elif(parent, child):
     """Tell whether an `if` is the `elif` of its parent."""
     both = isinstance(parent, ast.If) and isinstance(child, ast.If)
     return both and child in parent.orelse and child.col_offset == parent.col_offset
-
 
 def deepest_level(node, level=0):
     """Return the deepest level of blocks below a node. Functions inside it count for themselves."""
@@ -328,7 +295,6 @@ def deepest_level(node, level=0):
         deepest = max(deepest, deepest_level(child, level + opens_level))
     return deepest
 
-
 def nesting(source):
     """Report functions with more than 3 levels of blocks."""
     for node in nodes(source, *FUNCTIONS):
@@ -337,13 +303,11 @@ def nesting(source):
             message = f"{node.name} nests {level} levels, {NESTING} are allowed"
             yield node.lineno, f"{message}: leave early, or move a part out"
 
-
 def density(source):
     """Report files of more than 11 tokens per code line."""
     average = tokens_per_line(source)
     if average > TOKENS_PER_LINE:
         yield 1, f"{average:.1f} tokens per code line: break long lines, name parts ({TOKENS_PER_LINE})"
-
 
 def conditional_expressions(source):
     """Report files with more than 4 conditional expressions per 100 code lines; one is always allowed."""
@@ -352,7 +316,6 @@ def conditional_expressions(source):
     if len(found) > allowed:
         places = " ".join(str(node.lineno) for node in found)
         yield found[0].lineno, f"{len(found)} conditional expressions, {allowed} allowed: see lines {places}"
-
 
 def trailing_comments(source):
     """Report long comments behind code. The comment of a key may be longer: --help prints it."""
@@ -364,11 +327,9 @@ def trailing_comments(source):
         if is_trailing and length > allowed:
             yield line, f"trailing comment of {length} columns: move it above the code ({allowed})"
 
-
 def is_public(node):
     """Tell whether a node defines a public function or class."""
     return isinstance(node, DEFINITIONS) and not node.name.startswith("_")
-
 
 def documented(source):
     """Yield (node, name, whether it needs a docstring) for what a reader can import."""
@@ -384,7 +345,6 @@ def documented(source):
             is_long = function_length(method) > UNDOCUMENTED_METHOD_LINES
             yield method, f"{node.name}.{method.name}", is_long
 
-
 def docstring_faults(doc, is_function):
     """Yield what is wrong with the first line of a docstring."""
     first = (doc.splitlines() or [""])[0].strip()
@@ -397,7 +357,6 @@ def docstring_faults(doc, is_function):
     word = first.partition(" ")[0].strip(",:").lower()
     if is_function and word in NO_VERBS:
         yield f"start with a verb, not with {word!r}"
-
 
 def docstrings(source):
     """Report missing docstrings and first lines that are not a sentence. Tests may go without."""
@@ -413,13 +372,11 @@ def docstrings(source):
         for fault in docstring_faults(doc, isinstance(node, FUNCTIONS)):
             yield line, f"docstring of {name}: {fault}"
 
-
 def config_headers(source):
     """Report config files whose header has more than 8 lines of text."""
     header = (ast.get_docstring(source.tree) or "").splitlines()
     if is_config(source) and len(header) > CONFIG_HEADER_LINES:
         yield 1, f"header of {len(header)} lines: command, time and one number fit in {CONFIG_HEADER_LINES}"
-
 
 def markers(source):
     """Report marks of unfinished work."""
@@ -451,18 +408,15 @@ FILE_RULES = [
 
 # -- rules about the tree ---------------------------------------------------------------------------
 
-
 def module_name(source):
     """Return the dotted name under which a file is imported from the root."""
     return source.path.removesuffix(".py").replace("/", ".")
-
 
 def resolve(name, modules):
     """Return our module that a dotted name leads to, None for a foreign name."""
     while name and name not in modules:
         name = name.rpartition(".")[0]
     return name or None
-
 
 def imported_from(node, package):
     """Yield the dotted names of a `from ... import ...`; relative ones start from the package."""
@@ -472,7 +426,6 @@ def imported_from(node, package):
         base = ".".join([*parents, base]).strip(".")
     for alias in node.names:
         yield f"{base}.{alias.name}".strip(".")
-
 
 def imports(source):
     """Yield (dotted name, line) of every import, import_module("...") and "module:Class" string."""
@@ -493,7 +446,6 @@ def imports(source):
         for name in names:
             yield name, node.lineno
 
-
 def import_graph(sources):
     """Return {module: {imported module: "path:line"}} of the modules outside of the tests."""
     ours = {module_name(source): source for source in sources if not is_test(source)}
@@ -504,7 +456,6 @@ def import_graph(sources):
             if target and target != name:
                 graph[name].setdefault(target, f"{source.path}:{line}")
     return graph
-
 
 def shortest_cycle(graph, start):
     """Return the modules on a shortest way from a module back to itself, an empty list without one."""
@@ -518,7 +469,6 @@ def shortest_cycle(graph, start):
                 visited.add(target)
                 paths.append([*path, target])
     return []
-
 
 def import_cycles(sources):
     """Report import cycles, with the place of each import. Lazy imports and registry strings count."""
@@ -534,7 +484,6 @@ def import_cycles(sources):
         way = " -> ".join([*cycle, start])
         yield path, int(line), f"import cycle {way} ({', '.join(places)}): let imports run one way"
 
-
 def top_level_names(sources):
     """Return {name: [(path, line, node)]} of the functions and classes at the top level of files."""
     found = defaultdict(list)
@@ -543,7 +492,6 @@ def top_level_names(sources):
             if isinstance(node, DEFINITIONS):
                 found[node.name].append((source.path, node.lineno, node))
     return found
-
 
 def repeated_names(sources):
     """Report names that two files give to different functions or classes, and tests of one name."""
@@ -559,7 +507,6 @@ def repeated_names(sources):
         path, line, _ = found[0]
         yield path, line, f"{name} is defined in several places ({places}): one name, one meaning"
 
-
 def module_names(sources):
     """Report functions that share the name of a module."""
     ours = [source for source in sources if not is_test(source)]
@@ -574,7 +521,6 @@ TREE_RULES = [import_cycles, repeated_names, module_names]
 
 
 # -- rules about single files: they take text or numbers and yield sentences ------------------------
-
 
 def config_keys(source):
     """Return {key: comment} of the config block. Indented comment lines continue the comment of a key."""
@@ -593,7 +539,6 @@ def config_keys(source):
         found[ast.unparse(target)] = " ".join(parts)
     return found
 
-
 def train_faults(source):
     """Yield what is too long in train.py: `main`, the config block, the comments of its keys."""
     mains = [node for node in source.tree.body if isinstance(node, FUNCTIONS) and node.name == "main"]
@@ -611,13 +556,11 @@ def train_faults(source):
         if len(comment) > KEY_COMMENT_COLUMNS:
             yield f"the comment of {name} has {len(comment)} columns, {KEY_COMMENT_COLUMNS} are allowed"
 
-
 def help_faults(text):
     """Yield the lines of --help that are too wide."""
     for line in text.splitlines():
         if len(line) > HELP_COLUMNS:
             yield f"{len(line)} columns, {HELP_COLUMNS} are allowed: {line[:60]}..."
-
 
 def words_before_command(text):
     """Count the words before the first `pip` or `python` command in a code block, None without one."""
@@ -632,7 +575,6 @@ def words_before_command(text):
         words += len(line.split())
     return None
 
-
 def readme_faults(text):
     """Yield what keeps a reader of the README from starting."""
     words = len(text.split())
@@ -643,7 +585,6 @@ def readme_faults(text):
         allowed = WORDS_BEFORE_COMMAND
         yield f"README.md has {before} words before the first command, {allowed} are allowed"
 
-
 def docs_faults(name, text):
     """Yield the length of a page of docs/ that is too long. The log and what is generated are free."""
     text = re.sub(r"<!-- results: .*?<!-- end of results -->", "", text, flags=re.DOTALL)
@@ -651,20 +592,17 @@ def docs_faults(name, text):
     if name != "log.md" and words > DOCS_WORDS:
         yield f"docs/{name} has {words} words, {DOCS_WORDS} are allowed"
 
-
 def layout_faults(names):
     """Yield the top-level entries outside of the agreed layout."""
     for entry in sorted({name.partition("/")[0] for name in names}):
         if entry not in TOP_LEVEL and not re.fullmatch(r"requirements[a-z-]*\.txt", entry):
             yield f"{entry} does not belong at the top level: move it to a folder, or delete it"
 
-
 def size_faults(sizes):
     """Yield the sum of the lines of the seven scripts, {name: lines}, when it is too high."""
     total = sum(sizes.values())
     if total > SCRIPTS_LINES:
         yield f"the seven scripts have {total} lines, {SCRIPTS_LINES} are allowed: {sizes}"
-
 
 def subject_faults(subjects):
     """Yield the commits, as (hash, subject), whose subject is too long."""
@@ -675,7 +613,6 @@ def subject_faults(subjects):
 
 # -- the command for writers ------------------------------------------------------------------------
 
-
 def file_findings(source, rules=FILE_RULES):
     """Return the sorted lines `file:line: rule: what to do` of the file rules."""
     found = set()
@@ -684,7 +621,6 @@ def file_findings(source, rules=FILE_RULES):
             found.add((line, rule.__name__, message))
     return [f"{source.path}:{line}: {rule}: {message}" for line, rule, message in sorted(found)]
 
-
 def tree_findings(sources, rules=TREE_RULES):
     """Return the lines `file:line: rule: what to do` of the tree rules."""
     found = []
@@ -692,7 +628,6 @@ def tree_findings(sources, rules=TREE_RULES):
         for path, line, message in rule(sources):
             found.append(f"{path}:{line}: {rule.__name__}: {message}")
     return found
-
 
 def figures(source):
     """Return one line that says where a file stands."""
@@ -705,7 +640,6 @@ def figures(source):
     if longest:
         text += f", longest function {longest.name} ({function_length(longest)} lines)"
     return text
-
 
 def main(paths):
     """Print the findings and figures of some files, or of the whole tree. Return the exit status."""
@@ -731,19 +665,16 @@ def main(paths):
 
 # -- the tests over the tree ------------------------------------------------------------------------
 
-
 def fail_on(findings):
     """Fail with a list of sentences, without a traceback."""
     findings = list(findings)
     if findings:
         pytest.fail(f"{len(findings)} to change:\n" + "\n".join(findings), pytrace=False)
 
-
 @pytest.fixture(scope="module")
 def sources():
     """Read the tree once for all rules."""
     return read_tree(ROOT)
-
 
 @pytest.mark.parametrize("rule", FILE_RULES, ids=lambda rule: rule.__name__)
 def test_each_file_follows(rule, sources):
@@ -752,15 +683,12 @@ def test_each_file_follows(rule, sources):
         found += file_findings(source, [rule])
     fail_on(found)
 
-
 @pytest.mark.parametrize("rule", TREE_RULES, ids=lambda rule: rule.__name__)
 def test_the_tree_follows(rule, sources):
     fail_on(tree_findings(sources, [rule]))
 
-
 def test_train_py_tells_its_story_in_one_screen():
     fail_on(train_faults(parse((ROOT / "train.py").read_text(encoding="utf-8"), "train.py")))
-
 
 def test_help_fits_in_a_terminal():
     command = [sys.executable, "train.py", "--help"]
@@ -770,15 +698,12 @@ def test_help_fits_in_a_terminal():
     assert "--out_dir" in answer.stdout
     fail_on(help_faults(answer.stdout))
 
-
 def test_the_seven_scripts_are_read_in_an_afternoon():
     sizes = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in SCRIPTS}
     fail_on(size_faults(sizes))
 
-
 def test_the_readme_is_short():
     fail_on(readme_faults((ROOT / "README.md").read_text(encoding="utf-8")))
-
 
 def test_the_pages_of_docs_are_short():
     found = []
@@ -786,11 +711,9 @@ def test_the_pages_of_docs_are_short():
         found += docs_faults(path.name, path.read_text(encoding="utf-8"))
     fail_on(found)
 
-
 def test_the_top_level_has_the_agreed_layout():
     """Untracked files are free: a user's my_env.py may lie beside train.py."""
     fail_on(layout_faults(tree_files(ROOT, tracked_only=True)))
-
 
 def test_commit_subjects_are_short():
     """Skipped outside of a git checkout, and in a shallow clone that lacks the commit before the rules."""
@@ -938,7 +861,6 @@ PASSES = {
     markers: ["# to do: nothing"],
 }
 
-
 @pytest.mark.parametrize("rule", FILE_RULES, ids=lambda rule: rule.__name__)
 def test_each_rule_can_fail(rule):
     """Each rule reports what it forbids and nothing else."""
@@ -948,7 +870,6 @@ def test_each_rule_can_fail(rule):
         assert list(rule(parse(text))), f"{rule.__name__} does not report:\n{text}"
     for text in PASSES.get(rule, []):
         assert not list(rule(parse(text))), f"{rule.__name__} reports:\n{text}"
-
 
 def test_config_files_have_rules_of_their_own():
     long_header = "'''" + "A line.\n" * 9 + "'''\n"
@@ -961,11 +882,9 @@ def test_config_files_have_rules_of_their_own():
     assert not list(config_headers(parse(long_header, "model.py")))
     assert not list(docstrings(parse("def f():\n    pass", "tests/test_model.py")))
 
-
 def report(rule, files):
     """Return what a tree rule reports about {path: text}, as one text."""
     return "\n".join(tree_findings([parse(text, path) for path, text in files.items()], [rule]))
-
 
 @pytest.mark.parametrize(
     "back",
@@ -990,7 +909,6 @@ def test_an_import_cycle_is_reported(back):
     files["worlds/gym.py"] = "import numpy\nX = 'not envs:World'"
     assert not report(import_cycles, files)
 
-
 def test_repeated_names_are_reported():
     assert report(repeated_names, {"a.py": "def f():\n    pass", "b.py": "class f:\n    pass"})
     assert report(repeated_names, {"tests/a.py": "def test_f():\n    pass\n" * 2})
@@ -1003,7 +921,6 @@ def test_repeated_names_are_reported():
     assert report(module_names, {"evaluate.py": "", "extras/report.py": evaluate})
     assert not report(module_names, {"tests/evaluate.py": "", "extras/report.py": evaluate})
     assert not report(module_names, {"evaluate.py": "class A:\n    def evaluate():\n        pass"})
-
 
 def test_the_config_block_of_train_is_measured():
     lines = [
@@ -1027,7 +944,6 @@ def test_the_config_block_of_train_is_measured():
     assert "61 keys" in "".join(train_faults(parse(short.replace(END, f"x = 1  # one\n{END}"))))
     assert "0 keys" in "".join(train_faults(parse("def main():\n    pass")))
 
-
 def test_texts_and_the_layout_are_measured():
     start = "word " * 120 + "\n```\npip install x\n```\n"
     assert not list(readme_faults("word\n\n    python train.py\n"))
@@ -1043,11 +959,9 @@ def test_texts_and_the_layout_are_measured():
     assert list(size_faults({"a": 3801})) and not list(size_faults({"a": 3000, "b": 800}))
     assert list(subject_faults([("1", "a" * 73)])) and not list(subject_faults([("1", "a" * 72)]))
 
-
 def test_an_f_string_is_one_token():
     """Python 3.12 splits f-strings; the figure is the same on every Python."""
     assert count_tokens(parse("x = f'{a!r:>{width}} {b[\"c\"]}' + 'd'")) == 5
-
 
 def test_the_command_reports_and_returns_a_status(tmp_path, capsys):
     good = tmp_path / "good.py"

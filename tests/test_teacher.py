@@ -3,15 +3,9 @@ Test other players: a model behind a server that misbehaves on purpose, over rea
 
     python -m pytest tests/test_teacher.py
 """
-import base64
-import builtins
+import base64, builtins
 import email.utils
-import io
-import json
-import os
-import re
-import threading
-import time
+import io, json, os, re, threading, time
 import urllib.parse
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,13 +29,11 @@ PLUS = "[action] +"
 
 # ---- a server ----
 
-
 def answer(text):
     """Write the body of an answer, as OpenAI's API does."""
     message = dict(role="assistant", content=text)
     choice = dict(index=0, finish_reason="stop", message=message)
     return json.dumps(dict(id="x", object="chat.completion", choices=[choice]))
-
 
 class Server(ThreadingHTTPServer):
     """An OpenAI-compatible server.
@@ -65,7 +57,6 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         """Ignore a client that hung up."""
-
 
 class Handler(BaseHTTPRequestHandler):
     """One request to the server."""
@@ -107,7 +98,6 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         """Print nothing."""
 
-
 @pytest.fixture
 def serve(monkeypatch):
     """serve(behave) -> a running server; back-off is short, and the key is set."""
@@ -130,18 +120,15 @@ def serve(monkeypatch):
         server.shutdown()
         server.server_close()
 
-
 def always(reply):
     """Make a behaviour: the same reply to every request."""
     return lambda n, body, headers: reply
-
 
 def teach(server, *flags, env="NumberLine", episodes=4):
     """Let the model behind a server, or behind an address, play."""
     url = getattr(server, "url", server)
     command = ["--agent=openai", f"--base_url={url}", "--model=some/vlm"]
     evaluate.main([*command, f"--env={env}", f"--episodes={episodes}", *flags])
-
 
 def printed_without_key(folder, capsys, *texts):
     """Return what was printed; not even half of the key is in it, in a text, or in a file of the folder."""
@@ -155,11 +142,9 @@ def printed_without_key(folder, capsys, *texts):
             assert part.encode() not in data
     return captured.out
 
-
 def played_rows(buf):
     """List the rows that have a reply."""
     return [row for row in buf.rows if reply_text(row) is not None]
-
 
 def decode_picture(part):
     """Open the picture of a message part -> (prefix of its data address, image)."""
@@ -168,7 +153,6 @@ def decode_picture(part):
 
 
 # ---- what is asked ----
-
 
 def test_a_teacher_plays_and_its_play_trains(serve, tiny, tmp_path, capsys):  # noqa: F811
     """It plays several episodes at once, and its play, invalid replies too, is data for train.py."""
@@ -205,7 +189,6 @@ def test_a_teacher_plays_and_its_play_trains(serve, tiny, tmp_path, capsys):  # 
     out = run(tmp_path / "run", tiny, data=folder, offline_updates=2, online_updates=0)
     assert os.path.exists(os.path.join(out, "eval.json"))
 
-
 def test_a_teacher_sees_what_our_model_sees(serve, tmp_path):
     """A request holds the settings, the key in its header, and the picture and the text of a row."""
     server = serve(always(PLUS))
@@ -233,7 +216,6 @@ def test_a_teacher_sees_what_our_model_sees(serve, tmp_path):
         expected.add((row["images_file_names"][0], text))
     assert asked == expected
 
-
 def starts_of(folder, env):
     """Find the parts of the split, "train" or "test", that the recorded starts are from."""
     found = set()
@@ -243,7 +225,6 @@ def starts_of(folder, env):
             if row["turn"] == 0 and image_name(obs["image"]) == row["images_file_names"][0]:
                 found.add(split)
     return found
-
 
 def test_data_comes_from_training_starts_tables_from_held_out_ones(serve, tmp_path, capsys):
     """The story: --agent=expert --save recorded held-out starts, so training data and tests were the same."""
@@ -271,7 +252,6 @@ def test_data_comes_from_training_starts_tables_from_held_out_ones(serve, tmp_pa
     evaluate.main([config, "--agent=random", "--episodes=2"])
     assert "EZPoints, " in capsys.readouterr().out
 
-
 def test_a_local_server_needs_no_key_and_gets_none(serve, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     server = serve(always(PLUS))
@@ -283,7 +263,6 @@ def test_a_local_server_needs_no_key_and_gets_none(serve, monkeypatch):
     teach(server, "--api_key_env=OTHER", episodes=1)
     _, headers, _ = server.requests[-1]
     assert headers["Authorization"] == "Bearer 12345678"
-
 
 def test_newer_models_take_another_name_of_the_limit(serve):
     """OpenAI's reasoning models refuse `max_tokens`; the others, and most servers, know nothing else."""
@@ -298,11 +277,9 @@ def test_newer_models_take_another_name_of_the_limit(serve):
 
 # ---- faults that pass ----
 
-
 def drop(handler):
     """Close the connection without an answer."""
     handler.connection.close()
-
 
 def half(handler):
     """Send half of what was announced."""
@@ -311,11 +288,9 @@ def half(handler):
     handler.end_headers()
     handler.wfile.write(b'{"choices": [')
 
-
 def hang(handler):
     """Answer nothing for longer than the client waits."""
     time.sleep(0.8)
-
 
 def dribble(handler):
     """Send a byte now and then, for longer than the client waits."""
@@ -326,7 +301,6 @@ def dribble(handler):
         handler.wfile.flush()
         time.sleep(0.02)
 
-
 def endless(handler):
     """Send without an end."""
     handler.send_response(200)
@@ -334,11 +308,9 @@ def endless(handler):
     while True:
         handler.wfile.write(b"x" * 2**20)
 
-
 def ok(body):
     """Answer with status 200 and a body."""
     return 200, {}, body
-
 
 def busy(retry_after):
     """Answer that there were too many requests."""
@@ -368,7 +340,6 @@ FAULTS = {
     "longer than asked for": [ok(answer("x" * 100_000))],
 }
 
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_that_passes_is_tried_again_and_counted(serve, fault, tmp_path, capsys):
     """Each kind of fault, also in the very first request, then an answer: no episode is lost."""
@@ -392,7 +363,6 @@ def test_a_fault_that_passes_is_tried_again_and_counted(serve, fault, tmp_path, 
     assert "6 of 6 episodes" in printed
     assert "given up" not in printed
     assert len(Buffer(f"{tmp_path}/x").episodes) == 6
-
 
 def test_waits_grow_are_jittered_and_bounded(serve, monkeypatch, tmp_path, capsys):
     """1, 2, 4, ... seconds less a random half, a server's own wish on top, never more than LONGEST."""
@@ -418,7 +388,6 @@ def test_waits_grow_are_jittered_and_bounded(serve, monkeypatch, tmp_path, capsy
     assert len(waits) == 10
     assert f"{sum(waits):.0f} seconds waited" in capsys.readouterr().out
 
-
 @pytest.mark.parametrize(
     "header, seconds",
     [
@@ -437,14 +406,12 @@ def test_waits_grow_are_jittered_and_bounded(serve, monkeypatch, tmp_path, capsy
 def test_a_retry_after_header_is_read(header, seconds):
     assert teachers.retry_after_seconds(header) == seconds
 
-
 def test_a_retry_after_date_is_read():
     date = email.utils.formatdate(time.time() + 3600, usegmt=True)
     assert 3500 < teachers.retry_after_seconds(date) <= 3600
 
 
 # ---- faults that stay ----
-
 
 @pytest.mark.parametrize(
     "status, words",
@@ -480,14 +447,12 @@ def test_a_fault_that_stays_is_one_sentence_at_once(serve, status, words, tmp_pa
     printed_without_key(tmp_path, capsys, sentence)
     assert "abcdefgh" not in sentence
 
-
 def test_no_server_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     url = "http://127.0.0.1:9/v1"
     one_sentence(lambda: teach(url, f"--save={tmp_path}/x"), url, "no connection", "--base_url")
     beyond = "http://127.0.0.1:99999/v1"
     one_sentence(lambda: teach(beyond), "no connection", "--base_url")
-
 
 def test_an_echoed_key_is_written_nowhere(serve, tmp_path, capsys):
     """A server puts the Authorization header into its errors, whole, cut off, escaped, and into a reply."""
@@ -513,7 +478,6 @@ def test_an_echoed_key_is_written_nowhere(serve, tmp_path, capsys):
     assert "You said Bearer [key], so [action] +" in replies
     assert "12 HTTP 500" in printed
     assert "turns given up" in printed
-
 
 def test_a_turn_without_an_answer_drops_its_episode(serve, tmp_path, capsys):
     """A turn that fails is played once more with its episode, then dropped and counted; other episodes stay.
@@ -541,7 +505,6 @@ def test_a_turn_without_an_answer_drops_its_episode(serve, tmp_path, capsys):
     for words in ("2 HTTP 400", "6 HTTP 500", "4 turns given up", "6 of 8 episodes"):
         assert words in printed
     assert len(Buffer(f"{tmp_path}/x").episodes) == 6
-
 
 def test_a_server_that_disappears_ends_the_play_and_episodes_are_kept(serve, tmp_path, capsys):
     server = serve(lambda n, body, headers: PLUS if n <= 9 else (503, {}, "gone"))
@@ -585,7 +548,6 @@ WRONG_FLAGS = [
     ([*SERVER, "--api_key_env=NOT_SET"], ["--api_key_env"]),
 ]
 
-
 @pytest.fixture
 def no_requests(monkeypatch):
     """Fail if a request is sent."""
@@ -595,12 +557,10 @@ def no_requests(monkeypatch):
 
     monkeypatch.setattr(teachers.OpenAIAgent, "post", post)
 
-
 @pytest.mark.parametrize("flags, words", WRONG_FLAGS)
 def test_wrong_flags_of_agents_are_one_sentence(no_requests, flags, words):
     """A mistake names the flag, before a request is sent."""
     one_sentence(lambda: evaluate.main(flags), *words)
-
 
 def test_a_key_that_is_none_is_not_printed(no_requests, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", "two words")
@@ -609,7 +569,6 @@ def test_a_key_that_is_none_is_not_printed(no_requests, monkeypatch, capsys):
 
 
 # ---- a person ----
-
 
 def typing(monkeypatch, *lines):
     """Set what a person types, then Ctrl-D; an exception among the lines is raised."""
@@ -622,7 +581,6 @@ def typing(monkeypatch, *lines):
         return line
 
     monkeypatch.setattr(builtins, "input", typed)
-
 
 @pytest.mark.parametrize("end", ["quit", EOFError, KeyboardInterrupt])
 def test_a_person_plays_and_quits(monkeypatch, tmp_path, capsys, end):
@@ -653,7 +611,6 @@ def test_a_person_plays_and_quits(monkeypatch, tmp_path, capsys, end):
     # a picture of 40 columns
     assert max(line.count("\u2580") for line in printed.splitlines()) == 40
 
-
 def test_a_person_who_leaves_at_once(monkeypatch, tmp_path, capsys):
     """Without a terminal no picture is drawn."""
     typing(monkeypatch)
@@ -665,7 +622,6 @@ def test_a_person_who_leaves_at_once(monkeypatch, tmp_path, capsys):
     assert "0 of 300 episodes" in printed
     assert "\033[" not in printed
     assert not Buffer(folder, create=True).rows
-
 
 def test_a_terminal_shows_two_pixels_per_character():
     """The upper pixel is the colour of the block, the lower one its background."""

@@ -18,9 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import envs
-import evaluate
-import model
-import train
+import evaluate, model, train
 from buffer import Buffer
 from rank_jobs import train_and_save_gradients
 from small_runs import FEW, flags, make_tiny, metrics, numbers, one_sentence, read_json, replay, results
@@ -40,7 +38,6 @@ RUN = FEW | dict(
     eval_interval=22,
     eval_episodes=5,
 )
-
 
 class Runs:
     """The folder of all runs, and what each start of torchrun printed and returned."""
@@ -92,7 +89,6 @@ class Runs:
         with open(self.path(f"{name}.log")) as f:
             return f.read()
 
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """All runs, by the name of their folder.
@@ -136,7 +132,6 @@ def runs(tmp_path_factory):
     runs.wait("hang")
     return runs
 
-
 def tensors(out):
     """Read the adapters and heads of a run's checkpoint -> {name: tensor}."""
     ckpt = os.path.join(out, "ckpt")
@@ -144,14 +139,12 @@ def tensors(out):
     heads = load_file(os.path.join(ckpt, "q_head.safetensors"))
     return adapters | heads
 
-
 def assert_same_losses(rows, other_rows, tolerance):
     """Assert that two logs have the same tokens, and the same losses up to rounding."""
     assert [row["tokens"] for row in rows] == [row["tokens"] for row in other_rows]
     for row, other in zip(rows, other_rows):
         for key in ("nll", "td_error"):
             assert row[key] == pytest.approx(other[key], rel=tolerance, abs=tolerance)
-
 
 def test_two_ranks_learn_as_one(runs):
     """Two ranks with half of the windows each have the gradients and the losses of one rank with all."""
@@ -169,11 +162,9 @@ def test_two_ranks_learn_as_one(runs):
     assert_same_losses(offline, metrics(two)[:20], tolerance=1e-4)
     assert offline[0]["nll"] != offline[19]["nll"]
 
-
 def start_seeds(buf):
     """Return {episode: seed of its start}."""
     return {name: buf.rows[row_numbers[0]]["seed"] for name, row_numbers in buf.episodes.items()}
-
 
 def test_each_rank_plays_its_own_episodes(runs):
     """Together the ranks play the starts that one rank plays; each has its episodes in its own shard.
@@ -197,7 +188,6 @@ def test_each_rank_plays_its_own_episodes(runs):
     assert 1 < rows[20]["rollout/turns"] < 3
     assert [summary["episodes"] for summary in results(two).values()] == [5] * 5
 
-
 def test_a_rank_that_dies_ends_the_job_and_it_can_be_resumed(runs):
     """The job fails and prints which rank died; after a resume it is the run that was never killed.
 
@@ -218,7 +208,6 @@ def test_a_rank_that_dies_ends_the_job_and_it_can_be_resumed(runs):
     for name, tensor in tensors(killed).items():
         assert torch.equal(tensor, expected[name])
 
-
 def test_a_rank_that_falls_silent_ends_the_job(runs):
     """The others wait until the time-out, then the job fails with a sentence; the checkpoint remains."""
     hung = runs.path("hung")
@@ -230,11 +219,9 @@ def test_a_rank_that_falls_silent_ends_the_job(runs):
     assert "--resume=True" in log
     assert model.latest_checkpoint(hung)
 
-
 def episode_names(step):
     """Name the episodes of the rollout before an update."""
     return {f"{step}-{number}" for number in range(RUN["rollout_episodes"])}
-
 
 def test_a_checkpoint_moves_between_numbers_of_ranks(runs):
     """Two ranks, then one, then two: nothing that was played is lost, and what is shared is the same.
@@ -258,7 +245,6 @@ def test_a_checkpoint_moves_between_numbers_of_ranks(runs):
     assert shards[0] | shards[1] == episode_names(20) | episode_names(22) | episode_names(24)
     assert len(shards[0]) == len(shards[1]) == 15
 
-
 def test_sharded_layers_learn_the_same(runs, monkeypatch):
     """shard=True has the losses of shard=False, online too, and a checkpoint that a plain run opens."""
     two = runs.path("two")
@@ -270,7 +256,6 @@ def test_sharded_layers_learn_the_same(runs, monkeypatch):
     monkeypatch.setattr(envs.NumberLine, "max_turns", 2)
     evaluate.main([shard, "--episodes=2"])
     assert len(results(shard)) == 5
-
 
 def test_a_rank_that_lost_its_first_episodes_learns_from_recorded_ones(runs):
     """Until such a rank has an episode of its own, it draws from the recorded data, and says so.
@@ -291,7 +276,6 @@ def test_a_rank_that_lost_its_first_episodes_learns_from_recorded_ones(runs):
     sentence = "Rank 1 has no episode of its own yet: it learns from recorded ones."
     assert log.count(sentence) == 1
 
-
 def test_only_rank_0_prints(runs):
     """Each line is printed once, a user's mistake too."""
     log = runs.log("two")
@@ -306,7 +290,6 @@ def test_only_rank_0_prints(runs):
     assert runs.log("wrong").count(sentence) == 1
     assert runs.codes["wrong"] != 0
     assert not os.path.exists(runs.path("wrong"))
-
 
 def test_mistakes_with_ranks_are_one_sentence(tmp_path, monkeypatch):
     """Sharding without ranks, or of weights that are trained; fewer environments than ranks."""

@@ -3,22 +3,14 @@ Test whole runs: data, training, checkpoints, resume, with a model of a few thou
 
     python -m pytest tests/test_train.py
 """
-import ast
-import copy
-import json
-import os
-import re
-import shutil
-import sys
+import ast, copy, json, os, re, shutil, sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import evaluate
-import model
-import train
+import evaluate, model, train
 import worlds.cards
 from buffer import Buffer
 from configurator import configure, parse_block
@@ -34,7 +26,6 @@ TRAIN = os.path.join(ROOT, "train.py")
 
 
 # ---- memory ----
-
 
 def test_a_dry_run_shows_the_memory_and_leaves_nothing(tiny, tmp_path, capsys):
     """Peak memory by part; micro-batches of one window, or checkpointed layers, take less."""
@@ -59,13 +50,11 @@ def test_a_dry_run_shows_the_memory_and_leaves_nothing(tiny, tmp_path, capsys):
     assert recomputed["update"] < 0.7 * stored["update"]
     assert not os.path.exists(tmp_path / "out")
 
-
 def test_checkpointed_layers_give_the_same_run(straight, tiny, tmp_path):
     """grad_checkpointing computes activations twice and changes no bit of what is learned."""
     twin = run(tmp_path / "twin", tiny, grad_checkpointing=True)
     assert metrics(twin) == metrics(straight)
     assert weights(twin) == weights(straight)
-
 
 @pytest.mark.parametrize(
     "device, dtype, lora_r, half",
@@ -89,7 +78,6 @@ def test_a_frozen_base_is_bfloat16_on_cuda(monkeypatch, device, dtype, lora_r, h
     expected = torch.bfloat16 if half else torch.float32
     assert found == [expected]
 
-
 def test_a_base_in_bfloat16(tiny):
     """Adapters and critics on it are float32."""
     keys = dict(model=tiny, device="cpu")
@@ -100,7 +88,6 @@ def test_a_base_in_bfloat16(tiny):
     frozen = {p.dtype for p in vlm.net.parameters() if not p.requires_grad}
     assert trained == {torch.float32}
     assert frozen == {torch.bfloat16}
-
 
 def test_a_run_on_a_base_in_bfloat16(tiny, tmp_path, monkeypatch):
     """All numbers are finite, and the checkpoint holds float32. On cuda this is the default."""
@@ -119,7 +106,6 @@ def test_a_run_on_a_base_in_bfloat16(tiny, tmp_path, monkeypatch):
 
 
 # ---- runs and resumes ----
-
 
 def test_the_run_learns_and_logs(straight, tiny, tmp_path):
     """Both phases are logged, all numbers are finite, and the same command gives the same run."""
@@ -141,7 +127,6 @@ def test_the_run_learns_and_logs(straight, tiny, tmp_path):
     assert list(table) == [*offline, "greedy", "sampled, T=1", "picture hidden, greedy"]
     assert all(summary["episodes"] == 3 for summary in table.values())
 
-
 @pytest.mark.parametrize("stop", [2, 4, 5, 6])
 def test_stop_and_resume_is_bit_identical(straight, tiny, tmp_path, stop):
     """Metrics, weights, optimizer and replay are those of the run that never stopped.
@@ -157,7 +142,6 @@ def test_stop_and_resume_is_bit_identical(straight, tiny, tmp_path, stop):
     assert replay(out) == replay(straight)
     moments = ("optimizer.pt", "state.json")
     assert content(out, *moments) == content(straight, *moments)
-
 
 def test_random_draws_inside_the_network_are_repeated(tiny, tmp_path, monkeypatch):
     """What the network draws in an update, for a dropout that you add, is the same after a resume."""
@@ -176,7 +160,6 @@ def test_random_draws_inside_the_network_are_repeated(tiny, tmp_path, monkeypatc
     run(tmp_path / "two", tiny, online_updates=0, resume=True)
     assert draws == uninterrupted
     assert len(set(draws)) == len(draws) == 8
-
 
 def test_a_finished_run_can_be_extended(straight, tiny, tmp_path):
     """More online_updates continue a finished run; its log, its replay and its offline table stay.
@@ -201,7 +184,6 @@ def test_a_finished_run_can_be_extended(straight, tiny, tmp_path):
     one_sentence(lambda: run(out, tiny, resume=True, online_updates=4), "online_updates=4", "7")
     assert content(out) == before
 
-
 def test_a_run_without_an_online_phase_cannot_be_extended(tiny, tmp_path):
     """Its final table is the offline one, which a resume would never write again."""
     out = run(tmp_path / "run", tiny, online_updates=0, offline_updates=1)
@@ -212,7 +194,6 @@ def test_a_run_without_an_online_phase_cannot_be_extended(tiny, tmp_path):
 
     one_sentence(extend, "online_updates=4", "0")
     assert content(out) == before
-
 
 @pytest.mark.parametrize("stop", [2, 5])
 def test_resume_after_a_crash(straight, tiny, tmp_path, stop):
@@ -264,7 +245,6 @@ OLD_KEYS = dict(
     weights="auto",
 )
 
-
 def make_old(out):
     """Rewrite a run's config.json and state.json as an old version of train.py wrote them."""
     saved = read_json(out, "config.json") | OLD_KEYS | dict(model="tiny-vlm")
@@ -276,7 +256,6 @@ def make_old(out):
     state["replay_rows"] = sum(state["replay_rows"])
     with open(os.path.join(out, "ckpt", "state.json"), "w") as f:
         json.dump(state, f)
-
 
 def test_an_old_run_is_resumed(tmp_path, monkeypatch):
     """Its config.json has 80 keys and model='tiny-vlm', which is bases/tiny-vlm now."""
@@ -297,7 +276,6 @@ def test_an_old_run_is_resumed(tmp_path, monkeypatch):
     run(old, "tiny-vlm", resume=True, **short)
     assert metrics(old) == metrics(one)
 
-
 @pytest.mark.parametrize("key, value", [("invalid", "random"), ("cql_coef", 0.5)])
 def test_an_old_run_that_cannot_continue_is_refused(straight, tiny, tmp_path, key, value):
     """A removed key that changed what is learned would be ignored in silence."""
@@ -311,7 +289,6 @@ def test_an_old_run_that_cannot_continue_is_refused(straight, tiny, tmp_path, ke
     one_sentence(lambda: run(out, tiny, resume=True, online_updates=7), key, str(value))
     assert content(out) == before
 
-
 def test_clipped_rewards(straight, tiny, tmp_path):
     """Only the critic sees rewards cut by reward_clip: the recorded data stay, what is learned does not."""
     out = run(tmp_path / "run", tiny, reward_clip=0.05, gamma=0.5)
@@ -322,7 +299,6 @@ def test_clipped_rewards(straight, tiny, tmp_path):
     assert any(abs(row["return_observed"]) > 0.1 for row in metrics(straight))
     assert weights(out) != weights(straight)
     assert results(out).keys() == results(straight).keys()
-
 
 def test_evaluation_never_perturbs_training(straight, tiny, tmp_path, monkeypatch):
     """An evaluation and a checkpoint after every update change no loss, no rollout and no weight."""
@@ -343,7 +319,6 @@ def test_evaluation_never_perturbs_training(straight, tiny, tmp_path, monkeypatc
         trained = {key: value for key, value in row.items() if not key.startswith("eval/")}
         assert trained == expected
     assert weights(out) == weights(straight)
-
 
 @pytest.mark.parametrize("eval_episodes, episodes", [(300, 60), (7, 7)])
 def test_short_evaluations_are_short(monkeypatch, eval_episodes, episodes):
@@ -366,7 +341,6 @@ def test_short_evaluations_are_short(monkeypatch, eval_episodes, episodes):
     assert played == [episodes, episodes]
     assert [row.get("eval/success") for row in rows] == [None, 0.5, None, 0.5, None, None]
 
-
 def test_all_weights_resume(tiny, tmp_path):
     """lora_r=0: the checkpoint is a model folder, and a resume is as exact."""
     one = run(tmp_path / "one", tiny, lora_r=0)
@@ -388,7 +362,6 @@ def test_all_weights_resume(tiny, tmp_path):
 
 
 # ---- every variant ----
-
 
 @pytest.mark.parametrize(
     "changes",
@@ -423,7 +396,6 @@ def test_variants_run(tiny, tmp_path, monkeypatch, changes):
     if len(changes) > 1 or "actor_loss" in changes:
         evaluate.main([out, "--episodes=2"])
 
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -454,14 +426,12 @@ def test_each_key_has_an_effect(straight, tiny, tmp_path, changes):
     out = run(tmp_path / "run", tiny, stop_at=4, **changes)
     assert metrics(out) != metrics(straight)[:4]
 
-
 def test_the_filter_starts_after_its_warm_up(tiny, tmp_path):
     """The first filter_warmup updates clone every token; then a high beta lets nothing pass."""
     out = run(tmp_path / "run", tiny, beta=5.0, filter_warmup=2, stop_at=4)
     rows = metrics(out)
     assert [row["pass_action"] for row in rows] == [1, 1, 0, 0]
     assert [row["pass_syntax"] for row in rows] == [1, 1, 0, 0]
-
 
 def assert_same_run(one, two, tolerance):
     """Assert that two runs logged the same numbers up to rounding."""
@@ -472,13 +442,11 @@ def assert_same_run(one, two, tolerance):
             abs=tolerance / 10,
         )
 
-
 def test_micro_batches_do_not_matter(tiny, tmp_path):
     """The same run with other micro-batches has the same first losses up to rounding."""
     one = run(tmp_path / "1", tiny, micro_batch=1, stop_at=2)
     four = run(tmp_path / "4", tiny, micro_batch=4, stop_at=2)
     assert_same_run(one, four, tolerance=1e-3)
-
 
 def test_a_run_with_cached_features(straight, tiny, tmp_path):
     """The same run up to rounding. A resume, which starts with an empty cache, is the same bit for bit."""
@@ -488,7 +456,6 @@ def test_a_run_with_cached_features(straight, tiny, tmp_path):
     assert metrics(one) == metrics(two)
     assert weights(one) == weights(two)
     assert_same_run(one, straight, tolerance=1e-2)
-
 
 def test_a_rank_without_an_episode_of_its_own(tiny, tmp_path, monkeypatch, capsys):
     """A rank whose first rollout is lost, unlike those of the others, learns from recorded episodes.
@@ -514,7 +481,6 @@ def test_a_rank_without_an_episode_of_its_own(tiny, tmp_path, monkeypatch, capsy
     sentence = "Rank 0 has no episode of its own yet: it learns from recorded ones."
     assert capsys.readouterr().out.count(sentence) == 1
 
-
 def test_a_run_from_scratch(tmp_path, monkeypatch, capsys):
     """evaluate.py takes the model of such a run from its checkpoint.
 
@@ -529,7 +495,6 @@ def test_a_run_from_scratch(tmp_path, monkeypatch, capsys):
     out = run(tmp_path / "run", "scratch", **keys)
     evaluate.main([out, "--episodes=3"])
     assert "sampled" in capsys.readouterr().out
-
 
 def test_weights_and_biases(tiny, tmp_path, monkeypatch):
     """WANDB_PROJECT logs each row there too; without the package it is one sentence."""
@@ -555,7 +520,6 @@ def test_weights_and_biases(tiny, tmp_path, monkeypatch):
 
 # ---- a user's mistakes ----
 
-
 def test_a_run_is_never_lost_by_accident(straight, tiny, tmp_path):
     """A refusal is one sentence, and nothing in the folder has changed."""
     out = str(tmp_path / "run")
@@ -576,7 +540,6 @@ def test_a_run_is_never_lost_by_accident(straight, tiny, tmp_path):
     refuses("actor_loss='ppo'", "afsft", overwrite=True, actor_loss="ppo")
     refuses("overwrite", "data=", overwrite=True, data=recorded)
     refuses("datas", "data", overwrite=True, datas="x")
-
 
 def test_overwrite_deletes_the_run_and_nothing_else(straight, tiny, tmp_path):
     """A file that the program has not written stays."""
@@ -615,7 +578,6 @@ class Coin(Env):
         return ""
 '''
 
-
 def test_an_environment_without_an_expert(tiny, tmp_path):
     """Players that need an expert are refused before anything is written; the others train."""
     file = tmp_path / "coin.py"
@@ -637,14 +599,12 @@ def test_an_environment_without_an_expert(tiny, tmp_path):
     # recorded episodes need nobody to play them
     run(tmp_path / "two", tiny, env=env, data=recorded, online_updates=0, offline_updates=1)
 
-
 def test_questions_have_no_online_phase(tiny, tmp_path):
     """Online updates on questions with one right answer are refused before anything is written."""
     out = tmp_path / "run"
     for env in ("Reading", "Captions", "NumberLine,Reading"):
         one_sentence(lambda: run(out, tiny, env=env), f"env={env!r}", "online_updates=0")
         assert not out.exists()
-
 
 def test_mistakes_are_one_sentence(tiny, tmp_path):
     """Nothing to resume, no such data, no such model, a critic that is not trained."""
@@ -657,7 +617,6 @@ def test_mistakes_are_one_sentence(tiny, tmp_path):
     one_sentence(lambda: run(out, tiny, **keys), "q_weight", "critic")
     assert not os.path.exists(out)
 
-
 def test_a_gradient_that_is_not_finite(tiny, tmp_path, monkeypatch):
     """The run ends with one sentence, before the weights are spoiled."""
     compute_loss = train.compute_loss
@@ -668,7 +627,6 @@ def test_a_gradient_that_is_not_finite(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "compute_loss", infinite_loss)
     one_sentence(lambda: run(tmp_path / "run", tiny), "not finite at update 1", "lr", "checkpoint")
-
 
 def test_ctrl_c_ends_with_a_remedy(monkeypatch):
     """The checkpoint and how to continue are named, without a traceback."""
@@ -683,7 +641,6 @@ def test_ctrl_c_ends_with_a_remedy(monkeypatch):
 
 # ---- the keys ----
 
-
 def read_keys(name, *settings):
     """Return the attributes that a file reads of its settings: cfg.KEY."""
     with open(os.path.join(ROOT, f"{name}.py")) as f:
@@ -694,7 +651,6 @@ def read_keys(name, *settings):
         if is_read and node.value.id in settings:
             found.add(node.attr)
     return found
-
 
 def test_every_key_is_read_and_every_read_is_a_key():
     """No key is without effect, and none is read that does not exist.
@@ -712,7 +668,6 @@ def test_every_key_is_read_and_every_read_is_a_key():
 
     used = read_keys("evaluate", "cfg") | read_keys("extras/teachers", "cfg")
     assert used == set(parse_block(evaluate.__file__))
-
 
 def test_the_keys_are_few_and_in_groups():
     """At most 60 keys in three groups, each under one heading; a removed key does not come back."""

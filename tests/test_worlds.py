@@ -6,8 +6,7 @@ Environments that need optional packages: gymnasium's, BabyAI, MiniWoB++. Stand-
 tests/extra_envs.py plays the real ones.
 """
 import importlib.util
-import io
-import sys
+import io, sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +22,6 @@ from worlds.players import has_expert, scripted_reply
 from worlds.registry import make
 
 # ---- gymnasium ----
-
 
 class Corridor:
     """An environment as gymnasium makes it: three steps to the right."""
@@ -43,7 +41,6 @@ class Corridor:
     def render(self):
         return np.full((20, 30, 3), 60 * self.at, np.uint8)
 
-
 class Walk(Gym):
     name = "Walk"
     goal = "Go right."
@@ -57,7 +54,6 @@ class Walk(Gym):
     def expert(self):
         return "right"
 
-
 @pytest.fixture
 def calls(monkeypatch):
     """Replace gymnasium by one that makes corridors, and return the list of the calls of its make()."""
@@ -69,7 +65,6 @@ def calls(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "gymnasium", SimpleNamespace(make=make_corridor))
     return calls
-
 
 def test_gym_wraps_any_environment_with_a_picture_and_names(calls):
     env = Walk(size=40)
@@ -86,7 +81,6 @@ def test_gym_wraps_any_environment_with_a_picture_and_names(calls):
     assert scripted_reply("expert", env, np.random.default_rng(0)) == f"{MARKER} right"
     assert has_expert(env)
 
-
 def test_gym_passes_seeds_on(calls):
     env = Walk(size=40)
     env.reset(seed=1)
@@ -102,7 +96,6 @@ def test_gym_passes_seeds_on(calls):
 
 NEEDY = ["FrozenLake", "BabyAI-GoToLocal-v0", "miniwob/click-test-v1", "NumberLine,FrozenLake"]
 
-
 @pytest.mark.parametrize("name", NEEDY)
 def test_a_missing_package_is_one_sentence(monkeypatch, name):
     for package in ("gymnasium", "minigrid", "selenium", "selenium.common.exceptions"):
@@ -114,7 +107,6 @@ def test_a_missing_package_is_one_sentence(monkeypatch, name):
 
 
 # ---- MiniWoB++ ----
-
 
 def node(ref, tag, *children, box=(0, 0, 10, 10), **more):
     """Return a node as core.getDOMInfo() does."""
@@ -131,7 +123,6 @@ def node(ref, tag, *children, box=(0, 0, 10, 10), **more):
         height=height,
     )
     return fields | more
-
 
 def text_node(ref, text):
     """Return a piece of text as a node; such nodes have references below 0."""
@@ -157,7 +148,6 @@ FORM = node(
     ),
 )
 
-
 def test_a_page_as_lines():
     """Elements that show a text or take input have a line and a number; what is layout only has none."""
     assert [format_element(element) for element in page_elements(FORM)] == [
@@ -169,7 +159,6 @@ def test_a_page_as_lines():
         "div 'rgb(255, 0, 0)' [10]",
         "button \"it's\" [11]",
     ]
-
 
 class FakeBrowser:
     """Show the form above: button 6 ends the page with a reward of 1, button 11 breaks the browser."""
@@ -210,7 +199,6 @@ class FakeBrowser:
             return [True, True, 1, goal, None]
         return [True, False, 0, goal, FORM]
 
-
 @pytest.fixture
 def sent(monkeypatch):
     """Replace selenium by a stand-in, and return the list of (place, keys) that is sent to the page."""
@@ -249,7 +237,6 @@ def sent(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     return sent
 
-
 @pytest.fixture
 def make_page(sent, monkeypatch, tmp_path):
     """Return a function that makes a MiniWoB environment on a fake browser and resets it."""
@@ -267,7 +254,6 @@ def make_page(sent, monkeypatch, tmp_path):
 
     return make_it
 
-
 def test_miniwob_acts_by_number_and_by_place(make_page, sent):
     env = make_page(penalty=-0.25)
     prompt = env.prompt()
@@ -283,7 +269,6 @@ def test_miniwob_acts_by_number_and_by_place(make_page, sent):
     say(env, "click 80 112", 'type "x\ue009y"', "press Enter")
     assert sent[1:] == [((80, 162), ""), (None, "xy"), (None, "\ue007")]
 
-
 def test_miniwob_charges_for_what_is_not_there(make_page):
     env = make_page(penalty=-0.25)
     by_number = ["click 77", "click 0", "click -1", 'type 9 "a"']
@@ -294,7 +279,6 @@ def test_miniwob_charges_for_what_is_not_there(make_page):
         assert env.browser.clicks == before
     assert env.step(f"{MARKER} click 77")[4]["valid"]
     assert not env.step(f"{MARKER} press F1")[4]["valid"]
-
 
 def test_miniwob_keeps_the_last_real_picture(make_page):
     env = make_page()
@@ -308,7 +292,6 @@ def test_miniwob_keeps_the_last_real_picture(make_page):
 BY_NUMBER = ["click 4", 'type 5 "a"']
 BY_PLACE = ["click 80 112", 'type "a"']
 WAYS = [("element", BY_NUMBER, BY_PLACE), ("coordinate", BY_PLACE, BY_NUMBER)]
-
 
 @pytest.mark.parametrize("way, valid, invalid", WAYS)
 def test_miniwob_by_one_way_only(make_page, way, valid, invalid):
@@ -325,7 +308,6 @@ def test_miniwob_by_one_way_only(make_page, way, valid, invalid):
     assert numbers <= {4, 5, 6, 8, 10, 11}
     for _ in range(50):
         assert env.parse(scripted_reply("malformed", env, rng)) is None
-
 
 def test_miniwob_survives_its_browser(make_page):
     """A browser dies: its episode ends as lost, the next one has another browser, close() gives it back."""
@@ -345,19 +327,16 @@ def test_miniwob_survives_its_browser(make_page):
     assert env.browser is None
     assert len(MiniWoB.idle) == 1
 
-
 def test_miniwob_unknown_task(make_page):
     unknown = "'miniwob/click-tset-v1' is unknown; nearest: miniwob/click-test-v1"
     with pytest.raises(ValueError, match=unknown):
         make("miniwob/click-tset-v1")
-
 
 def test_miniwob_task_without_an_expert(make_page):
     env = make_page()
     env.task = "email-inbox"
     with pytest.raises(ValueError, match="has no scripted expert"):
         env.expert()
-
 
 def test_the_expert_avoids_what_covers_its_target(make_page):
     env = make_page("miniwob/click-test-v1:coordinate")

@@ -26,7 +26,6 @@ TRAY = (27, 84, 60)
 
 # ---- cards: (rank, suit), rank 1 to 13, suit 0 to 3 ----
 
-
 def deal_cards(rng, n):
     """Draw n cards from an infinite deck."""
     cards = []
@@ -35,7 +34,6 @@ def deal_cards(rng, n):
         suit = int(rng.integers(4))
         cards.append((rank, suit))
     return cards
-
 
 def card_names(cards):
     """Write cards as text for a fingerprint: "1s 12h" is the ace of spades and the queen of hearts."""
@@ -48,7 +46,6 @@ def card_names(cards):
 # the bracket's value and one for the sum inside. The stack serves two purposes: the value of a finished
 # formula (formula_value), and all values that a half-written one can still get (final_values), which tell the
 # expert whether a formula can be saved. All arithmetic is in exact rationals.
-
 
 class Frame(NamedTuple):
     """An unfinished sum, acc + term op number: after "1 - 2 * 3 /" acc is 1, term -6, op "/", number None.
@@ -71,7 +68,6 @@ EMPTY = (Frame(0, 1, "*", None),)
 MAX_DIGITS = 64
 MAX_FRAMES = 64
 
-
 def apply_operator(a, op, b):
     """Return `a op b`, None for a division by zero."""
     if op == "+":
@@ -81,7 +77,6 @@ def apply_operator(a, op, b):
     if op == "*":
         return a * b
     return a / b if b else None
-
 
 def push_item(stack, item):
     """Return the stack after one more item; None if the formula is malformed or divides by zero."""
@@ -100,7 +95,6 @@ def push_item(stack, item):
         return push_before_number(stack, item)
     return push_behind_number(stack, item)
 
-
 def push_before_number(stack, item):
     """Return the stack after an item where a number is awaited: an opening bracket or a sign.
 
@@ -114,7 +108,6 @@ def push_before_number(stack, item):
     if item == "-":
         return stack[:-1] + (Frame(acc, -term, op, None),)
     return None
-
 
 def push_behind_number(stack, item):
     """Return the stack after an item behind a number: an operator or a closing bracket."""
@@ -132,12 +125,10 @@ def push_behind_number(stack, item):
         return close_bracket(below, acc + term)
     return None
 
-
 def close_bracket(below, value):
     """Return the stack after a closing bracket: its value is the number that the frame below awaits."""
     acc, term, op, _ = below[-1]
     return below[:-1] + (Frame(acc, term, op, value),)
-
 
 def parse_formula(items):
     """Return the stack after a whole formula, a list of items or a text; None if it is malformed."""
@@ -148,7 +139,6 @@ def parse_formula(items):
             return None
     return stack
 
-
 def formula_value(items):
     """Return the exact value of a formula, None if it is malformed: formula_value("8/(3-8/3)") == 24."""
     stack = parse_formula(items)
@@ -157,7 +147,6 @@ def formula_value(items):
     # Another plus sign completes the sum in front of it.
     stack = push_item(stack, "+")
     return stack and stack[0].acc
-
 
 def two_heaps(numbers):
     """Return the set of all ways to sort numbers into two heaps."""
@@ -169,7 +158,6 @@ def two_heaps(numbers):
         ways.add((tuple(heaps[0]), tuple(heaps[1])))
     return ways
 
-
 def combine(left, operators, right):
     """Return the set of all values of `a op b`, a from `left`, b from `right`."""
     values = set()
@@ -177,7 +165,6 @@ def combine(left, operators, right):
         for b in right:
             values.update(apply_operator(a, op, b) for op in operators)
     return values - {None}
-
 
 @lru_cache(maxsize=1000)
 def reachable_values(numbers, operators):
@@ -195,7 +182,6 @@ def reachable_values(numbers, operators):
             values |= combine(left_values, operators, right_values)
     return values
 
-
 @lru_cache(maxsize=50_000)
 def final_values(stack, numbers, operators):
     """Return all values a half-written formula can still get if it goes on to use all `numbers`."""
@@ -208,7 +194,6 @@ def final_values(stack, numbers, operators):
         for value in sum_values(stack[-1], inside, operators):
             values |= final_values(close_bracket(below, value), outside, operators)
     return values
-
 
 def sum_values(frame, numbers, operators):
     """Return all values that the sum in a frame can get if it goes on to use all `numbers`.
@@ -239,7 +224,6 @@ def sum_values(frame, numbers, operators):
 
 
 # ---- EZPoints and Points24 ----
-
 
 class Points(Env):
     """Write a formula from the points of the cards, one item a turn; `=` ends it.
@@ -356,7 +340,6 @@ class Points(Env):
             draw_text(image, "_" if item == "blank" else item, 13 * scale, WHITE, *box)
         return image
 
-
 class EZPoints(Points):
     """Make 12 from two cards.
 
@@ -386,7 +369,6 @@ class EZPoints(Points):
         if self.rng.random() < 0.5:
             self.cards.reverse()
         self.formula = []
-
 
 class Points24(Points):
     """Make 24 from four cards.
@@ -420,18 +402,15 @@ class Points24(Points):
 # points of a card and their probability in an infinite deck; an ace has 1 point here
 DRAWS = [(points, 1 / 13) for points in range(1, 10)] + [(10, 4 / 13)]
 
-
 def hand_points(cards):
     """Return (points with aces as 1, whether there is an ace)."""
     points = sum(min(rank, 10) for rank, _ in cards)
     has_ace = any(rank == 1 for rank, _ in cards)
     return points, has_ace
 
-
 def hand_value(points, ace):
     """Return the value of a hand: an ace counts 11 if the hand stays at or below 21."""
     return points + 10 if ace and points <= 11 else points
-
 
 @lru_cache(maxsize=None)
 def dealer_totals(points, ace):
@@ -449,7 +428,6 @@ def dealer_totals(points, ace):
         for total, share in dealer_totals(points + draw, ace or draw == 1).items():
             totals[total] += probability * share
     return totals
-
 
 @lru_cache(maxsize=None)
 def best_play(points, ace, up, lose=-1.0):
@@ -470,7 +448,6 @@ def best_play(points, ace, up, lose=-1.0):
     for draw, probability in DRAWS:
         hit += probability * best_play(points + draw, ace or draw == 1, up, lose)[0]
     return max((stand, "stand"), (hit, "hit"))
-
 
 class Blackjack(Env):
     """Beat the dealer.

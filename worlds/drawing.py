@@ -13,7 +13,6 @@ RED = (205, 25, 40)
 BLUE = (25, 70, 180)
 PAPER = (250, 250, 247)
 
-
 @lru_cache(maxsize=4096)
 def text_mask(text, size, width):
     """Draw a text as a mask of mode "L", `size` pixels to the em, squeezed if it is wider than `width`.
@@ -41,7 +40,6 @@ def text_mask(text, size, width):
     height = -(-mask.height // 4)
     shrunk = (min(round(width), natural_width), height)
     return mask.resize(shrunk, Image.LANCZOS)
-
 
 def draw_text(image, text, size, colour, x, y, width, height):
     """Draw a text in the middle of a box; all lengths are in pixels, (x, y) is the upper left corner."""
@@ -78,7 +76,6 @@ SUITS = {
     CLUBS: (CLUB_DISCS, [STEM]),
 }
 
-
 def draw_suit(draw, suit, x, y, radius, colour):
     """Draw the symbol of a suit with its middle at (x, y)."""
     discs, polygons = SUITS[suit]
@@ -91,7 +88,6 @@ def draw_suit(draw, suit, x, y, radius, colour):
     for polygon in polygons:
         corners = [(x + dx * radius, y + dy * radius) for dx, dy in polygon]
         draw.polygon(corners, fill=colour)
-
 
 @lru_cache(maxsize=1024)
 def card_sprite(rank, suit, width, height):
@@ -128,7 +124,6 @@ def card_sprite(rank, suit, width, height):
         box = (width * 0.08, height * 0.07, width * 0.84, height * 0.54)
         draw_text(sprite, RANKS[rank], height * 0.66, colour, *box)
     return sprite
-
 
 def draw_cards(image, cards, x, y, width, height, step, scale):
     """Draw cards in a row, `step` apart, the first with its upper left corner at (x, y).

@@ -4,11 +4,7 @@ Environments of gymnasium: a wrapper for any of them, FrozenLake, and the levels
 FrozenLake is the example to copy. An environment needs a name, a goal, the names of gymnasium's actions and
 the id of the game. `fingerprint()` decides which starts are held out, `expert()` serves the scripted players.
 """
-import contextlib
-import difflib
-import io
-import os
-import zlib
+import contextlib, difflib, io, os, zlib
 
 from PIL import Image
 
@@ -20,7 +16,6 @@ MAX_SEED = 2**31
 # BabyAI's bot needs at most 8 searches to plan one turn. With more than 100 it goes in circles.
 MAX_BOT_SEARCHES = 100
 MAX_BOT_RESTARTS = 5
-
 
 class Gym(Env):
     """Wrap a gymnasium environment that draws pictures and has named actions.
@@ -68,7 +63,6 @@ class Gym(Env):
         Override this where the picture does not show the whole state.
         """
         return str(zlib.crc32(self.gym.render().tobytes()))
-
 
 class FrozenLake(Gym):
     """Walk from the upper left corner to the flag in the lower right one, around the holes.
@@ -125,10 +119,8 @@ class FrozenLake(Gym):
             return bool(reward)
         return len(self.shortest_way(after)) < len(self.shortest_way(tile))
 
-
 class BotInCircles(Exception):
     """Say that BabyAI's bot would plan for ever."""
-
 
 class BabyAI(Gym):
     """Play any BabyAI level (package minigrid): "BabyAI-GoToLocal-v0" or "BabyAI-GoToLocal-v0:view".
@@ -153,10 +145,8 @@ class BabyAI(Gym):
         if self.id not in levels or option not in ("", "view"):
             known = [level for level in levels if level.startswith("BabyAI-")]
             near = ", ".join(difflib.get_close_matches(self.id, known, n=2, cutoff=0))
-            raise ValueError(
-                f"env={name!r} is unknown; nearest: {near}; "
-                "a level's name, with :view behind it for what the agent sees."
-            )
+            raise ValueError(f"env={name!r} is unknown; nearest: {near}; a level's name, with :view behind "
+                             "it for what the agent sees.")
         super().__init__(**kw)
         self.turn_limit = kw.get("max_turns") or 10**9
         self.level = self.gym.unwrapped

@@ -5,19 +5,9 @@ The page is a picture and, in the text, a list of lines such as `button 'ONE' [1
 numbers or places, types, and presses keys. In this file: how a page is read, how browsers are opened and
 ended, a scripted player for sixteen tasks, and the environment MiniWoB.
 """
-import atexit
-import contextlib
-import difflib
+import atexit, contextlib, difflib
 import importlib.util
-import io
-import os
-import re
-import shutil
-import signal
-import sys
-import threading
-import time
-import zlib
+import io, os, re, shutil, signal, sys, threading, time, zlib
 
 from PIL import Image
 
@@ -86,7 +76,6 @@ def inner_text(node):
     parts += [inner_text(child) for child in node.get("children", [])]
     return " ".join(filter(None, parts))
 
-
 def leaf_elements(node):
     """Yield the elements in a node that show a text or take input, in the order of the page."""
     tag = node["tag"].lower()
@@ -113,7 +102,6 @@ def leaf_elements(node):
             box=[node["left"], node["top"] - AREA[1], node["width"], node["height"]],
         )
 
-
 def page_elements(dom):
     """Read what core.getDOMInfo() returns -> [dict(ref, role, text, value, focused, classes, box)].
 
@@ -121,7 +109,6 @@ def page_elements(dom):
     without a number of its own has a ref below 0.
     """
     return list(leaf_elements(dom))
-
 
 def format_element(element):
     """Write an element as a line: button 'ONE' [13], checkbox off [5], textbox 'abc' [7], 'a piece of text'.
@@ -140,7 +127,6 @@ def format_element(element):
         return content
     return f"{element['role']} {content} [{element['ref']}]"
 
-
 def grid_point(wanted, low, length):
     """Return a coordinate near `wanted` inside of a side that begins at `low`.
 
@@ -154,7 +140,6 @@ def grid_point(wanted, low, length):
                 return point
     return round(wanted)
 
-
 def click_places(element):
     """Return places (x, y) to click on an element: its middle, then near its corners."""
     left, top, width, height = element["box"]
@@ -164,7 +149,6 @@ def click_places(element):
         y = grid_point(top + down * height, top, height)
         places.append((x, y))
     return places
-
 
 def covers(element, x, y):
     """Tell whether a place lies in the box of an element."""
@@ -176,7 +160,6 @@ def covers(element, x, y):
 # All browsers that are open, lent to an episode or idle.
 BROWSERS = []
 
-
 def open_browser(env):
     """Open a headless Chromium with a window as wide as the tasks were made for.
 
@@ -187,10 +170,8 @@ def open_browser(env):
     binaries = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
     driver = shutil.which("chromedriver")
     if not driver or not any(binaries):
-        raise SystemExit(
-            f"env={env!r} needs Chromium and its driver: "
-            "apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver"
-        )
+        raise SystemExit(f"env={env!r} needs Chromium and its driver: apt-get update && apt-get install -y "
+                         "--no-install-recommends chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = next(filter(None, binaries))
     for flag in ("headless", "disable-gpu", "no-sandbox", "hide-scrollbars", "disable-dev-shm-usage"):
@@ -203,7 +184,6 @@ def open_browser(env):
     BROWSERS.append(browser)
     return browser
 
-
 def kill_browser(browser):
     """End a browser and its driver, whatever state they are in."""
     BROWSERS.remove(browser)
@@ -212,17 +192,14 @@ def kill_browser(browser):
         os.killpg(browser.service.process.pid, signal.SIGKILL)
     browser.service.process.wait()
 
-
 def kill_browsers():
     """End all browsers."""
     for browser in list(BROWSERS):
         kill_browser(browser)
 
-
 def exit_on_signal(number, frame):
     """Leave the program as Ctrl-C does, so that what is registered with atexit runs."""
     sys.exit(128 + number)
-
 
 def end_browsers_at_exit():
     """Let all browsers end with the program, be it by its own end, Ctrl-C, `kill` or `timeout`.
@@ -242,7 +219,6 @@ def quoted_texts(goal):
     """Return the texts in double quotes."""
     return re.findall(r'"([^"]*)"', goal)
 
-
 def click_label(page):
     """Click on what the goal names, a button first."""
     labels = quoted_texts(page.goal) + re.findall(r"Tab #[0-9]+|ONE", page.goal) + ["Click Me!"]
@@ -250,7 +226,6 @@ def click_label(page):
     label = "Close" if labels[0] == "x" else labels[0]
     candidates = page.with_role("button") + page.elements
     return page.click(next(element for element in candidates if element["text"] == label))
-
 
 def select_options(page):
     """Set the checkboxes or the radio button that the goal lists, then submit."""
@@ -265,7 +240,6 @@ def select_options(page):
             return page.click(box)
     return page.submit()
 
-
 def fill_textboxes(page):
     """Write the quoted texts into the text boxes, then submit."""
     texts = quoted_texts(page.goal)
@@ -277,19 +251,16 @@ def fill_textboxes(page):
             return page.type_text(box, text)
     return page.submit()
 
-
 def focus_textbox(page):
     """Click into the text box that the goal counts, the 2nd one; without a number it is the only one."""
     number = (re.findall("[0-9]", page.goal) or "1")[0]
     return page.click(page.with_role("textbox")[int(number) - 1])
-
 
 def open_section(page):
     """Open the section, then submit with the button in it."""
     if page.with_role("div"):
         return page.submit()
     return page.click(page.elements[0])
-
 
 def move_slider(page):
     """Focus the slider's handle, move it by keys to the goal's number, then submit."""
@@ -335,7 +306,6 @@ def pages_folder(env):
     spec = importlib.util.find_spec("miniwob")
     file = getattr(spec, "origin", None) or require(env, "miniwob").__file__
     return os.path.join(os.path.dirname(file), "html", "miniwob")
-
 
 class MiniWoB(Env):
     """Play any MiniWoB++ task (package miniwob) in a real Chromium: "miniwob/click-test-2-v1".
@@ -384,10 +354,8 @@ class MiniWoB(Env):
         if self.task not in tasks or self.mode not in ("", "element", "coordinate"):
             near = difflib.get_close_matches(self.task, tasks, n=2, cutoff=0)
             names = ", ".join(f"miniwob/{task}-v1" for task in near)
-            raise ValueError(
-                f"env={name!r} is unknown; nearest: {names}; "
-                "with :element or :coordinate behind it, or nothing."
-            )
+            raise ValueError(f"env={name!r} is unknown; nearest: {names}; with :element or :coordinate "
+                             "behind it, or nothing.")
         kinds = []
         if self.mode != "coordinate":
             kinds += self.element_kinds
@@ -537,10 +505,8 @@ class MiniWoB(Env):
     def expert(self):
         """Return the next action of the scripted player; ValueError for a task that has none."""
         if self.task not in EXPERTS:
-            raise ValueError(
-                f"env={self.name!r} has no scripted expert: collect its data with a random player or a "
-                "model, or add one to EXPERTS in worlds/miniwob.py."
-            )
+            raise ValueError(f"env={self.name!r} has no scripted expert: collect its data with a random "
+                             "player or a model, or add one to EXPERTS in worlds/miniwob.py.")
         return EXPERTS[self.task](self)
 
     def with_role(self, role):

@@ -1,9 +1,7 @@
 """
 Import optional packages, see requirements-envs.txt.
 """
-import importlib
-import os
-
+import importlib, os
 
 def require(env, package):
     """Import an optional package for an environment; SystemExit with one sentence if it is missing."""

@@ -5,12 +5,10 @@ import numpy as np
 
 from envs import MARKER, Env
 
-
 def has_expert(env):
     """Tell whether an environment, each of them if it stands for several, defines expert()."""
     tasks = getattr(env, "tasks", [env])
     return all(type(task).expert is not Env.expert for task in tasks)
-
 
 def wrong_word(env):
     """Return an action that is not optimal: the first one behind the expert's in the list of all actions.
@@ -27,7 +25,6 @@ def wrong_word(env):
             return word
     return right
 
-
 def malformed_reply(env, word, rng):
     """Return a reply that does not parse, made from the valid action `word` in one of several ways."""
     broken = [word, f"[act] {word}", f"move {word}", MARKER]
@@ -37,7 +34,6 @@ def malformed_reply(env, word, rng):
         if env.parse(broken[i]) is None:
             return broken[i]
     return ""
-
 
 def scripted_reply(player, env, rng):
     """Return one reply of a scripted player; ValueError for an unknown one.
@@ -61,7 +57,6 @@ def scripted_reply(player, env, rng):
             return prefix + env.expert()
         return prefix + wrong_word(env)
     raise ValueError(f"player={player!r} is unknown; known are expert, random, biased, malformed.")
-
 
 def mixed_reply(mix, env, rng):
     """Return (reply, player) of a player drawn anew each turn, with odds like {"expert": 1, "biased": 3}."""

@@ -4,12 +4,9 @@ Environments by name: `make("NumberLine")`, `make("NumberLine,EZPoints")`, `make
 WORLDS, FAMILIES and QUESTIONS map names to "module:Class" strings. A module is imported when one of its
 environments is made, so that nobody needs the optional packages of the others.
 """
-import difflib
-import importlib
+import difflib, importlib
 import importlib.util
-import os
-import sys
-import traceback
+import os, sys, traceback
 
 from envs import Env
 
@@ -39,7 +36,6 @@ QUESTIONS = {
 REQUIRED_METHODS = ("start", "act", "picture", "fingerprint")
 REQUIRED_ATTRIBUTES = ("name", "kinds")
 
-
 class Tasks:
     """Several environments behind one: each episode is an episode of the next one.
 
@@ -65,7 +61,6 @@ class Tasks:
     def __getattr__(self, key):
         return getattr(self.env, key)
 
-
 def load_class(path):
     """Import "module:Class"."""
     module, _, name = path.partition(":")
@@ -74,11 +69,9 @@ def load_class(path):
 
 # ---- environments in files of the user ----
 
-
 def is_file(name):
     """Tell whether a name leads to a Python file: my_env.py:MyEnv."""
     return name.rpartition(":")[0].endswith(".py") or name.endswith(".py")
-
 
 def describe_error(error, path):
     """Write an exception as one line: its type, the last line of the file that it came from, its message."""
@@ -88,7 +81,6 @@ def describe_error(error, path):
     place = f" in line {lines[-1]}" if lines else ""
     message = getattr(error, "msg", None) or str(error)
     return f"{type(error).__name__}{place}: {' '.join(message.split())}"
-
 
 def run_file(file, where):
     """Run a Python file, once in a process, and return its module.
@@ -113,7 +105,6 @@ def run_file(file, where):
         raise SystemExit(f"{where}: {file} does not run ({reason}): correct it first.")
     return module
 
-
 def load_file(file, name):
     """Run a Python file and return its class `name`, which must be an envs.Env and leave nothing open.
 
@@ -132,7 +123,6 @@ def load_file(file, name):
         if getattr(found, method) is getattr(Env, method):
             raise SystemExit(f"{where}: {name} does not define {method}(): see the docstring of envs.Env.")
     return found
-
 
 def make_from_file(name, **kw):
     """Make the environment that my_env.py:MyEnv names; SystemExit with one sentence if that does not work."""
@@ -154,7 +144,6 @@ def make_from_file(name, **kw):
 
 
 # ---- any environment ----
-
 
 def make(name, **kw):
     """Make an environment from its name, or several that take turns: make("NumberLine,EZPoints").
@@ -181,11 +170,8 @@ def make(name, **kw):
         return load_class(WORLDS[name])(**kw)
     near = ", ".join(difflib.get_close_matches(name, WORLDS, n=2, cutoff=0))
     known = ", ".join(WORLDS)
-    raise ValueError(
-        f"env={name!r} is unknown; nearest: {near}; "
-        f"known: {known}, BabyAI-GoToLocal-v0, miniwob/click-test-v1, my_env.py:MyEnv, ..."
-    )
-
+    raise ValueError(f"env={name!r} is unknown; nearest: {near}; known: {known}, BabyAI-GoToLocal-v0, "
+                     "miniwob/click-test-v1, my_env.py:MyEnv, ...")
 
 def reading_names(env):
     """List the Reading environments whose texts fit the tasks of `env`, each once.
