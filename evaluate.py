@@ -556,8 +556,8 @@ def check_flags(cfg):
          f"{', '.join(agents)}.")
     is_server = cfg.agent == "openai"
     need(is_server or not (cfg.base_url or cfg.model), "--base_url and --model need --agent=openai.")
-    need(cfg.timeout > 0, "--timeout must be above 0.")
-    for key, least in dict(episodes=1, num_envs=1, max_tokens=1, temperature=0, retries=0).items():
+    need(cfg.timeout > 0 and cfg.retries >= 0, "--timeout must be above 0 and --retries at least 0.")
+    for key, least in dict(episodes=1, num_envs=1, max_tokens=1, temperature=0).items():
         value = getattr(cfg, key)
         need(value is None or value >= least, f"--{key} must be at least {least}.")
 

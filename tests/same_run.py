@@ -38,6 +38,7 @@ EXPECTED = [
     ("*/meta.json", None, "the commit and the command line"),
     ("*/ckpt/optimizer.pt", None, "a zip archive; the case `resume` continues from it"),
     ("*/config.json", f"^({'|'.join(REMOVED)}): ", "these keys were removed"),
+    ("*report.html", "Point at a token", "the hint beside the episodes was reworded"),
     ("*/adapter_config.json", "^base_model_name_or_path: ", "the shipped models moved to bases/"),
 ]
 
