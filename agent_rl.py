@@ -17,7 +17,6 @@ and the reply so far. The last token of a turn ends the reply and carries the tu
     L_critic = mean (Q(s,a) - y)^2 + pess_coef mean_v (Q(s,v) - q_init)^2
 
 The functions below follow this order. Where the method departs from the paper, and why: docs/method.md.
-
 The fields of a batch are listed in buffer.make_batch.
 Letters: B turns, R reply tokens, N = B R, V vocabulary, H hidden size, C critics.
 """
@@ -196,7 +195,8 @@ def filter_weight(adv, kind, beta=0.0, good_episode=None):
     sft: 1. afsft: 1 where A > beta, else 0. awr: exp(A / AWR_TEMPERATURE), at most
     AWR_MAX_WEIGHT (Peng et al., arXiv 1910.00177). fbc: 1 in the episodes that good_episode (B,) marks.
     Another way to weigh tokens is one more branch here, its name in configurator.CHOICES, and in WITH_CRITIC
-    there if it uses A. Padding has an A too: a mean or a rank over tokens needs the mask.
+    there if it uses A. A rank over a reply's tokens also needs the mask, because padding has an A too: add a
+    parameter, here and in the calls in compute_loss and extras/report.py.
     """
     if kind == "sft":
         return torch.ones_like(adv)
