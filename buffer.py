@@ -417,3 +417,6 @@ def make_batch(parts, vlm, marker, gamma):
         return_to_go=column([buf.return_to_go(i, gamma) for buf, i in turns]),
         ep_return=column([buf.episode_return(buf.rows[i]["episode"]) for buf, i in turns]),
     )
+
+if __name__ == "__main__":
+    raise SystemExit("Conversations are imported by: python -m extras.import_chats chats.json data/chats")

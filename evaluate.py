@@ -580,7 +580,7 @@ def read_game(target, is_run, cfg):
     if any(map(is_file, tasks)):
         need(task_names(cfg.env) == tasks,
              f"{target!r} plays {run_cfg.env!r}, a Python file that would be run: read it, then name it: "
-             f"--env={run_cfg.env}")
+             f"--env={','.join(tasks)}")
         del flags[0]
     names = " and ".join(flags)
     need(not flags, f"{target!r} is played as it was trained: leave {names} out, or name no run.")

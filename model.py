@@ -91,7 +91,7 @@ def add_lora(net, r, alpha, targets):
     from a vision tower, which has a q_proj, too. The unembedding gets no LoRA. SystemExit if nothing matches.
     """
     decoder = net.get_decoder()
-    language_parts = set(decoder.modules()) if decoder is not None else set()
+    language_parts = set(decoder.modules()) if decoder not in (None, net) else set()
     layers = {}
     for path, module in net.named_modules():
         if isinstance(module, nn.Linear) and module in language_parts:

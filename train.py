@@ -618,7 +618,7 @@ def look(cfg, done, vlm, make_env):
     numbers = {}
     total = cfg.offline_updates + cfg.online_updates
     if checkpoint_due(cfg, done) and done < total:
-        episodes = min(QUICK_EPISODES, cfg.eval_episodes)
+        episodes = min(max(QUICK_EPISODES, WORLD), cfg.eval_episodes)
         numbers = logged("eval", evaluate_policy(vlm, make_env, cfg, episodes))
     if done == cfg.offline_updates and done < total:
         only = ("greedy", "sampled")
@@ -666,9 +666,6 @@ def measure(cfg, argv, base, make_env, data):
         cfg.num_envs = max(1, cfg.num_envs // WORLD)
         with contextlib.redirect_stdout(sys.stdout if RANK == 0 else None):
             return measure_memory(vlm, optimizer, data, cfg, lambda: autocast(vlm))
-
-
-# ---- main ----
 
 def main(argv):
     """Train as the settings say: play, learn, look, log, save."""

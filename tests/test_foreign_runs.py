@@ -165,7 +165,8 @@ def test_a_run_does_not_run_a_file_by_itself(own, env_file, name):
     rewrite(own, env=name)
     commands = [[own], [own, "--agent=random"], [own, "--report"], [own, "--env=my_env.py:Mute"]]
     for command in commands:
-        one_sentence(lambda: evaluate.main(command), own, repr(name), "read it", f"--env={name}")
+        flag = "--env=" + name.replace(" ", "")
+        one_sentence(lambda: evaluate.main(command), own, repr(name), "read it", flag)
     assert not was_executed(env_file)
     # its recorded episodes do not need the environment
     evaluate.main([os.path.join(own, "data"), "--report"])

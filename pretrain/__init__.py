@@ -1,0 +1,1 @@
+"""What the shipped bases were trained on, and how."""

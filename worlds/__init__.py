@@ -1,0 +1,1 @@
+"""The environments beside NumberLine, their players and their drawing."""
