@@ -93,10 +93,10 @@ def advantages(qa, v, mask, cfg):
     """Compute A(s,a) = Q(s,a) - V(s) of every reply token, without a gradient.
 
     qa (C, B, R), v and mask (B, R) -> (B, R).
-    mdp='turn': one advantage a reply, Q of its last token minus V of its first state.
+    trace='turn': one advantage a reply, Q of its last token minus V of its first state.
     """
     q = qa.detach().mean(0)
-    if cfg.mdp == "turn":
+    if cfg.trace == "turn":
         last = (mask.sum(1).long() - 1).clamp(min=0)
         q_last = q.gather(1, last[:, None])
         return (q_last - v[:, :1]).expand_as(v)
@@ -285,10 +285,9 @@ def compute_loss(vlm, batch, cfg, warm=False, quantile=0.0, tokens=None, critic_
 
     # targets and advantages, without gradients
     with torch.no_grad():
-        turn_level = cfg.mdp == "turn"
-        lam = 1.0 if turn_level else cfg.lam
+        lam = 1.0 if cfg.trace == "turn" else cfg.lam
         tree = {}
-        if not turn_level and cfg.trace == "tree":
+        if cfg.trace == "tree":
             tree = dict(q=values["qa_target"], pi=logp.exp())
         y, known = td_targets(values["v_target"], batch, cfg.gamma, lam, **tree)
         adv = advantages(values["qa"], values["v"], mask, cfg)

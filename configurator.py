@@ -362,8 +362,7 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "q_head": ("full", "tied"),
     "actor_loss": ("sft", "afsft", "awr", "fbc"),
-    "mdp": ("token", "turn"),
-    "trace": ("tree", "plain"),
+    "trace": ("tree", "plain", "turn"),
 }
 WITH_CRITIC = ("afsft", "awr")
 PLAYERS = ("expert", "random", "malformed", "biased")

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from buffer import Buffer, make_row
 from configurator import PLAYERS, ConfigError, check_config, configure, parse_block
-from extras.old_runs import check_removed_keys
-from model import LORA_ALPHA, build, gather, latest_checkpoint, ranks
+from extras.run_folder import find_checkpoint, has_checkpoint, offline_results, read_run_config, write_json
+from model import build, gather, ranks
 from worlds.players import has_expert, mixed_reply, scripted_reply
 from worlds.registry import is_file, make
 
@@ -447,39 +447,15 @@ def full_evaluation(vlm, make_env, run_cfg, temperature=1.0, only=WAYS, prefix="
 
 # ---- runs ----
 
-def read_run_config(run, purpose="play"):
-    """Read the settings that a run was trained with; a key that the run did not know has its default.
-
-    purpose: "play", "report" or "resume". ConfigError if an old run cannot do that any more as it did.
-    """
-    file = os.path.join(run, "config.json")
-    if not os.path.exists(file):
-        raise ConfigError(f"{run!r} is no run folder: it has no config.json; train one with python train.py "
-                          f"config/numberline.py --out_dir={run}")
-    with open(file) as f:
-        saved = json.load(f)
-    check_removed_keys(run, saved, purpose)
-    settings = {name: saved.get(name, key.default) for name, key in parse_block(TRAIN).items()}
-    # lora_alpha was a key once: an old run's adapters keep theirs
-    return SimpleNamespace(**settings, lora_alpha=saved.get("lora_alpha", LORA_ALPHA))
-
 def load_run(run, run_cfg):
     """Load a run's VLM from its last checkpoint -> (vlm, folder of the checkpoint)."""
-    folder = latest_checkpoint(run)
+    folder = find_checkpoint(run)
     if run_cfg.model == "scratch":
         # the run trained its own tokenizer: take the whole model from the checkpoint
         run_cfg.model = folder
     vlm = build(run_cfg)
     vlm.load(folder)
     return vlm, folder
-
-def offline_results(run):
-    """Read what a run with two phases reached before it played itself: {name: summary}, empty for others."""
-    file = os.path.join(run, "eval_offline.json")
-    if not os.path.exists(file):
-        return {}
-    with open(file) as f:
-        return json.load(f)
 
 
 # ---- other players than the model ----
@@ -608,7 +584,7 @@ def report_folder(folder, cfg):
     run = cfg.critic or None
     parent = os.path.normpath(os.path.join(folder, ".."))
     is_in_run = os.path.exists(os.path.join(parent, "config.json"))
-    if not run and is_in_run and latest_checkpoint(parent, must=False):
+    if not run and is_in_run and has_checkpoint(parent):
         run = parent
     vlm = None
     run_cfg = None
@@ -629,8 +605,7 @@ def evaluate_run(run, run_cfg, make_env, temperature, buffer, argv):
     results = full_evaluation(vlm, make_env, run_cfg, temperature, buffer=buffer)
     results = offline_results(run) | results
     content = dict(checkpoint=checkpoint, argv=argv, seed=run_cfg.seed, q_weight=q_weight, results=results)
-    with open(os.path.join(run, "eval.json"), "w") as f:
-        json.dump(content, f, indent=1)
+    write_json(os.path.join(run, "eval.json"), content)
     return vlm, results
 
 def main(argv):
@@ -687,7 +662,7 @@ def play_and_report(target, is_run, cfg, argv):
         if cfg.report:
             from extras.report import write_report
 
-            if vlm is None and latest_checkpoint(target, must=False):
+            if vlm is None and has_checkpoint(target):
                 vlm, _ = load_run(target, run_cfg)
             write_report(target, buffer, results, vlm, target, run_cfg, cfg.report_episodes, first_row)
 

@@ -716,16 +716,3 @@ def build(cfg, base=None, q_init=0.0):
     if cfg.shard and ranks()[1] > 1:
         return vlm.shard(choose_device(cfg))
     return vlm
-
-def latest_checkpoint(run, must=True):
-    """Return the folder of a run's checkpoint, the older one if a crash fell between two renames.
-
-    If there is none: SystemExit, or None with must=False.
-    """
-    for name in ("ckpt", "ckpt.old"):
-        folder = os.path.join(run, name)
-        if os.path.exists(os.path.join(folder, "state.json")):
-            return folder
-    if must:
-        raise SystemExit(f"{run!r} holds no checkpoint: let its training reach one first.")
-    return None

@@ -8,7 +8,7 @@ Train a vision-language model to act, off-policy: offline on recorded play, then
     torchrun --nproc_per_node=8 train.py config/numberline.py                # the same run on eight GPUs
     python train.py --help                                                   # every key
 """
-import contextlib, datetime, functools, json, math, os, platform, re, shutil, subprocess, sys, tempfile, time
+import contextlib, datetime, functools, json, math, os, platform, subprocess, sys, tempfile, time
 
 import numpy as np
 import torch
@@ -20,11 +20,14 @@ import envs
 from agent_rl import FBC_QUANTILE, clip_reward, compute_loss, has_target, summarise
 from buffer import Buffer, make_batch
 from configurator import check_config, configure
-from evaluate import env_factory, evaluate_policy, full_evaluation, offline_results, read_run_config
+from evaluate import env_factory, evaluate_policy, full_evaluation
 from evaluate import episode_summary, format_table, gather_episodes, recorded_summary
 from evaluate import exploring_agent, model_agent, play, record, scripted_agent
+from extras import run_folder
+from extras.run_folder import write_json
+from extras.stopping import STOP, explained
 from extras.wandb_log import import_wandb, start_wandb
-from model import build, gather, latest_checkpoint, load_base
+from model import build, gather, load_base
 from worlds.players import has_expert
 from worlds.registry import make, reading_names
 
@@ -55,8 +58,7 @@ max_new_tokens = 20  # longest reply
 eval_interval = 100  # updates between two checkpoints and short evaluations; 0: at the end only
 eval_episodes = 300  # episodes per row of the final table
 # ablations
-mdp = 'token'  # token: one advantage per token | turn: one per reply
-trace = 'tree'  # tree: tree backup across turns | plain: TD(lambda) inside a turn
+trace = 'tree'  # tree: tree backup across turns | plain: TD(lambda) in a turn | turn: one value per reply
 lam = 1.0  # decay of the trace per token; 0: one-token TD
 beta = -0.05  # afsft clones a token if A > beta
 filter_warmup = 50  # updates in which every token is cloned, because a young critic is noise
@@ -94,13 +96,10 @@ stop_at = 0  # stop after this update, to be resumed; 0: run to the end
 dry_run = False  # only measure the peak memory of an update and a rollout; writes nothing
 # --- end of config ---
 
-# What a run writes into out_dir, and what `overwrite` may delete.
-RUN_FILES = ("config.json", "metrics.jsonl", "eval.json", "eval_offline.json", "meta.json")
-RUN_FILES += ("ckpt", "ckpt.old", "ckpt.tmp", "data", "replay", "model", "report.html", "curves.svg")
-# Settings that a resumed run may change: they do not alter what is learned.
-FREE_KEYS = ("out_dir", "resume", "overwrite", "stop_at", "device", "shard")
-FREE_KEYS += ("log_interval", "eval_interval", "eval_episodes")
 DATA, SAMPLE, ROLLOUT, INIT = range(4)  # purposes of random streams
+# So many updates in a row without a finite gradient end a run; such a reward is their likely cause.
+MAX_SKIPPED = 5
+LARGE_REWARD = 1e6
 QUICK_EPISODES = 60  # episodes of a short evaluation
 TIMEOUT_MINUTES = 30  # how long a rank waits for the others
 
@@ -115,11 +114,6 @@ def stream(cfg, *purpose):
 def in_run(cfg, name):
     """Join out_dir and a file name."""
     return os.path.join(cfg.out_dir, name)
-
-def write_json(file, content):
-    """Write a JSON file."""
-    with open(file, "w") as f:
-        json.dump(content, f, indent=1)
 
 def settings(argv):
     """Read the block above, config files and flags; a mistake ends the run with one sentence."""
@@ -220,60 +214,15 @@ def check_ranks_agree(data, vlm):
 
 # ---- the run folder ----
 
-def existing_files(cfg):
-    """List what is in out_dir of an earlier run."""
-    if not os.path.isdir(cfg.out_dir):
-        return []
-    shards = [name for name in os.listdir(cfg.out_dir) if re.fullmatch(r"replay-\d+", name)]
-    names = [*RUN_FILES, *sorted(shards)]
-    return [name for name in names if os.path.exists(in_run(cfg, name))]
-
 def open_run(cfg):
-    """Make out_dir, or refuse with one sentence: two runs are never mixed, and no run is lost."""
+    """Make out_dir and become its only writer -> the checkpoint to go on from, None for a new run.
+
+    Two runs are never mixed, and no run is lost: what does not fit is refused with one sentence.
+    """
+    checkpoint = None
     if RANK == 0:
-        found = existing_files(cfg)
-        if cfg.resume:
-            check_resume(cfg)
-        elif found and not cfg.overwrite:
-            raise SystemExit(f"out_dir={cfg.out_dir!r} already holds a run ({found[0]}): --resume=True "
-                             "continues it, --overwrite=True deletes it, another --out_dir keeps it.")
-        else:
-            delete_run(cfg, found)
-        os.makedirs(cfg.out_dir, exist_ok=True)
-    if WORLD > 1:
-        dist.barrier()
-
-def check_resume(cfg):
-    """End with one sentence if out_dir has no checkpoint, or if a setting differs from the run's."""
-    if not latest_checkpoint(cfg.out_dir, must=False):
-        raise SystemExit(f"out_dir={cfg.out_dir!r} has no checkpoint to resume from: start without --resume.")
-    old = read_run_config(cfg.out_dir, "resume")
-    free = list(FREE_KEYS)
-    # A finished run can be made longer. Without an online phase it cannot: its table is the offline one.
-    if cfg.online_updates > old.online_updates > 0:
-        free.append("online_updates")
-    for key, value in json.loads(json.dumps(vars(cfg))).items():
-        before = getattr(old, key)
-        moved = key == "model" and value == f"bases/{before}"
-        if key not in free and value != before and not moved:
-            raise SystemExit(f"{key}={getattr(cfg, key)!r} but the run in {cfg.out_dir!r} has "
-                             f"{key}={before!r}: resume with the same settings, or start a new out_dir.")
-
-def delete_run(cfg, found):
-    """Delete an earlier run's files, unless data or model of the new run are among them."""
-    for name in found:
-        inside = os.path.realpath(in_run(cfg, name)) + os.sep
-        for key in ("data", "model"):
-            value = getattr(cfg, key)
-            if value and (os.path.realpath(value) + os.sep).startswith(inside):
-                raise SystemExit(f"{key}={value!r} is in the run that overwrite would delete: move it, or "
-                                 "choose another out_dir.")
-    for name in found:
-        path = in_run(cfg, name)
-        if os.path.isdir(path):
-            shutil.rmtree(path)
-        else:
-            os.remove(path)
+        checkpoint = run_folder.open_run(cfg, data_recipe(cfg))
+    return gather(checkpoint)[0]
 
 def git_commit():
     """Get the commit of this code, 'unknown' without git."""
@@ -335,18 +284,19 @@ def record_data(cfg, make_env, buffer):
     options = dict(split="train", prefix="data-", bar="recording data")
     record(play(make_env, act, seeds.tolist(), **options), buffer)
 
+def data_recipe(cfg):
+    """List the settings that decide what is recorded."""
+    keys = ("seed", "env", "size", "max_turns", "penalty", "data_mix", "expert_episodes", "data_episodes")
+    return {key: getattr(cfg, key) for key in keys}
+
 def scripted_data(cfg, make_env):
     """Open out_dir/data, where the play of scripted players is recorded once."""
     folder = in_run(cfg, "data")
-    complete = os.path.join(folder, "complete")
-    if not os.path.exists(complete) and (RANK == 0 or cfg.dry_run):
-        # without the marker it is what an interrupted start has left
-        shutil.rmtree(folder, ignore_errors=True)
-        record_data(cfg, make_env, Buffer(folder, create=True))
-        with open(complete, "w"):
-            pass
+    if not os.path.exists(folder) and (RANK == 0 or cfg.dry_run):
+        with run_folder.recording(folder, data_recipe(cfg)) as aside:
+            record_data(cfg, make_env, Buffer(aside, create=True))
     # The other ranks wait here. A barrier would time out where recording takes hours.
-    while not os.path.exists(complete):
+    while not os.path.exists(folder):
         time.sleep(0.2)
     return Buffer(folder, reward_fn=functools.partial(clip_reward, cfg=cfg))
 
@@ -367,7 +317,7 @@ def open_replay(cfg, rows):
     another's. A rank writes to its own folder only and behind the checkpoint's rows, so a crash before the
     next checkpoint loses nothing.
     """
-    folders = [in_run(cfg, f"replay-{rank}" if rank else "replay") for rank in range(max(WORLD, len(rows)))]
+    folders = [run_folder.replay_folder(cfg.out_dir, rank) for rank in range(max(WORLD, len(rows)))]
     clip = functools.partial(clip_reward, cfg=cfg)
     replay = Buffer(folders[RANK], create=True, reward_fn=clip)
     replay.rewind(rows[RANK] if RANK < len(rows) else 0)
@@ -390,14 +340,21 @@ def take_in(replay, other, limit):
         replay.append(rows, {name: other.image(name) for name in names})
 
 def rollout(cfg, step, vlm, make_env, replay):
-    """Play rollout_episodes with the present policy, append them to the replay -> numbers for the log."""
+    """Play rollout_episodes with the present policy, append them to the replay -> numbers for the log.
+
+    None if a signal broke it off: then nothing has been appended, and a resumed run plays it again.
+    """
     seeds = stream(cfg, ROLLOUT, step).integers(2**31, size=cfg.rollout_episodes).tolist()
     generator = torch.Generator(vlm.device).manual_seed(seeds[RANK])
     act = model_agent(vlm, cfg.max_new_tokens, 1.0, generator, cfg.q_weight)
     if cfg.explore:
         act = exploring_agent(act, cfg.explore, np.random.default_rng(seeds[RANK]))
     options = dict(split="train", prefix=f"{step}-", share=(RANK, WORLD))
-    played = list(play(make_env, act, seeds, cfg.num_envs // WORLD, **options))
+    try:
+        with STOP.at_once():
+            played = list(play(make_env, act, seeds, cfg.num_envs // WORLD, **options))
+    except KeyboardInterrupt:
+        return None
     vlm.finish()
     record(played, replay)
     if not len(replay):
@@ -476,20 +433,42 @@ def count_tokens(batches):
     sum_over_ranks([tokens, critic_tokens])
     return tokens, critic_tokens
 
-def update(cfg, step, vlm, optimizer, windows, quantile):
-    """Make one optimizer step on the windows -> (infos of the micro-batches, {grad_norm, lr})."""
-    batches = []
-    for i in range(0, len(windows), cfg.micro_batch):
-        parts = [(buffer, [window]) for buffer, window in windows[i : i + cfg.micro_batch]]
-        batches.append(make_batch(parts, vlm, envs.MARKER, cfg.gamma))
+class Unlogged:
+    """What the next line of metrics.jsonl sums up.
+
+    Checkpoints hold it, so that a resumed run repeats the line.
+
+    infos      sums of the updates since the last line, see agent_rl.summarise
+    skipped    updates of the whole run that were skipped
+    in_a_row   those among them since the last one that was not
+    """
+
+    def __init__(self, infos=(), skipped=0, in_a_row=0):
+        self.infos = []
+        for info in infos:
+            self.infos.append({key: torch.tensor(value) for key, value in info.items()})
+        self.skipped = skipped
+        self.in_a_row = in_a_row
+
+    def state(self):
+        """Return plain numbers, from which __init__ makes the same again."""
+        infos = []
+        for info in self.infos:
+            infos.append({key: float(value) for key, value in info.items()})
+        return dict(infos=infos, skipped=self.skipped, in_a_row=self.in_a_row)
+
+    def take(self):
+        """Return the metrics of a line, and begin the next."""
+        row = summarise(self.infos) if self.infos else {}
+        if self.skipped:
+            row["skipped"] = self.skipped
+        self.infos = []
+        return row
+
+def backward(cfg, step, vlm, batches, quantile):
+    """Compute the gradient of an update, one micro-batch at a time -> infos of the micro-batches."""
     # the loss divides by the tokens of the whole update, so gradients do not depend on how it is split
     tokens, critic_tokens = count_tokens(batches)
-
-    # determine and set the learning rate for this update
-    for group in optimizer.param_groups:
-        group["lr"] = group["base"] * lr_at(step, cfg)
-
-    # forward and backward, one micro-batch at a time
     vlm.train()
     warm = step < cfg.filter_warmup
     infos = []
@@ -497,9 +476,22 @@ def update(cfg, step, vlm, optimizer, windows, quantile):
         with autocast(vlm):
             loss, info = compute_loss(vlm, b, cfg, warm, quantile, tokens, critic_tokens)
         loss.backward()
-        infos.append(info)
+        infos.append(info | dict(loss=loss.detach()))
+    return infos
 
-    # sum the gradients over the ranks, clip them, step
+def update(cfg, step, vlm, optimizer, windows, quantile, unlogged):
+    """Make one optimizer step on the windows -> {grad_norm, lr}; the other metrics go to `unlogged`."""
+    batches = []
+    for i in range(0, len(windows), cfg.micro_batch):
+        parts = [(buffer, [window]) for buffer, window in windows[i : i + cfg.micro_batch]]
+        batches.append(make_batch(parts, vlm, envs.MARKER, cfg.gamma))
+
+    # determine and set the learning rate for this update
+    for group in optimizer.param_groups:
+        group["lr"] = group["base"] * lr_at(step, cfg)
+
+    # forward and backward; sum the gradients over the ranks, clip them
+    infos = backward(cfg, step, vlm, batches, quantile)
     actor, critic = trained_parameters(vlm)
     params = actor + critic
     if WORLD > 1:
@@ -508,56 +500,85 @@ def update(cfg, step, vlm, optimizer, windows, quantile):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         sum_over_ranks([p.grad for p in params] + [x for info in infos for x in info.values()])
     norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
-    if not torch.isfinite(norm):
-        raise SystemExit(f"The gradient is not finite at update {step + 1}: lower lr or critic_lr; the last "
-                         "checkpoint is still there.")
-    optimizer.step()
+    numbers = dict(lr=optimizer.param_groups[0]["lr"])
+
+    # step, unless that would spoil the weights
+    loss = sum(info["loss"] for info in infos)
+    if torch.isfinite(norm + loss):
+        optimizer.step()
+        vlm.update_target(cfg.target_tau)
+        unlogged.infos += infos
+        unlogged.in_a_row = 0
+        numbers = dict(grad_norm=float(norm), **numbers)
+    else:
+        skip(cfg, step, windows, unlogged)
     optimizer.zero_grad(set_to_none=True)
-    vlm.update_target(cfg.target_tau)
-    return infos, dict(grad_norm=float(norm), lr=optimizer.param_groups[0]["lr"])
+    return numbers
+
+def skip(cfg, step, windows, unlogged):
+    """Count an update whose loss or gradient is not finite, and name its rows; too many end the run."""
+    unlogged.skipped += 1
+    unlogged.in_a_row += 1
+    rows = [(buffer, buffer.rows[i]) for buffer, window in windows for i in window]
+    names = [f"{row['episode']} turn {row['turn']}" for _, row in rows]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    print(f"Update {step + 1} is skipped, its loss or gradient is not finite. Its rows: "
+          f"{', '.join(names[:8])}{more}.")
+    if unlogged.in_a_row < MAX_SKIPPED:
+        return
+    rewards = [abs(buffer.reward_fn(row["reward"])) for buffer, row in rows]
+    largest = max(rewards)
+    cause = (f"most likely by the learning rate: set --lr={cfg.lr / 4:g} --critic_lr={cfg.critic_lr / 4:g}, "
+             "which a resumed run may change")
+    if largest > LARGE_REWARD:
+        place = names[rewards.index(largest)]
+        cause = f"most likely by the reward {largest:g} in {place}: correct it, or set reward_clip"
+    raise SystemExit(f"{MAX_SKIPPED} updates in a row, up to update {step + 1}, had a loss or gradient that "
+                     f"is not finite, {cause}; {run_folder.way_on()}.")
 
 
 # ---- checkpoints ----
 
-def save_checkpoint(cfg, step, vlm, optimizer, replay_rows):
-    """Write a checkpoint aside and rename it: a crash leaves the old one or the new one."""
+def save_checkpoint(cfg, step, vlm, optimizer, data, replay, unlogged):
+    """Write a checkpoint, with all that a resumed run needs to end with the same bytes."""
+    of_ranks = gather(run_folder.seen(replay))
     if RANK > 0:
         return
-    ckpt = in_run(cfg, "ckpt")
-    shutil.rmtree(ckpt + ".tmp", ignore_errors=True)
-    vlm.save(ckpt + ".tmp")
-    torch.save(optimizer.state_dict(), os.path.join(ckpt + ".tmp", "optimizer.pt"))
-    state = dict(step=step, replay_rows=replay_rows)
-    with open(os.path.join(ckpt + ".tmp", "state.json"), "w") as f:
-        json.dump(state, f)
-    if os.path.exists(ckpt):
-        shutil.rmtree(ckpt + ".old", ignore_errors=True)
-        os.rename(ckpt, ckpt + ".old")
-    os.rename(ckpt + ".tmp", ckpt)
-    shutil.rmtree(ckpt + ".old", ignore_errors=True)
+    run_folder.check_finite(vlm, step)
+    state = dict(step=step, replay_rows=[seen["rows"] for seen in of_ranks])
+    state["replay_digests"] = [seen["digest"] for seen in of_ranks]
+    state |= dict(data=run_folder.seen(data), unlogged=unlogged.state())
+    with run_folder.new_checkpoint(cfg.out_dir, state) as folder:
+        vlm.save(folder)
+        with open(os.path.join(folder, "optimizer.pt"), "wb") as f:
+            torch.save(optimizer.state_dict(), f)
     total = cfg.offline_updates + cfg.online_updates
-    if step == cfg.stop_at < total:
-        print(f"Stopped at update {step} of {total} as stop_at says; continue with --resume=True.")
+    if (STOP.signal or step == cfg.stop_at) and step < total:
+        reason = STOP.signal or "stop_at"
+        print(f"Stopped at update {step} of {total} as {reason} says; continue with --resume=True.")
 
-def restore(cfg, vlm, optimizer):
-    """Load the last checkpoint into vlm and optimizer if cfg.resume -> (first update, replay)."""
-    if not cfg.resume:
-        return 0, open_replay(cfg, [])
-    ckpt = latest_checkpoint(cfg.out_dir)
-    vlm.load(ckpt)
-    moments = torch.load(os.path.join(ckpt, "optimizer.pt"), map_location=vlm.device, weights_only=True)
+def restore(cfg, checkpoint, vlm, optimizer):
+    """Load a checkpoint, if there is one, into vlm and optimizer -> (first update, replay, unlogged)."""
+    if checkpoint is None:
+        return 0, open_replay(cfg, []), Unlogged()
+    vlm.load(checkpoint)
+    moments = torch.load(os.path.join(checkpoint, "optimizer.pt"), map_location=vlm.device, weights_only=True)
+    bases = [group["base"] for group in optimizer.param_groups]
     optimizer.load_state_dict(moments)
-    with open(os.path.join(ckpt, "state.json")) as f:
-        state = json.load(f)
+    # the command line's rates, which may be lower than before
+    for group, base in zip(optimizer.param_groups, bases):
+        group["base"] = base
+    state = run_folder.read_state(checkpoint)
     step = state["step"]
     if RANK == 0:
-        # the lines of metrics.jsonl behind the checkpoint will come again
-        with open(in_run(cfg, "metrics.jsonl")) as f:
-            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-        with open(in_run(cfg, "metrics.jsonl"), "w") as f:
-            f.writelines(lines)
-    return step, open_replay(cfg, np.atleast_1d(state["replay_rows"]).tolist())
-
+        run_folder.rewind_metrics(in_run(cfg, "metrics.jsonl"), step)
+    if WORLD > 1:
+        # every rank has read it: its folder may be renamed now
+        dist.barrier()
+    if RANK == 0:
+        run_folder.set_damaged_aside(cfg.out_dir, checkpoint)
+    replay = open_replay(cfg, np.atleast_1d(state["replay_rows"]).tolist())
+    return step, replay, Unlogged(**state.get("unlogged", {}))
 
 # ---- logs and evaluations ----
 
@@ -599,7 +620,7 @@ def console_line(row, clock):
     shares = {"pass_action": "pass", "pass_syntax": "syntax"}
     shares |= {"rollout/success": "| played", "rollout/success_return": "clean"}
     shares |= {"eval/success": "| eval", "eval/success_return": "clean", "eval/valid": "valid"}
-    line = f"{row['step']:6d} {row['phase']:7s} nll {row['nll']:.3f}"
+    line = f"{row['step']:6d} {row['phase']:7s} nll {row.get('nll', math.nan):.3f}"
     for key, name in values.items():
         if key in row:
             line += f" {name} {row[key]:7.3f}"
@@ -635,7 +656,7 @@ def final_evaluation(cfg, argv, vlm, make_env, data, clock):
     """Evaluate the trained agent, write eval.json, print the table."""
     with timed(clock, "eval"):
         results = full_evaluation(vlm, make_env, cfg)
-    results = offline_results(cfg.out_dir) | results
+    results = run_folder.offline_results(cfg.out_dir) | results
     if RANK > 0:
         return
     content = dict(checkpoint=in_run(cfg, "ckpt"), argv=argv, seed=cfg.seed, q_weight=cfg.q_weight)
@@ -648,8 +669,9 @@ def final_evaluation(cfg, argv, vlm, make_env, data, clock):
     print(format_table({"the recorded data": recorded_summary(data.stats()), **results}))
     if not vlm.lora:
         # all weights were trained: a model folder to share, two bytes a weight
-        vlm.net.half().save_pretrained(in_run(cfg, "model"))
-        vlm.processor.save_pretrained(in_run(cfg, "model"))
+        with run_folder.replacing(in_run(cfg, "model")) as aside:
+            vlm.net.half().save_pretrained(aside)
+            vlm.processor.save_pretrained(aside)
 
 def measure(cfg, argv, base, make_env, data):
     """Print the peak memory of an update and of a rollout, leaving nothing behind -> {part: bytes}."""
@@ -667,6 +689,7 @@ def measure(cfg, argv, base, make_env, data):
         with contextlib.redirect_stdout(sys.stdout if RANK == 0 else None):
             return measure_memory(vlm, optimizer, data, cfg, lambda: autocast(vlm))
 
+@explained(RANK)
 def main(argv):
     """Train as the settings say: play, learn, look, log, save."""
     # what can fail because of a user's mistake comes first, before anything is written
@@ -676,13 +699,13 @@ def main(argv):
     data = given_data(cfg)
     if cfg.dry_run:
         return measure(cfg, argv, base, make_env, data)
-    open_run(cfg)
+    checkpoint = open_run(cfg)
 
     # recorded play; adapters and critics on the base; the last checkpoint of a resumed run
     data = data or scripted_data(cfg, make_env)
     vlm = build(cfg, base, first_value(cfg, data))
     optimizer = make_optimizer(vlm, cfg)
-    start, replay = restore(cfg, vlm, optimizer)
+    start, replay, unlogged = restore(cfg, checkpoint, vlm, optimizer)
     check_ranks_agree(data, vlm)
     describe(cfg, argv, vlm, data, start)
     wandb = start_wandb(cfg, RANK)
@@ -690,37 +713,38 @@ def main(argv):
     total = cfg.offline_updates + cfg.online_updates
     quantile = data.return_quantile(FBC_QUANTILE)
     clock = dict(rollout=0.0, update=0.0, eval=0.0)
-    infos = []
+    STOP.waits = True
     for step in tqdm(range(start, total), "updates", total, initial=start, disable=RANK > 0 or None):
         online = step - cfg.offline_updates
-        extra = {}
+        played = {}
 
         # play: the agent's own episodes, once every updates_per_rollout online updates
         if online >= 0 and online % cfg.updates_per_rollout == 0:
             with timed(clock, "rollout"):
-                extra |= rollout(cfg, step, vlm, make_env, replay)
+                played = rollout(cfg, step, vlm, make_env, replay)
+            if played is None:
+                save_checkpoint(cfg, step, vlm, optimizer, data, replay, unlogged)
+                return
 
         # learn: one optimizer step on windows of recorded and own play
         with timed(clock, "update"):
             windows = draw_windows(cfg, step, data, replay)
-            step_infos, step_row = update(cfg, step, vlm, optimizer, windows, quantile)
-            infos += step_infos
+            step_row = update(cfg, step, vlm, optimizer, windows, quantile, unlogged)
 
         # look: short evaluations on the way, a full one where the offline phase ends
         done = step + 1
         with timed(clock, "eval"):
-            extra |= look(cfg, done, vlm, make_env)
+            looked = look(cfg, done, vlm, make_env)
 
         # log: a line of metrics.jsonl, now and then one on the console
-        stop = done in (total, cfg.stop_at)
-        if done % cfg.log_interval == 0 or extra or stop:
-            log(cfg, done, summarise(infos) | step_row | extra, clock, wandb)
-            infos = []
+        if done % cfg.log_interval == 0 or played or looked or done in (total, cfg.stop_at):
+            log(cfg, done, unlogged.take() | step_row | played | looked, clock, wandb)
 
         # save: a checkpoint, from which the run can be resumed exactly
+        stop = any(gather(STOP.is_asked())) or done in (total, cfg.stop_at)
         if checkpoint_due(cfg, done) or stop:
             check_ranks_agree(data, vlm)
-            save_checkpoint(cfg, done, vlm, optimizer, gather(len(replay)))
+            save_checkpoint(cfg, done, vlm, optimizer, data, replay, unlogged)
         if stop and done < total:
             return
 
@@ -729,12 +753,9 @@ def main(argv):
 
 def launch(argv):
     """Run main, and explain an early end."""
+    STOP.listen()
     try:
         main(argv)
-    except KeyboardInterrupt:
-        if RANK > 0:
-            raise SystemExit(1)
-        raise SystemExit("\nInterrupted: the last checkpoint is there, continue with --resume=True.")
     except SystemExit:
         # What all ranks find wrong is said once: torchrun ends the others when the first has ended.
         if LOCAL_RANK > 0:

@@ -49,6 +49,7 @@ REMOVED = {
     "invalid": "an invalid reply is always answered with the reward `penalty`",
     "lora_alpha": "it is always 32",
     "lora_dropout": "it is always 0",
+    "mdp": "trace='turn' is what mdp='turn' was",
     "reference": "published numbers are in docs/results.md",
     "reward_scale": "reward_clip bounds the rewards that the critic sees",
     "rollout_temperature": "rollouts sample at temperature 1, explore adds random turns",

@@ -255,7 +255,7 @@ def page_data(buf, chosen, vlm=None, run_cfg=None, limit=25e6):
         turn=False,
     )
     if run_cfg:
-        data |= dict(kind=run_cfg.actor_loss, beta=run_cfg.beta, turn=run_cfg.mdp == "turn")
+        data |= dict(kind=run_cfg.actor_loss, beta=run_cfg.beta, turn=run_cfg.trace == "turn")
     return data, points
 
 

@@ -27,17 +27,22 @@ transformers.generation.utils gymnasium minigrid miniwob selenium.webdriver"""
 
 # ---- what is expected to differ
 
-# Keys of train.py that only OLD has. A config.json may or may not name them.
+# Keys of train.py that only one of the two has. A config.json may or may not name them.
 REMOVED = """v_support reward_scale gamma_token cql_coef critic_detach af_coef weights timeout lora_dropout
 lora_alpha rollout_temperature invalid reference eval_quick cache_mb fbc_quantile awr_temperature weight_decay
-wandb_project ckpt_interval""".split()
+wandb_project ckpt_interval mdp env_timeout""".split()
 
 # (files, lines in them or None for the whole file, reason)
 EXPECTED = [
     ("*.err", None, "progress bars, warnings and the seconds they took"),
     ("*/meta.json", None, "the commit and the command line"),
     ("*/ckpt/optimizer.pt", None, "a zip archive; the case `resume` continues from it"),
-    ("*/config.json", f"^({'|'.join(REMOVED)}): ", "these keys were removed"),
+    ("*/config.json", f"^({'|'.join(REMOVED)}): ", "these keys were removed or are new"),
+    ("*/config.json", "^trace: ", "mdp='turn' has become trace='turn'; metrics and weights show that it acts"),
+    ("*/state.json", "^(data|files|replay_digests|unlogged): ", "what a resumed run checks is new"),
+    ("*/ckpt.old/*", None, "the checkpoint before the last one stays"),
+    ("*/.lock", None, "one process at a time writes into a folder"),
+    ("*/data/complete", None, "the marker names the settings that recorded the data"),
     ("*report.html", "Point at a token", "the hint beside the episodes was reworded"),
     ("*/adapter_config.json", "^base_model_name_or_path: ", "the shipped models moved to bases/"),
 ]
@@ -119,7 +124,7 @@ CASES = {
     "sft": [train("actor_loss=sft", "config/points24.py")],
     "fbc": [train("actor_loss=fbc data_episodes=40", "config/numberline.py")],
     "awr": [train("actor_loss=awr bc_coef=0.1 q_weight=1 critic_lr=0.05", "config/ezpoints.py")],
-    "turn": [train("mdp=turn", "config/blackjack.py")],
+    "turn": [train("trace=turn", "config/blackjack.py")],
     "plain": [train("trace=plain lam=0.7 size=64", "config/numberline_random.py")],
     "tied_head": [train("q_head=tied q_init=-1 pess_coef=0 lora_targets=.*(q|v)_proj")],
     "full_head": [train("q_head=full bc_coef=0.5 critic_coef=1")],
@@ -243,6 +248,8 @@ def command(checkout, step):
     if keys:
         known = config_keys(checkout)
         keys |= {name: value for name, value in removed_keys(keys).items() if name in known}
+        if "mdp" in known and keys.get("trace") == "turn":
+            keys["mdp"] = keys.pop("trace")
     return start + words + [f"--{name}={value}" for name, value in keys.items()]
 
 def run_step(checkout, argv, log):

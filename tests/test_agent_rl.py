@@ -26,7 +26,6 @@ def settings(**changes):
     """Make the settings that the loss reads, none of them at a value that hides a term."""
     cfg = dict(
         actor_loss="afsft",
-        mdp="token",
         trace="tree",
         lam=0.6,
         gamma=0.9,
@@ -303,7 +302,7 @@ def np_loss(vlm, batch, cfg, warm=False, quantile=0.0):
     values = np_values(vlm, batch)
     length = reply_lengths(batch)
     episode_return = batch["ep_return"].tolist()
-    turn_level = cfg.mdp == "turn"
+    turn_level = cfg.trace == "turn"
     lam = cfg.lam
     tree = {}
     if turn_level:
@@ -348,8 +347,8 @@ def np_loss(vlm, batch, cfg, warm=False, quantile=0.0):
         dict(actor_loss="awr"),
         dict(actor_loss="sft"),
         dict(actor_loss="fbc"),
-        dict(mdp="turn"),
-        dict(mdp="turn", actor_loss="awr"),
+        dict(trace="turn"),
+        dict(trace="turn", actor_loss="awr"),
         dict(bc_coef=0.0),
         dict(pess_coef=0.0),
     ],
@@ -759,7 +758,7 @@ def test_reward_reaches_the_critic_only_where_it_is_known():
     [
         dict(),
         dict(actor_loss="awr"),
-        dict(mdp="turn"),
+        dict(trace="turn"),
         dict(trace="plain"),
     ],
 )
@@ -803,7 +802,7 @@ def window_starts(batch):
         dict(),
         dict(actor_loss="awr"),
         dict(actor_loss="fbc"),
-        dict(mdp="turn"),
+        dict(trace="turn"),
     ],
 )
 def test_any_split_gives_the_same_gradients(changes):
@@ -890,7 +889,7 @@ def test_a_large_vocabulary_is_computed_in_chunks(monkeypatch, actor_loss):
     assert sum(chunks) == 2 * batch["mask"].numel()
 
 def test_turn_level_has_one_advantage_per_reply(monkeypatch):
-    """mdp='turn': all tokens of a reply pass or none, by Q of the last token and V of the first state."""
+    """trace='turn': all tokens of a reply pass or none, by Q of the last token and V of the first state."""
     vlm = Stub()
     batch = random_batch(windows=8)
     hidden = vlm.states(batch["inputs"], 3, COLUMNS)
@@ -906,7 +905,7 @@ def test_turn_level_has_one_advantage_per_reply(monkeypatch):
     monkeypatch.setattr(vlm, "states", lambda *_: hidden)
     monkeypatch.setattr(vlm, "logits", lambda _: flat)
     only_actor = dict(bc_coef=0.0, critic_coef=0.0)
-    loss, _ = loss_of(vlm, batch, mdp="turn", beta=0.0, **only_actor)
+    loss, _ = loss_of(vlm, batch, trace="turn", beta=0.0, **only_actor)
     loss.backward()
     passed = logits.grad.abs().sum(-1) > 0
 
@@ -922,13 +921,12 @@ def test_turn_level_has_one_advantage_per_reply(monkeypatch):
     assert set(replies) == {True, False}
 
 @pytest.mark.parametrize("lam", [0.2, 1.0])
-@pytest.mark.parametrize("trace", ["tree", "plain"])
-def test_the_trace_does_not_matter_at_turn_level(trace, lam):
-    """mdp='turn' gives all tokens of a reply the turn's own target."""
+def test_the_decay_does_not_matter_at_turn_level(lam):
+    """trace='turn' gives all tokens of a reply the turn's own target."""
     vlm = Stub()
     batch = random_batch(windows=8)
-    loss, _ = loss_of(vlm, batch, mdp="turn")
-    other, _ = loss_of(vlm, batch, mdp="turn", trace=trace, lam=lam)
+    loss, _ = loss_of(vlm, batch, trace="turn")
+    other, _ = loss_of(vlm, batch, trace="turn", lam=lam)
     assert loss == other
 
 

@@ -165,7 +165,7 @@ def test_nothing_is_loaded_from_anywhere(own):
 
 CHANGES = [
     {},
-    dict(mdp="turn"),
+    dict(trace="turn"),
     dict(actor_loss="awr"),
     dict(beta=0.01),
 ]
@@ -209,7 +209,7 @@ def test_the_page_shows_what_the_loss_sees(straight, changes):  # noqa: F811
     assert is_close((passed * (1 - span)).sum(), "pass_rest")
     assert is_close(sum(first_values), "predicted")
     # the filter decides between tokens; turn-level advantages may all have one sign
-    assert 0 < passed.sum() < len(passed) or "mdp" in changes
+    assert 0 < passed.sum() < len(passed) or changes.get("trace") == "turn"
     # the token among its alternatives
     for token in tokens:
         for number, its_p, its_q in token[6]:

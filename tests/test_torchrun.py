@@ -217,7 +217,7 @@ def test_a_rank_that_falls_silent_ends_the_job(runs):
     assert "Rank 0 of 2 ends with the error below" in log
     assert "imed out" in log
     assert "--resume=True" in log
-    assert model.latest_checkpoint(hung)
+    assert model.find_checkpoint(hung)
 
 def episode_names(step):
     """Name the episodes of the rollout before an update."""

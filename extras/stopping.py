@@ -1,0 +1,73 @@
+"""
+Stop a run in an orderly way: a signal, a full disk.
+
+    SIGINT (Ctrl-C), SIGTERM, SIGHUP    the run finishes its update, saves, and says how to go on
+    a rollout                           is broken off, and played again after the resume
+    before the first update             the run ends at once: there is nothing to save yet
+"""
+import contextlib, os, signal
+
+from extras import run_folder
+from model import ranks
+
+class Stop:
+    """The wish of a person or a scheduler that the run should stop: SIGINT (Ctrl-C), SIGTERM or SIGHUP.
+
+    While `waits` is set, the run first finishes its update and saves. Otherwise it ends at once.
+    """
+
+    def __init__(self):
+        self.signal = ""
+        self.waits = False
+
+    def listen(self):
+        """Take the signals from now on."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            # nohup has switched SIGHUP off, and it stays off
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.hear)
+
+    def hear(self, number, frame):
+        """Note a signal; the second Ctrl-C does not wait."""
+        # torchrun repeats a signal by itself
+        is_repeated = self.signal and number == signal.SIGINT and ranks()[1] == 1
+        self.signal = signal.Signals(number).name
+        if is_repeated or not self.waits:
+            raise KeyboardInterrupt
+        # print() could be in the middle of another print()
+        os.write(2, f"\n{self.signal}: the run stops after this update; Ctrl-C ends it now.\n".encode())
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """Let a signal raise KeyboardInterrupt in a with block, in a run on one rank."""
+        waited = self.waits
+        self.waits = waited and ranks()[1] > 1
+        try:
+            yield
+        finally:
+            self.waits = waited
+
+    def is_asked(self):
+        """Tell whether the run is to stop after this update."""
+        return bool(self.signal)
+
+
+STOP = Stop()
+
+@contextlib.contextmanager
+def explained(rank):
+    """Turn what ends a run from outside, a signal or a full disk, into one sentence on how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if rank > 0:
+            raise SystemExit(1)
+        raise SystemExit(f"\nInterrupted: {run_folder.way_on()}.")
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        raise SystemExit(f"{error.strerror or error}{place}: {run_folder.way_on()}.")
+    finally:
+        run_folder.unlock_all()
+        STOP.signal = ""
+        STOP.waits = False
