@@ -401,12 +401,6 @@ CONFLICTS = [
      "that part too: set lora_r above 0, or vision_cache_mb=0."),
     (lambda cfg: cfg.shard and cfg.lora_r == 0,
      "shard=True shards frozen weights, and lora_r=0 trains them all: set lora_r above 0, or shard=False."),
-    (lambda cfg: cfg.eval_interval % cfg.log_interval,
-     "eval_interval={eval_interval} is no multiple of log_interval={log_interval}: "
-     "a resumed run could not repeat its metrics."),
-    (lambda cfg: cfg.stop_at % cfg.log_interval,
-     "stop_at={stop_at} is no multiple of log_interval={log_interval}: "
-     "a resumed run could not repeat its metrics."),
 ]
 
 def check_data_mix(data_mix, must_play):

@@ -208,11 +208,16 @@ def write_tensors(tensors, file):
     save_file(tensors, file, metadata={"format": "pt"})
 
 def read_tensors(file):
-    """Read a safetensors file -> {name: tensor}; SystemExit if it is missing or damaged."""
+    """Read a safetensors file -> {name: tensor}; SystemExit if it is missing, damaged or not finite."""
     try:
-        return load_file(file)
+        tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise SystemExit(f"{file} does not load: {first_sentence(error)}.")
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise SystemExit(f"{file} holds weights that are not finite, for example {name}: take an earlier "
+                             "checkpoint.")
+    return tensors
 
 def fill_parameters(params, tensors, file):
     """Copy a file's tensors into parameters of the same names; SystemExit unless all names and shapes fit."""

@@ -8,7 +8,7 @@ Train a vision-language model to act, off-policy: offline on recorded play, then
     torchrun --nproc_per_node=8 train.py config/numberline.py                # the same run on eight GPUs
     python train.py --help                                                   # every key
 """
-import contextlib, datetime, functools, json, math, os, platform, subprocess, sys, tempfile, time
+import contextlib, datetime, functools, json, math, os, pickle, platform, subprocess, sys, tempfile, time
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ import envs
 from agent_rl import FBC_QUANTILE, clip_reward, compute_loss, has_target, summarise
 from buffer import Buffer, make_batch
 from configurator import check_config, configure
-from evaluate import env_factory, evaluate_policy, full_evaluation
+from evaluate import env_factory, evaluate_policy, full_evaluation, task_names
 from evaluate import episode_summary, format_table, gather_episodes, recorded_summary
 from evaluate import exploring_agent, model_agent, play, record, scripted_agent
 from extras import run_folder
@@ -29,7 +29,7 @@ from extras.stopping import STOP, explained
 from extras.wandb_log import import_wandb, start_wandb
 from model import build, gather, load_base
 from worlds.players import has_expert
-from worlds.registry import make, reading_names
+from worlds.registry import is_file, make, reading_names
 
 # --- config ---
 # main settings
@@ -285,9 +285,13 @@ def record_data(cfg, make_env, buffer):
     record(play(make_env, act, seeds.tolist(), **options), buffer)
 
 def data_recipe(cfg):
-    """List the settings that decide what is recorded."""
+    """List the settings that decide what is recorded, and the digests of the user's own environments."""
     keys = ("seed", "env", "size", "max_turns", "penalty", "data_mix", "expert_episodes", "data_episodes")
-    return {key: getattr(cfg, key) for key in keys}
+    recipe = {key: getattr(cfg, key) for key in keys}
+    for task in filter(is_file, task_names(cfg.env)):
+        file = task.rpartition(":")[0]
+        recipe[file] = run_folder.file_digest(file)
+    return recipe
 
 def scripted_data(cfg, make_env):
     """Open out_dir/data, where the play of scripted players is recorded once."""
@@ -557,17 +561,23 @@ def save_checkpoint(cfg, step, vlm, optimizer, data, replay, unlogged):
         reason = STOP.signal or "stop_at"
         print(f"Stopped at update {step} of {total} as {reason} says; continue with --resume=True.")
 
+def load_moments(file, vlm, optimizer):
+    """Load the state of AdamW; the learning rates stay those of the command line."""
+    bases = [group["base"] for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(torch.load(file, map_location=vlm.device, weights_only=True))
+    # a damaged zip archive has many errors, a stranger's pickle has its own
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise SystemExit(f"{file} does not load ({type(error).__name__}): copy the run again, or start anew.")
+    for group, base in zip(optimizer.param_groups, bases):
+        group["base"] = base
+
 def restore(cfg, checkpoint, vlm, optimizer):
     """Load a checkpoint, if there is one, into vlm and optimizer -> (first update, replay, unlogged)."""
     if checkpoint is None:
         return 0, open_replay(cfg, []), Unlogged()
     vlm.load(checkpoint)
-    moments = torch.load(os.path.join(checkpoint, "optimizer.pt"), map_location=vlm.device, weights_only=True)
-    bases = [group["base"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(moments)
-    # the command line's rates, which may be lower than before
-    for group, base in zip(optimizer.param_groups, bases):
-        group["base"] = base
+    load_moments(os.path.join(checkpoint, "optimizer.pt"), vlm, optimizer)
     state = run_folder.read_state(checkpoint)
     step = state["step"]
     if RANK == 0:
@@ -742,7 +752,7 @@ def main(argv):
 
         # save: a checkpoint, from which the run can be resumed exactly
         stop = any(gather(STOP.is_asked())) or done in (total, cfg.stop_at)
-        if checkpoint_due(cfg, done) or stop:
+        if stop or checkpoint_due(cfg, done) and not unlogged.in_a_row:
             check_ranks_agree(data, vlm)
             save_checkpoint(cfg, done, vlm, optimizer, data, replay, unlogged)
         if stop and done < total:

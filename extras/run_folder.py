@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 from safetensors import SafetensorError
 
-from configurator import ConfigError, parse_block
+from configurator import ConfigError, check_config, finite, fit, is_number, parse_block
 from extras.flag_mistakes import show
 from extras.old_runs import check_removed_keys
 from model import LORA_ALPHA
@@ -89,10 +89,15 @@ def read_json(file):
     return content
 
 def explain_writers(error, folder):
-    """Return the OSError that a writer of tensors means: a full disk has other names there."""
-    if isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error):
+    """Return the OSError behind an error of the writers of tensors, which have names of their own for it."""
+    if isinstance(error, SafetensorError):
         return OSError(errno.EIO, show(str(error)), folder)
-    return error
+    if not isinstance(error, RuntimeError):
+        return error
+    cause = error
+    while cause and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause or error
 
 @contextlib.contextmanager
 def written_aside(folder):
@@ -174,11 +179,22 @@ def read_run_config(run, purpose="play"):
                           f"config/numberline.py --out_dir={run}")
     saved = read_json(file)
     check_removed_keys(run, saved, purpose)
-    settings = {name: saved.get(name, key.default) for name, key in parse_block(TRAIN).items()}
-    # keys of old runs: an adapter keeps its alpha, mdp has become a value of trace
     if saved.get("mdp") == "turn":
-        settings["trace"] = "turn"
-    return SimpleNamespace(**settings, lora_alpha=saved.get("lora_alpha", LORA_ALPHA))
+        # a key of old runs that has become a value of trace
+        saved["trace"] = "turn"
+    settings = {}
+    for name, key in parse_block(TRAIN).items():
+        value = saved.get(name, key.default)
+        settings[name] = fit(name, key, f"{file}: {name}={show(repr(value))}", lambda: checked(value))
+    if purpose != "resume" and settings["device"] == "cuda":
+        # a run from a GPU can be looked at on a machine without one
+        settings["device"] = "auto"
+    # an old run's adapter keeps its alpha
+    return check_config(SimpleNamespace(**settings, lora_alpha=saved.get("lora_alpha", LORA_ALPHA)))
+
+def checked(value):
+    """Return a value of a JSON file; ValueError for NaN and Infinity, which are no JSON."""
+    return finite(value) if is_number(value) else value
 
 def offline_results(run):
     """Read what a run with two phases reached before it played itself: {name: summary}, empty for others."""
@@ -251,7 +267,7 @@ def check_new(run, found, records):
     records: the run will record play into its folder `data`.
     """
     check_not_deleted(run)
-    trained = [name for name in found if name in TRAINED]
+    trained = [name for name in TRAINED if name in found]
     if trained:
         raise SystemExit(f"out_dir={run!r} already holds a run ({trained[0]}): --resume=True "
                          "continues it, --overwrite=True deletes it, another --out_dir keeps it.")
@@ -326,7 +342,7 @@ def rewind_metrics(file, step):
         print(f"{file} is missing: what it said about the first {step} updates is lost.")
         return
     kept = []
-    with open(file) as f:
+    with open(file, errors="replace") as f:
         for number, line in enumerate(f, 1):
             step_of_line = read_step(line)
             if step_of_line is None:

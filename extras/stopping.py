@@ -63,7 +63,7 @@ def explained(rank):
     except KeyboardInterrupt:
         if rank > 0:
             raise SystemExit(1)
-        raise SystemExit(f"\nInterrupted: {run_folder.way_on()}.")
+        raise SystemExit(f"Interrupted: {run_folder.way_on()}.")
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
         raise SystemExit(f"{error.strerror or error}{place}: {run_folder.way_on()}.")

@@ -38,7 +38,7 @@ EXPECTED = [
     ("*/meta.json", None, "the commit and the command line"),
     ("*/ckpt/optimizer.pt", None, "a zip archive; the case `resume` continues from it"),
     ("*/config.json", f"^({'|'.join(REMOVED)}): ", "these keys were removed or are new"),
-    ("*/config.json", "^trace: ", "mdp='turn' has become trace='turn'; metrics and weights show that it acts"),
+    ("*/config.json", "^trace: ", "mdp='turn' has become trace='turn'; the metrics show that it acts"),
     ("*/state.json", "^(data|files|replay_digests|unlogged): ", "what a resumed run checks is new"),
     ("*/ckpt.old/*", None, "the checkpoint before the last one stays"),
     ("*/.lock", None, "one process at a time writes into a folder"),

@@ -1,0 +1,202 @@
+"""
+What ends a run early: signals, a full disk, numbers that are not finite, a second process.
+"""
+import os, signal, subprocess, sys
+
+import pytest
+import torch
+
+import train
+from extras import run_folder, stopping
+from small_runs import content, metrics, one_sentence, read_json, run, straight, tiny, weights  # noqa: F401
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+# ---- signals ----
+
+def signal_at(monkeypatch, function, call, number=signal.SIGTERM):
+    """Let a call of one of train.py's functions be interrupted by a signal, as if from outside."""
+    calls = []
+    original = getattr(train, function)
+
+    def interrupted(*args, **options):
+        calls.append(function)
+        if len(calls) == call:
+            stopping.STOP.hear(number, None)
+        return original(*args, **options)
+
+    monkeypatch.setattr(train, function, interrupted)
+
+# The first call of `play` records the data.
+MOMENTS = [("update 1", 1), ("update 3", 3), ("look 6", 6), ("play 2", 4), ("play 3", 6)]
+
+@pytest.mark.parametrize("moment, done", MOMENTS)
+def test_a_signal_lets_the_run_save_and_stop(straight, tiny, tmp_path, monkeypatch, capfd, moment, done):
+    """An update and a look are finished, a rollout is broken off; the resume ends with the same bytes."""
+    function, call = moment.split()
+    out = str(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        signal_at(patch, function, int(call))
+        run(out, tiny)
+    assert read_json(out, "ckpt", "state.json")["step"] == done
+    printed = capfd.readouterr()
+    assert f"Stopped at update {done} of 8 as SIGTERM says; continue with --resume=True." in printed.out
+    run(out, tiny, resume=True)
+    assert metrics(out) == metrics(straight)
+    assert weights(out) == weights(straight)
+    assert content(out, "metadata.jsonl") == content(straight, "metadata.jsonl")
+
+@pytest.mark.parametrize("stop", [1, 2, 5])
+def test_a_stop_inside_a_line_of_metrics(tiny, tmp_path, stop):
+    """A run may stop between two lines of metrics.jsonl: the checkpoint holds the sums of half a line."""
+    one = run(tmp_path / "one", tiny, log_interval=4)
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, "update", stop)
+        run(out, tiny, log_interval=4)
+    run(out, tiny, log_interval=4, resume=True)
+    assert metrics(out) == metrics(one)
+
+def test_a_signal_before_the_first_update(straight, tiny, tmp_path, monkeypatch):
+    """There is no checkpoint yet, and the sentence says so; the same command starts again and just works."""
+    out = str(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        signal_at(patch, "make_optimizer", 1)
+        one_sentence(lambda: run(out, tiny), "there is no checkpoint yet", "starts again")
+    run(out, tiny)
+    assert metrics(out) == metrics(straight)
+
+def test_the_second_ctrl_c_does_not_wait():
+    """The first one lets the update finish; whoever presses it again means it."""
+    stop = stopping.Stop()
+    stop.waits = True
+    stop.hear(signal.SIGINT, None)
+    assert stop.is_asked()
+    with pytest.raises(KeyboardInterrupt):
+        stop.hear(signal.SIGINT, None)
+
+def test_nohup_is_obeyed(monkeypatch):
+    """A signal that was switched off stays off; the others are heard."""
+    set_up = []
+    handlers = {signal.SIGHUP: signal.SIG_IGN}
+    monkeypatch.setattr(signal, "getsignal", handlers.get)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: set_up.append(number))
+    stopping.Stop().listen()
+    assert set_up == [signal.SIGINT, signal.SIGTERM]
+
+def test_kills_full_disks_and_signals():
+    """A few of each, in real processes: nothing is lost, doubled or different (by hand: hundreds)."""
+    words = [sys.executable, os.path.join(HERE, "extra_kills.py"), "--each=1"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "15 faults, 0 failures" in done.stdout
+
+
+# ---- numbers that are not finite ----
+
+def infinite_at(patch, steps):
+    """Make the loss infinite in the updates that begin at `steps`."""
+    compute_loss = train.compute_loss
+    backward = train.backward
+    now = []
+
+    def noted(cfg, step, *args):
+        now.append(step)
+        return backward(cfg, step, *args)
+
+    def infinite_loss(*args):
+        loss, info = compute_loss(*args)
+        if now[-1] in steps:
+            loss = loss * float("inf")
+        return loss, info
+
+    patch.setattr(train, "backward", noted)
+    patch.setattr(train, "compute_loss", infinite_loss)
+
+def test_an_update_that_is_not_finite_is_skipped(straight, tiny, tmp_path, monkeypatch, capsys):
+    """Its rows are named, it is counted in metrics.jsonl, and the weights stay finite."""
+    infinite_at(monkeypatch, [2, 3, 6])
+    out = run(tmp_path / "run", tiny)
+    rows = metrics(out)
+    assert [row.get("skipped", 0) for row in rows] == [0, 0, 1, 2, 2, 2, 3, 3]
+    assert ["nll" in row for row in rows] == [True, True, False, False, True, True, False, True]
+    assert rows[:2] == metrics(straight)[:2]
+    printed = capsys.readouterr().out
+    assert "Update 3 is skipped, its loss or gradient is not finite. Its rows: data-" in printed
+
+def test_skipped_updates_survive_a_resume(tiny, tmp_path, monkeypatch):
+    """Their number goes on, and so does the row of them that ends a run."""
+    infinite_at(monkeypatch, [1, 2])
+    one = run(tmp_path / "one", tiny)
+    two = run(tmp_path / "two", tiny, stop_at=2)
+    run(two, tiny, resume=True)
+    assert metrics(two) == metrics(one)
+    assert weights(two) == weights(one)
+
+def test_many_skipped_updates_end_the_run(tiny, tmp_path, monkeypatch):
+    """The sentence names the likely cause, and its remedy works: a lower rate from the last checkpoint."""
+    out = str(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        infinite_at(patch, range(2, 9))
+        words = ("5 updates in a row, up to update 7", "--lr=0.001 --critic_lr=0.0005", "--resume=True")
+        one_sentence(lambda: run(out, tiny, eval_interval=2), "that of update 2", *words)
+    run(out, tiny, eval_interval=2, resume=True, lr=0.001, critic_lr=0.0005)
+    assert read_json(out, "config.json")["lr"] == 0.001
+    rows = metrics(out)
+    assert rows[-1]["lr"] < 0.001
+    assert "skipped" not in rows[-1]
+
+def test_a_huge_reward_is_named_as_the_cause(tiny, tmp_path, monkeypatch):
+    """A learning rate cannot mend a reward."""
+    infinite_at(monkeypatch, range(9))
+
+    def call():
+        run(tmp_path / "run", tiny, penalty=-1e30, data_mix={"malformed": 1.0})
+
+    one_sentence(call, "the reward 1e+30 in data-", "reward_clip")
+
+def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path, monkeypatch):
+    """A checkpoint that cannot be used would replace one that can."""
+    optimizer_step = torch.optim.AdamW.step
+
+    def spoil(optimizer):
+        optimizer_step(optimizer)
+        with torch.no_grad():
+            optimizer.param_groups[0]["params"][0].fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    out = tmp_path / "run"
+    one_sentence(lambda: run(out, tiny, stop_at=1), "not finite after update 1", "not saved")
+    assert not run_folder.has_checkpoint(out)
+
+
+# ---- files ----
+
+def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
+    """On a full disk the old content is still there, and nothing beside it."""
+    file = str(tmp_path / "x.json")
+    run_folder.write_json(file, dict(a=1))
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        run_folder.write_json(file, dict(a=2))
+    assert read_json(file) == dict(a=1)
+    assert os.listdir(tmp_path) == ["x.json"]
+
+def test_one_process_writes_into_a_folder(tmp_path):
+    """A second process is refused; the lock of a dead one does not count."""
+    folder = str(tmp_path)
+    hold = "import sys; sys.path[:0] = sys.argv[1:2]; from extras.run_folder import lock; lock(sys.argv[2])"
+    words = [sys.executable, "-c", hold, os.path.dirname(HERE), folder]
+    # what a process leaves that is gone
+    (tmp_path / ".lock").write_text("process 12345 on elsewhere")
+    run_folder.lock(folder)
+    done = subprocess.run(words, capture_output=True, text=True)
+    run_folder.unlock(folder)
+    assert done.returncode == 1
+    assert f"is being written by process {os.getpid()}" in done.stderr
+    assert "Traceback" not in done.stderr
