@@ -91,7 +91,8 @@ def read_json(file):
 def explain_writers(error, folder):
     """Return the OSError behind an error of the writers of tensors, which have names of their own for it."""
     if isinstance(error, SafetensorError):
-        return OSError(errno.EIO, show(str(error)), folder)
+        number = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
+        return OSError(number, os.strerror(number), folder)
     if not isinstance(error, RuntimeError):
         return error
     cause = error

@@ -5,7 +5,7 @@ Stop a run in an orderly way: a signal, a full disk.
     a rollout                           is broken off, and played again after the resume
     before the first update             the run ends at once: there is nothing to save yet
 """
-import contextlib, os, signal
+import contextlib, errno, os, signal
 
 from extras import run_folder
 from model import ranks
@@ -55,6 +55,15 @@ class Stop:
 
 STOP = Stop()
 
+def describe(error):
+    """Write an error of the operating system as one sentence: what, where, how to go on."""
+    places = [error.filename, *run_folder.LOCKS]
+    place = next(filter(None, places), "")
+    remedy = "mend that"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "make room"
+    return f"{error.strerror or error} ({place}): {remedy}; {run_folder.way_on()}."
+
 @contextlib.contextmanager
 def explained(rank):
     """Turn what ends a run from outside, a signal or a full disk, into one sentence on how to go on."""
@@ -65,8 +74,7 @@ def explained(rank):
             raise SystemExit(1)
         raise SystemExit(f"Interrupted: {run_folder.way_on()}.")
     except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        raise SystemExit(f"{error.strerror or error}{place}: {run_folder.way_on()}.")
+        raise SystemExit(describe(error))
     finally:
         run_folder.unlock_all()
         STOP.signal = ""
