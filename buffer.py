@@ -27,22 +27,11 @@ import functools, hashlib, json, os
 
 import numpy as np
 import torch
-from PIL import Image
 
-VERSION = 1
-# the fields that a row must have; a folder that lacks one of them was not written by this program
-KEYS = (
-    "episode",
-    "turn",
-    "images_file_names",
-    "messages",
-    "reply_ids",
-    "valid",
-    "reward",
-    "terminated",
-    "truncated",
-    "success",
-)
+# readers of the format import KEYS from here
+from extras.check_rows import KEYS, VERSION  # noqa: F401
+from extras.check_rows import EpisodeOrder, check_pictures, find_picture, list_pictures, parse_row
+from extras.pictures import PictureError, check_picture, open_picture
 
 
 # ---- rows ----
@@ -99,11 +88,11 @@ class Buffer:
     rows          list of rows, in file order; `i` below is a number in this list
     episodes      {name of an episode: list of its row numbers, in turn order}
     positions     for each row: (name of its episode, its index in that episode)
-    torn_bytes    size of an incomplete last line (a crash while writing) that was left out
+    torn_bytes    size of an incomplete last episode (a crash while writing) that was left out
     reward_fn     what the critic sees of a reward, such as a clipped one; statistics use the rewards as paid
 
-    Raises SystemExit with one sentence for a folder that is missing, empty, damaged, of another program or of
-    a newer version.
+    Every row is checked, see extras/check_rows.py. Raises SystemExit with one sentence for a folder that is
+    missing, empty, damaged, of another program or of a newer version.
     """
 
     def __init__(self, folder, create=False, reward_fn=float):
@@ -112,77 +101,98 @@ class Buffer:
         self.reward_fn = reward_fn
         self.image = functools.lru_cache(maxsize=4096)(self._open_image)
         if create:
-            os.makedirs(os.path.join(folder, "images"), exist_ok=True)
+            self._make_folder()
         elif not os.path.exists(self.file):
             state = "has no metadata.jsonl in it" if os.path.isdir(folder) else "does not exist"
             raise SystemExit(f"data={folder!r} {state}: name a folder of recorded episodes, or leave `data` "
                              "empty and let `data_mix` make one.")
         self._read()
         if not self.rows and not create:
-            raise SystemExit(f"data={folder!r} holds no episodes: its metadata.jsonl is empty.")
+            raise SystemExit(f"data={folder!r} holds no episodes: its metadata.jsonl is empty, or breaks off "
+                             "in the first one.")
+
+    def _make_folder(self):
+        try:
+            os.makedirs(os.path.join(self.folder, "images"), exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"{self.folder!r} cannot be a folder of episodes: {error.strerror}.")
 
     def _read(self):
-        """Read the file and build the index. A torn last line is left out and reported."""
+        """Read the file and build the index. A torn last episode is left out and reported."""
         self.rows = []
         self.episodes = {}
         self.positions = []
         self.torn_bytes = 0
-        if not os.path.exists(self.file):
-            return
-        with open(self.file, "rb") as f:
-            content = f.read()
-        end = content.rfind(b"\n") + 1
+        content = self._read_bytes()
+        pictures = list_pictures(self.folder)
+        order = EpisodeOrder()
+        # The rows of an episode wait for its end.
+        waiting = []
+        position = 0
+        end = 0
+        for number, line in enumerate(content.split(b"\n")[:-1], 1):
+            position += len(line) + 1
+            try:
+                row = parse_row(line)
+                order.add(row)
+                check_pictures(row["images_file_names"], self.folder, pictures)
+            except ValueError as error:
+                raise SystemExit(f"{self.file}, line {number}, {error}.")
+            waiting.append(row)
+            if order.name is None:
+                self._index(waiting)
+                waiting = []
+                end = position
         self.torn_bytes = len(content) - end
         if self.torn_bytes:
-            what = f"{self.torn_bytes} bytes, a crash while writing"
-            print(f"{self.file}: the last line is torn ({what}) and is left out.")
-        for number, line in enumerate(content[:end].splitlines(), 1):
-            self._index(self._parse(line, number))
+            what = f"{self.torn_bytes} bytes without its end, a crash while writing"
+            print(f"{self.file}: the last episode is torn ({what}) and is left out.")
 
-    def _parse(self, line, number):
-        """Parse one line of the file and check that it is a row."""
-        where = f"{self.file}, line {number},"
+    def _read_bytes(self):
+        """Read the file as bytes, none if it does not exist."""
+        if not os.path.lexists(self.file):
+            return b""
+        # A named pipe would hang.
+        if not os.path.isfile(self.file):
+            raise SystemExit(f"{self.file} is no file: this is no folder of recorded episodes.")
         try:
-            row = json.loads(line)
-            missing = [key for key in KEYS if key not in row]
-        except (ValueError, TypeError):
-            raise SystemExit(f"{where} is not JSON: this is no folder of recorded episodes, or it was "
-                             "damaged.")
-        if missing:
-            raise SystemExit(f"{where} lacks {missing[0]!r}: this is another program's dataset; import it "
-                             "first (see README).")
-        version = row.get("version", VERSION)
-        if version not in range(1, VERSION + 1):
-            raise SystemExit(f"{where} is of format version {version!r}, this code reads up to {VERSION}: "
-                             "update the code.")
-        return row
+            with open(self.file, "rb") as f:
+                return f.read()
+        except OSError as error:
+            raise SystemExit(f"{self.file} cannot be read: {error.strerror}.")
 
-    def _index(self, row):
-        row_numbers = self.episodes.setdefault(row["episode"], [])
-        self.positions.append((row["episode"], len(row_numbers)))
-        row_numbers.append(len(self.rows))
-        self.rows.append(row)
+    def _index(self, rows):
+        for row in rows:
+            row_numbers = self.episodes.setdefault(row["episode"], [])
+            self.positions.append((row["episode"], len(row_numbers)))
+            row_numbers.append(len(self.rows))
+            self.rows.append(row)
 
     def _open_image(self, name):
         """Open a picture of the folder as RGB. Called as `image(name)`, which remembers the last 4096."""
-        path = os.path.join(self.folder, name)
-        home = os.path.realpath(self.folder) + os.sep
-        if not os.path.realpath(path).startswith(home):
-            raise SystemExit(f"{self.file} names a picture outside of its folder: {name!r}.")
         try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except OSError:
-            raise SystemExit(f"{path} is missing or no picture: the folder {self.folder!r} is incomplete, "
-                             "copy it again.")
+            return open_picture(find_picture(self.folder, name))
+        except PictureError as error:
+            raise SystemExit(f"{os.path.join(self.folder, name)} {error}.")
+        except ValueError as error:
+            raise SystemExit(f"{self.file} {error}.")
+
+    def check_images(self):
+        """Check once that every picture opens; SystemExit names the first one that does not, and its line."""
+        lines = {}
+        for number, row in enumerate(self.rows, 1):
+            for name in row["images_file_names"]:
+                lines.setdefault(name, number)
+        for name, number in lines.items():
+            try:
+                check_picture(find_picture(self.folder, name))
+            except ValueError as error:
+                raise SystemExit(f"{self.file}, line {number}, shows {name}, which {error}.")
 
     def append(self, rows, images):
         """Add whole episodes: their rows, and their pictures as {name: PIL image}."""
-        for row in rows:
-            # two episodes of one name would be read as one
-            if row["episode"] in self.episodes:
-                raise SystemExit(f"{self.folder!r} holds an episode {row['episode']!r} already: record into "
-                                 "another folder, or with another seed.")
+        lines = [json.dumps(row) + "\n" for row in rows]
+        self._check_new(rows, lines, images)
         # A picture is on disk, whole, before a row names it.
         for name, image in images.items():
             path = os.path.join(self.folder, name)
@@ -190,13 +200,30 @@ class Buffer:
                 image.save(path + ".tmp", format="PNG", compress_level=1)
                 os.replace(path + ".tmp", path)
         self._cut_torn_line()
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
         with open(self.file, "ab") as f:
-            f.write(lines.encode())
+            f.write("".join(lines).encode())
             f.flush()
             os.fsync(f.fileno())
-        for row in rows:
-            self._index(row)
+        self._index(rows)
+
+    def _check_new(self, rows, lines, images):
+        """Check rows before they are written: what is written here can be read again."""
+        order = EpisodeOrder()
+        pictures = set(images)
+        for row, line in zip(rows, lines):
+            # two episodes of one name would be read as one
+            if row["episode"] in self.episodes:
+                raise SystemExit(f"{self.folder!r} holds an episode {row['episode']!r} already: record into "
+                                 "another folder, or with another seed.")
+            try:
+                row = parse_row(line.encode())
+                order.add(row)
+                check_pictures(row["images_file_names"], self.folder, pictures)
+            except ValueError as error:
+                where = f"episode {row['episode']!r}, turn {row['turn']},"
+                raise SystemExit(f"{self.folder!r} takes no row that cannot be read again: {where} {error}.")
+        if order.name is not None:
+            raise SystemExit(f"{self.folder!r} takes whole episodes: {order.name!r} has no end.")
 
     def _cut_torn_line(self):
         """Remove what a crash left of a line, so that the next line starts on its own."""
@@ -216,6 +243,8 @@ class Buffer:
             f.writelines(json.dumps(row) + "\n" for row in self.rows[n:])
         with open(self.file + ".tmp", "w") as f:
             f.writelines(json.dumps(row) + "\n" for row in self.rows[:n])
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(self.file + ".tmp", self.file)
         self._read()
 
@@ -356,6 +385,9 @@ def tokenize_reply(row, vlm, marker):
     if text is None:
         return [], []
     ids = vlm.reply_ids(text, row["reply_ids"])
+    if ids != row["reply_ids"]:
+        # encoded anew, and so without special tokens
+        text = vlm.neutralise_text(text)
     start = len(text)
     if marker in text:
         start = text.rfind(marker) + len(marker)

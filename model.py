@@ -11,7 +11,7 @@ There is almost no family-specific code. The design rests on three ideas:
 
 Letters: B rows, P prompt length, R reply length, V vocabulary, H hidden size, C critics, r LoRA rank.
 """
-import contextlib, copy, json, os, re
+import bisect, contextlib, copy, json, os, re
 
 import torch
 import torch.distributed as dist
@@ -295,8 +295,8 @@ class VLM(nn.Module):
         self.vocab_size = len(unembedding.weight)
         specials = special_tokens(self.tokenizer)
         beyond_tokenizer = range(len(self.tokenizer), self.vocab_size)
-        banned = {*specials, *beyond_tokenizer, find_image_token(net, processor)} - {self.eos}
-        mask = [i in banned for i in range(self.vocab_size)]
+        self.banned_ids = {*specials, *beyond_tokenizer, find_image_token(net, processor)} - {self.eos}
+        mask = [i in self.banned_ids for i in range(self.vocab_size)]
         mask = torch.tensor(mask, device=unembedding.weight.device)
         self.register_buffer("banned", mask, persistent=False)
         # Texts that would become a special token in a prompt, the longest first.
@@ -383,7 +383,13 @@ class VLM(nn.Module):
             content = [self.neutralise(part) for part in message["content"]]
             clean.append({**message, "content": content})
         if getattr(self.processor, "chat_template", None):
-            return self.processor.apply_chat_template(clean, add_generation_prompt=True, tokenize=False)
+            try:
+                return self.processor.apply_chat_template(clean, add_generation_prompt=True, tokenize=False)
+            # A template is a program of the model's folder: it may raise anything.
+            except Exception as error:
+                roles = ", ".join(message["role"] for message in clean)
+                raise SystemExit(f"model={self.name!r} has a chat template that refuses a prompt of {roles}: "
+                                 f"{first_sentence(error)}.")
         # Without a template: placeholders, text, and Vicuna's cue, which LLaVA-1.5 and MiniGPT-4 share.
         parts = [part for message in clean for part in message["content"]]
         pictures = "".join(self.image_token for part in parts if part["type"] == "image")
@@ -393,24 +399,32 @@ class VLM(nn.Module):
         return f"{pictures}USER: {texts} ASSISTANT:"
 
     def neutralise(self, part):
-        """Put a space into each special token in a part's text, so that a page cannot forge one."""
+        """Neutralise the text of a part; a picture becomes the placeholder that templates know."""
         if part["type"] != "text":
             return {"type": "image"}
-        text = part["text"]
+        return {**part, "text": self.neutralise_text(part["text"])}
+
+    def neutralise_text(self, text):
+        """Put a space into each special token in a text, so that neither a page nor a reply can forge one."""
         for token in self.reserved_texts:
             text = text.replace(token, token[0] + " " + token[1:])
-        return {**part, "text": text}
+        return text
 
     # -- reply: text to token ids and back ------------------------------------------------------------------
 
     def reply_ids(self, text, ids=None):
         """Return the token ids of a reply with its end-of-turn token.
 
-        ids: the stored ids of the reply. They are returned as they are if this tokenizer can have made them.
+        ids: the stored ids of the reply. They are returned as they are if this model can have sampled them.
+        Otherwise the text is encoded, with its special tokens neutralised.
         """
-        if ids and max(ids) < self.vocab_size and self.decode(ids) == text:
-            return list(ids)
-        return self.tokenizer(text, add_special_tokens=False).input_ids + [self.eos]
+        is_known = ids and min(ids) >= 0 and max(ids) < self.vocab_size
+        if is_known and self.banned_ids.isdisjoint(ids) and self.eos not in ids[:-1]:
+            if self.decode(ids) == text:
+                return list(ids)
+        ids = self.tokenizer(self.neutralise_text(text), add_special_tokens=False).input_ids
+        # Some tokenizers find a special token where its text is not, after a change of letters for example.
+        return [i for i in ids if i != self.eos and i not in self.banned_ids] + [self.eos]
 
     def decode(self, ids):
         """Return the text of a reply, without special tokens."""
@@ -422,11 +436,11 @@ class VLM(nn.Module):
 
         The end-of-turn token is always marked.
         """
-        marks = []
-        for j, token in enumerate(ids):
-            is_beyond = len(self.decode(ids[: j + 1])) > start
-            marks.append(int(is_beyond or token == self.eos))
-        return marks
+        first = len(ids)
+        if len(self.decode(ids)) > start:
+            # The text grows with its tokens, so this is a search in a sorted list.
+            first = bisect.bisect(range(len(ids)), start, key=lambda j: len(self.decode(ids[: j + 1])))
+        return [int(j >= first or token == self.eos) for j, token in enumerate(ids)]
 
     # -- batch ----------------------------------------------------------------------------------------------
 

@@ -68,7 +68,8 @@ def record_episode(buffer, number):
         row["terminated"] = bool(turn)
         rows.append(row)
     if number == 2:
-        rows[1] = make_row(name, 1, "toy", 0, obs[1], truncated=True)
+        rows[0]["truncated"] = True
+        rows[1] = make_row(name, 1, "toy", 0, obs[1])
     images = {image_name(o["image"]): o["image"] for o in obs}
     buffer.append(rows, images)
 

@@ -1,5 +1,5 @@
 """
-Test episodes on disk: what is written is read, a crash costs one line at most, a bad folder is one sentence.
+Test episodes on disk: what is written is read, a crash costs one episode, a bad folder is one sentence.
 
     python -m pytest tests/test_buffer.py
 """
@@ -143,25 +143,34 @@ def test_pictures_are_on_disk_before_their_rows(tmp_path, monkeypatch):
             after.image(row["images_file_names"][0])
     pytest.fail("append never reached its end")
 
-def test_torn_last_line(tmp_path, capsys):
-    """Half a line (a crash while writing) is left out and reported; the next append heals the file."""
+@pytest.mark.parametrize("whole_lines", [0, 1, 4])
+def test_a_torn_last_episode(tmp_path, capsys, whole_lines):
+    """An episode that a crash tore, in a line or between two, is left out and reported; an append heals it.
+
+    The story: only half a line was left out, and the whole lines before it became an episode without an end.
+    """
     whole = raw(filled(tmp_path / "x"))
-    last = len(whole) - whole.rstrip(b"\n").rfind(b"\n") - 1
-    for cut in (1, 2, last // 2, last - 1):
+    lines = whole.splitlines(keepends=True)
+    # the last episode has six turns
+    before = b"".join(lines[:-6])
+    torn = b"".join(lines[-6 : -6 + whole_lines])
+    following = lines[-6 + whole_lines]
+    for cut in (0, 1, len(following) // 2, len(following) - 1):
         folder = tmp_path / str(cut)
         buf = filled(folder)
         with open(buf.file, "wb") as f:
-            f.write(whole[:-cut])
+            f.write(before + torn + following[:cut])
+        capsys.readouterr()
         buf = Buffer(str(folder))
-        assert buf.torn_bytes == last - cut
-        assert len(buf) == 14
-        assert "torn" in capsys.readouterr().out
+        assert buf.torn_bytes == len(torn) + cut
+        assert len(buf) == 9
+        assert ("torn" in capsys.readouterr().out) == bool(buf.torn_bytes)
         buf.append(*episode("e", 2))
         again = Buffer(str(folder))
         assert again.torn_bytes == 0
         assert again.rows == buf.rows
-        assert len(again) == 16
-        assert raw(again).startswith(whole[:-last])
+        assert len(again) == 11
+        assert raw(again).startswith(before)
 
 def test_a_picture_is_stored_once(tmp_path):
     """Equal pixels share a file, written once; different pixels, sizes or modes never share a name."""
@@ -228,7 +237,7 @@ def test_rewind(tmp_path):
 
 # ---- bad folders ----
 
-GOOD = make_row("a", 0, "Toy", 0, dict(image=picture(0), text="t"), reply="x")
+GOOD = make_row("a", 0, "Toy", 0, dict(image=picture(0), text="t"), reply="x", terminated=True)
 
 def line(row):
     """Write a row as a line of the file."""

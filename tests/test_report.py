@@ -367,7 +367,7 @@ def test_a_gif_of_large_pictures_is_scaled_down(tmp_path):
     image = Image.new("RGB", (1280, 720), "red")
     obs = dict(image=image, text="x")
     buf = Buffer(str(tmp_path / "large"), create=True)
-    row = make_row("e", 0, "web", 0, obs, "a very long reply " * 20, valid=False)
+    row = make_row("e", 0, "web", 0, obs, "a very long reply " * 20, terminated=True)
     buf.append([row], {image_name(image): image})
     write_gif(buf, ["e"], str(tmp_path / "large.gif"))
     with Image.open(tmp_path / "large.gif") as im:

@@ -1,0 +1,244 @@
+"""
+Check a folder of episodes row by row: types, numbers, messages, pictures, and that each episode is whole.
+
+Buffer calls this for every row that it reads or writes. An error is a ValueError, whose text continues a
+sentence that begins with the place of the row: "data/x/metadata.jsonl, line 3, has reward=nan: ...".
+Fields of other names are left alone.
+"""
+import functools, json, os, reprlib
+
+VERSION = 1
+# the fields that a row must have; a folder that lacks one of them was not written by this program
+REQUIRED = dict(
+    episode=str,
+    turn=int,
+    images_file_names=list,
+    messages=list,
+    reply_ids=list,
+    valid=bool,
+    reward=float,
+    terminated=bool,
+    truncated=bool,
+    success=bool,
+)
+KEYS = tuple(REQUIRED)
+# all fields
+FIELDS = REQUIRED | dict(version=int, env=str, seed=int, behaviour_logprobs=list, source=str, action=str)
+KINDS = list(FIELDS.values())
+TEXTS = {name for name, kind in FIELDS.items() if kind is str}
+TYPE_NAMES = {int: "a whole number", str: "a text", list: "a list", bool: "true or false", float: "a number"}
+# Batches hold rewards in float32.
+MAX_FLOAT32 = 3.4e38
+# Some 50,000 tokens: more than a model reads or writes in a turn.
+MAX_CHARACTERS = 200_000
+
+
+# ---- one row ----
+
+def parse_row(line):
+    """Parse a line of metadata.jsonl, bytes, and check that it is a row."""
+    try:
+        # A Windows editor puts a mark before the first line.
+        row = json.loads(line.decode("utf-8-sig"))
+        missing = [key for key in KEYS if key not in row]
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError("is not JSON: this is no folder of recorded episodes, or it was damaged")
+    if missing or not isinstance(row, dict):
+        raise ValueError(f"lacks {(missing or KEYS)[0]!r}: this is another program's dataset; import it "
+                         "first (see README)")
+    version = row.get("version", VERSION)
+    if version not in range(1, VERSION + 1):
+        raise ValueError(f"is of format version {reprlib.repr(version)}, this code reads up to {VERSION}: "
+                         "update the code")
+    check_row(row)
+    return row
+
+def check_row(row):
+    """Check all that can be seen in one row alone."""
+    # the quick way for the rows that this program writes
+    if list(map(type, map(row.get, FIELDS))) != KINDS:
+        for name in FIELDS.keys() & row.keys():
+            check_type(name, row[name], FIELDS[name])
+    if not -MAX_FLOAT32 <= row["reward"] <= MAX_FLOAT32:
+        raise ValueError(f"has reward={reprlib.repr(row['reward'])}: it must be finite, and within float32")
+    check_tokens(row["reply_ids"], row.get("behaviour_logprobs", []))
+    for name in TEXTS & row.keys():
+        check_text(row[name])
+    n_images = check_messages(row["messages"])
+    names = row["images_file_names"]
+    if not set(map(type, names)) <= {str}:
+        raise ValueError(f"has images_file_names={reprlib.repr(names)}: it must be a list of names")
+    if len(names) != n_images:
+        raise ValueError(f"shows {n_images} pictures in its messages but names {len(names)}")
+
+def check_type(name, value, kind):
+    """Check the type of a value: a whole number is fine as a float, true is no number."""
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or (kind is not bool and isinstance(value, bool)):
+        raise ValueError(f"has {name}={reprlib.repr(value)}: it must be {TYPE_NAMES[kind]}")
+
+def check_tokens(ids, logprobs):
+    """Check the tokens of a reply and their log-probabilities; both may be missing."""
+    if ids and (set(map(type, ids)) != {int} or min(ids) < 0):
+        raise ValueError("has reply_ids that are no tokens: each must be a whole number from 0 on")
+    if not logprobs:
+        return
+    if len(logprobs) != len(ids):
+        raise ValueError(f"has {len(logprobs)} behaviour_logprobs for {len(ids)} reply_ids")
+    is_number = set(map(type, logprobs)) <= {int, float}
+    if not is_number or not all(-MAX_FLOAT32 <= logprob <= MAX_FLOAT32 for logprob in logprobs):
+        raise ValueError("has behaviour_logprobs that are no finite numbers")
+
+def check_text(text):
+    """Check that a text can be tokenized and printed."""
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"has a text of {len(text):,} characters: the limit is {MAX_CHARACTERS:,}")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"has a text with half a character in it (a lone surrogate): {ascii(text[:40])}")
+
+def check_messages(messages):
+    """Check the messages of a row -> number of the pictures that they show."""
+    roles = []
+    n_images = 0
+    for message in messages:
+        if type(message) is not dict or message.keys() != {"role", "content"}:
+            raise ValueError(f"has a message without role and content: {reprlib.repr(message)}")
+        role = message["role"]
+        content = message["content"]
+        if type(role) is not str or type(content) is not list:
+            raise ValueError(f"has a message that is no list of parts from a role: {reprlib.repr(message)}")
+        roles.append(role)
+        for part in content:
+            n_images += check_part(part, role)
+    check_roles(tuple(roles))
+    if role == "assistant" and (len(content) != 1 or content[0]["type"] != "text"):
+        raise ValueError("has a reply that is not one part of text")
+    return n_images
+
+def check_part(part, role):
+    """Check a part of a message; return whether it is a picture."""
+    kind = None
+    if type(part) is dict and part.keys() <= {"type", "text"}:
+        kind = part.get("type")
+        text = part.get("text")
+    if kind == "text" and type(text) is str:
+        check_text(text)
+        return False
+    if kind != "image" or text is not None:
+        raise ValueError(f"has a part of a message that is neither text nor picture: {reprlib.repr(part)}")
+    if role != "user":
+        raise ValueError(f"shows a picture in a message of the {role}: only the user shows pictures")
+    return True
+
+@functools.lru_cache
+def check_roles(roles):
+    """Check the order of the roles: chat templates refuse any other one."""
+    turns = roles[1:] if roles[:1] == ("system",) else roles
+    if not turns or turns != (("user", "assistant") * len(turns))[: len(turns)]:
+        order = reprlib.repr(", ".join(roles))
+        raise ValueError(f"has messages of {order}: user and assistant must take turns, and the user begins "
+                         "(behind one system message at most)")
+
+
+# ---- the order of the rows ----
+
+class EpisodeOrder:
+    """Checks that rows come episode by episode, in the order of their turns, each episode with one end.
+
+    name: of the episode whose end is still to come; None between two episodes
+    """
+
+    def __init__(self):
+        self.name = None
+        self.n_rows = 0
+        # summed absolute rewards
+        self.total = 0
+        # A limit has cut the episode off: its last observation is to come.
+        self.is_cut = False
+        # names of the episodes that are over
+        self.over = set()
+
+    def begin(self, name):
+        """Begin an episode."""
+        if name in self.over:
+            raise ValueError(f"belongs to episode {reprlib.repr(name)}, which is over: it goes on after its "
+                             "end, or is here twice")
+        self.name = name
+        self.n_rows = 0
+        self.total = 0
+        self.is_cut = False
+
+    def add(self, row):
+        """Check a checked row against those before it."""
+        name = row["episode"]
+        if self.name is None:
+            self.begin(name)
+        if name != self.name:
+            raise ValueError(f"belongs to episode {reprlib.repr(name)}, before the end of episode "
+                             f"{reprlib.repr(self.name)}")
+        if row["turn"] != self.n_rows:
+            raise ValueError(f"is turn {row['turn']} of episode {reprlib.repr(name)}: turn {self.n_rows} is "
+                             "missing here")
+        self.n_rows += 1
+        self.total += abs(row["reward"])
+        if self.total > MAX_FLOAT32:
+            raise ValueError("brings the rewards of its episode beyond float32")
+        has_reply = row["messages"][-1]["role"] == "assistant"
+        if has_reply:
+            self.add_turn(row)
+        else:
+            self.add_last_observation(row)
+
+    def add_turn(self, row):
+        """Check a row with a reply; it may be the end of its episode."""
+        if self.is_cut:
+            raise ValueError("has a reply, but the turn before it was truncated: only a last observation "
+                             "may follow")
+        self.is_cut = row["truncated"] and not row["terminated"]
+        if row["terminated"]:
+            self.end()
+
+    def add_last_observation(self, row):
+        """Check a row without a reply: it is the end of an episode that a limit cut off."""
+        if not self.is_cut:
+            raise ValueError("has no reply, but the turn before it was not truncated")
+        if row["terminated"] or row["truncated"] or row["reward"] or row["reply_ids"]:
+            raise ValueError("is a last observation without a reply: it can have no reward, no reply_ids and "
+                             "no end of its own")
+        self.end()
+
+    def end(self):
+        """End the episode."""
+        self.over.add(self.name)
+        self.name = None
+
+
+# ---- pictures ----
+
+def list_pictures(folder):
+    """List the picture files of a folder of episodes by their names in rows, links left out."""
+    home = os.path.join(folder, "images")
+    if os.path.islink(home) or not os.path.isdir(home):
+        return set()
+    with os.scandir(home) as entries:
+        return {f"images/{entry.name}" for entry in entries if entry.is_file(follow_symlinks=False)}
+
+def find_picture(folder, name):
+    """Return the path of a picture that a row names; a link may not lead out of the folder."""
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        raise ValueError(f"names a picture that is missing or no picture: {ascii(name)}")
+    home = os.path.realpath(folder) + os.sep
+    if not os.path.realpath(path).startswith(home):
+        raise ValueError(f"names a picture outside of its folder: {ascii(name)}")
+    return path
+
+def check_pictures(names, folder, known):
+    """Check that the pictures of a row exist; `known` holds the names found so far, and grows."""
+    for name in names:
+        if name not in known:
+            find_picture(folder, name)
+            known.add(name)
