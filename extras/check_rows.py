@@ -59,8 +59,7 @@ def check_row(row):
     if list(map(type, map(row.get, FIELDS))) != KINDS:
         for name in FIELDS.keys() & row.keys():
             check_type(name, row[name], FIELDS[name])
-    if not -MAX_FLOAT32 <= row["reward"] <= MAX_FLOAT32:
-        raise ValueError(f"has reward={reprlib.repr(row['reward'])}: it must be finite, and within float32")
+    check_reward(row["reward"])
     check_tokens(row["reply_ids"], row.get("behaviour_logprobs", []))
     for name in TEXTS & row.keys():
         check_text(row[name])
@@ -76,6 +75,12 @@ def check_type(name, value, kind):
     kinds = (int, float) if kind is float else kind
     if not isinstance(value, kinds) or (kind is not bool and isinstance(value, bool)):
         raise ValueError(f"has {name}={reprlib.repr(value)}: it must be {TYPE_NAMES[kind]}")
+
+def check_reward(reward):
+    """Check that a reward is a finite number that fits a batch."""
+    check_type("reward", reward, float)
+    if not -MAX_FLOAT32 <= reward <= MAX_FLOAT32:
+        raise ValueError(f"has reward={reprlib.repr(reward)}: it must be finite, and within float32")
 
 def check_tokens(ids, logprobs):
     """Check the tokens of a reply and their log-probabilities; both may be missing."""

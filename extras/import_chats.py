@@ -10,16 +10,26 @@ The file is a JSON list, or one JSON object per line. A conversation has the for
     {"images": ["1.png"], "messages": [{"role": "user", "content": "<image>\\nWhat is it?"}, ...]}
 
 A content may also be a list of {"type": "image"} and {"type": "text", "text": ...}. Each reply becomes a turn
-with all messages before it as its prompt. A conversation may have `reward` and `success`, of its last turn.
+with all messages before it as its prompt. A conversation may have `system`, its first message, and `reward`
+and `success`, of its last turn. It is imported whole, or refused by one sentence; then no folder is made.
 """
-import json, os, shutil, sys
-
-from PIL import Image
+import contextlib, json, os, reprlib, shutil, sys
 
 import envs
 from buffer import Buffer, image_name, make_message_row
+from extras.check_rows import check_reward, check_roles, check_row
+from extras.pictures import PictureError, open_picture
 
 LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
+# Fields that change what a model reads or learns, and that have no place in a row.
+UNREAD_FIELDS = ("tools", "functions", "tool_calls", "tool_call_id", "function_call", "tool_choice")
+UNREAD_FIELDS += ("documents", "video", "videos", "audio", "audios", "image_url", "history", "rewards")
+UNREAD_FIELDS += ("prompt", "completion", "chosen", "rejected", "system_prompt", "instruction")
+UNREAD_FIELDS += ("reasoning_content", "reasoning", "thinking", "chat_template", "chat_template_kwargs")
+UNREAD_FIELDS += ("weight", "loss", "mask")
+# Rows and pictures are written when they are this many, or this many pixels.
+CHUNK_ROWS = 2000
+CHUNK_PIXELS = 2**26
 
 
 # ---- one message ----
@@ -42,33 +52,72 @@ def split_placeholders(text):
             parts.append(text_part(piece.strip("\n")))
     return parts
 
-def is_part(part):
-    """Tell whether this is a picture or a text, as TRL writes them."""
-    if not isinstance(part, dict):
-        return False
-    return part.get("type") == "image" or isinstance(part.get("text"), str)
+def is_given(value):
+    """Tell whether a field has a value; some programs write every field, and leave most of them empty."""
+    return value not in (None, "", [], {})
+
+def one_of(record, *names):
+    """Return the one field among several names that a record has; None if it has none."""
+    values = {name: record[name] for name in names if record.get(name) is not None}
+    if len(values) > 1:
+        raise ValueError(f"has both {' and '.join(map(repr, values))}: only one of them can be meant")
+    return next(iter(values.values()), None)
+
+def check_fields(record, *more):
+    """Refuse a field that would change a prompt or what is learned, and would be dropped here."""
+    for name in (*UNREAD_FIELDS, *more):
+        if is_given(record.get(name)):
+            raise ValueError(f"has {name!r}, which has no place in a folder of episodes: take it out, or "
+                             "write it into the messages")
+
+def read_part(part):
+    """Turn a part of a TRL message into one of ours."""
+    if isinstance(part, dict):
+        check_fields(part, "image", "url", "path", "base64")
+        if part.get("type") == "image" and part.get("text") in (None, ""):
+            return image_part()
+        if part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+            return text_part(part["text"])
+    raise ValueError(f"has a message that is neither text nor picture: {reprlib.repr(part)}")
 
 def read_message(message):
     """Turn a LLaVA or TRL message into one of ours: {"role", "content": list of parts}.
 
     ValueError says what is wrong with it.
     """
-    sender = message.get("from")
-    role = message.get("role", LLAVA_ROLES.get(sender, sender))
-    content = message.get("content", message.get("value"))
-    if isinstance(content, str) and role == "user":
-        content = split_placeholders(content)
-    elif isinstance(content, str):
-        content = [text_part(content.strip("\n"))] if content.strip() else []
-    is_known = role in ("system", "user", "assistant")
-    if not is_known or not isinstance(content, list) or not all(map(is_part, content)):
-        start = json.dumps(message)[:80]
-        raise ValueError(f"has a message that is neither text nor picture, or from an unknown role: {start}")
-    parts = []
-    for part in content:
-        is_image = part.get("type") == "image"
-        parts.append(image_part() if is_image else text_part(part["text"]))
-    return dict(role=role, content=parts)
+    check_fields(message)
+    sender = one_of(message, "from", "role")
+    role = LLAVA_ROLES.get(sender, sender) if isinstance(sender, str) else sender
+    if role not in ("system", "user", "assistant"):
+        raise ValueError(f"has a message from an unknown role: {reprlib.repr(sender)}")
+    content = one_of(message, "content", "value")
+    if isinstance(content, str):
+        parts = [text_part(content.strip("\n"))]
+    elif isinstance(content, list):
+        parts = [read_part(part) for part in content]
+    else:
+        raise ValueError(f"has a message that is neither text nor picture: {reprlib.repr(content)}")
+    return dict(role=role, content=ROLE_PARTS[role](parts))
+
+def user_parts(parts):
+    """Put pictures where the user's text names them; leave out an empty text."""
+    found = []
+    for part in parts:
+        text = part["text"]
+        if text is not None and "<image>" in text:
+            found += split_placeholders(text)
+        elif text is None or text.strip():
+            found.append(part)
+    return found
+
+def joined_text(parts):
+    """Join the parts of a reply, or of a system message, as one text."""
+    if any(part["type"] == "image" for part in parts):
+        raise ValueError("has a picture in a message that is not the user's: only the user shows pictures")
+    return [text_part("".join(part["text"] for part in parts))]
+
+
+ROLE_PARTS = dict(user=user_parts, system=joined_text, assistant=joined_text)
 
 
 # ---- one conversation ----
@@ -77,46 +126,70 @@ def count_images(messages):
     """Count the pictures that messages show."""
     return sum(part["type"] == "image" for message in messages for part in message["content"])
 
+def read_messages(chat):
+    """Read all messages of a conversation, in an order that chat templates accept."""
+    raw_messages = None
+    if isinstance(chat, dict):
+        raw_messages = one_of(chat, "conversations", "messages")
+    if not isinstance(raw_messages, list) or not all(isinstance(message, dict) for message in raw_messages):
+        raise ValueError("has neither `conversations` (LLaVA) nor `messages` (TRL)")
+    check_fields(chat)
+    messages = [read_message(message) for message in raw_messages]
+    if is_given(chat.get("system")):
+        messages.insert(0, read_message(dict(role="system", content=chat["system"])))
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles[1:]:
+        raise ValueError("has no reply")
+    check_roles(tuple(roles))
+    if roles[-1] == "user":
+        raise ValueError("ends with a question that has no reply")
+    return messages
+
+def read_outcome(chat):
+    """Read reward and success of a conversation."""
+    reward = chat.get("reward")
+    success = chat.get("success")
+    if reward is None:
+        reward = 0.0
+    check_reward(reward)
+    if not isinstance(success, bool | None):
+        raise ValueError(f"has success={reprlib.repr(success)}: it must be true or false")
+    return dict(reward=float(reward), success=bool(success), terminated=True)
+
 def chat_rows(chat, name, open_image):
     """Turn one conversation into an episode -> (rows, {name: picture}).
 
     name: of the episode. open_image(path) -> PIL image. ValueError says what is wrong with the conversation.
     """
-    raw_messages = None
-    if isinstance(chat, dict):
-        raw_messages = chat.get("conversations") or chat.get("messages")
-    if not isinstance(raw_messages, list) or not all(isinstance(message, dict) for message in raw_messages):
-        raise ValueError("has neither `conversations` (LLaVA) nor `messages` (TRL)")
-
-    paths = chat.get("images") or chat.get("image") or []
+    messages = read_messages(chat)
+    paths = one_of(chat, "images", "image")
+    if not is_given(paths):
+        paths = []
     if not isinstance(paths, list):
         paths = [paths]
     images = [open_image(path) for path in paths]
     names = [image_name(image) for image in images]
-    messages = [read_message(message) for message in raw_messages]
 
     # without a placeholder the pictures come first
-    if messages and not count_images(messages):
-        messages[0]["content"][:0] = [image_part() for _ in images]
+    if not count_images(messages):
+        question = next(message for message in messages if message["role"] == "user")
+        question["content"][:0] = [image_part() for _ in images]
     if count_images(messages) != len(images):
         raise ValueError(f"shows {count_images(messages)} pictures in its text but names {len(images)}")
 
-    replies = []
-    for i, message in enumerate(messages):
-        if i > 0 and message["role"] == "assistant" and message["content"]:
-            replies.append(i)
-    if not replies:
-        raise ValueError("has no reply")
-
     rows = []
-    for turn, i in enumerate(replies):
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
         names_so_far = names[: count_images(messages[:i])]
-        row = make_message_row(name, turn, "chat", 0, names_so_far, messages[: i + 1], source="import")
-        row["action"] = envs.parse_agent(messages[i]["content"][0]["text"]) or ""
+        row = make_message_row(name, len(rows), "chat", 0, names_so_far, messages[: i + 1], source="import")
+        reply = message["content"][0]["text"]
+        row["action"] = envs.parse_agent(reply) or ""
+        row["valid"] = bool(reply.strip())
         rows.append(row)
-    rows[-1]["terminated"] = True
-    rows[-1]["reward"] = float(chat.get("reward") or 0.0)
-    rows[-1]["success"] = bool(chat.get("success"))
+    rows[-1] |= read_outcome(chat)
+    for row in rows:
+        check_row(row)
     return rows, dict(zip(names, images))
 
 
@@ -127,14 +200,49 @@ def read_chats(file):
 
     SystemExit with one sentence if the file is neither.
     """
+    # A named pipe would hang.
+    if not os.path.isfile(file):
+        raise SystemExit(f"{file!r} is no JSON list and no JSON lines of conversations: it is no file.")
     try:
-        with open(file, encoding="utf-8") as f:
+        # A Windows editor puts a mark before the text.
+        with open(file, encoding="utf-8-sig") as f:
             text = f.read()
         if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
+            chats = json.loads(text)
+        else:
+            chats = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (OSError, ValueError, RecursionError) as error:
         raise SystemExit(f"{file!r} is no JSON list and no JSON lines of conversations: {error}.")
+    if not chats:
+        raise SystemExit(f"{file!r} holds no conversations: it is empty.")
+    return chats
+
+def remove_empty(folder):
+    """Remove a folder unless something is in it."""
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
+
+@contextlib.contextmanager
+def written_aside(folder):
+    """Give a new folder to write into, which gets its name at the end; after an error nothing is left."""
+    missing = []
+    parent = os.path.dirname(folder)
+    while parent and not os.path.lexists(parent):
+        missing.append(parent)
+        parent = os.path.dirname(parent)
+    aside = f"{folder}.{os.getpid()}.tmp"
+    try:
+        with contextlib.ExitStack() as undo:
+            for parent in reversed(missing):
+                os.mkdir(parent)
+                undo.callback(remove_empty, parent)
+            os.mkdir(aside)
+            undo.callback(shutil.rmtree, aside, ignore_errors=True)
+            yield aside
+            os.rename(aside, folder)
+            undo.pop_all()
+    except OSError as error:
+        raise SystemExit(f"{folder!r} cannot be written: {error.strerror or error}.")
 
 def import_conversations(file, folder, pictures=""):
     """Import a file of conversations into a new folder -> its Buffer.
@@ -142,31 +250,42 @@ def import_conversations(file, folder, pictures=""):
     Paths of pictures start at `pictures`, or else at the folder of the file. SystemExit with one sentence if
     a conversation does not fit; then no folder is made.
     """
-    if os.path.exists(folder):
+    folder = os.path.normpath(folder)
+    if os.path.lexists(folder):
         raise SystemExit(f"{folder!r} exists already: import into a new folder.")
     home = pictures or os.path.dirname(file)
 
     def open_image(path):
         # `datasets` writes a picture as {"path": ..., "bytes": ...}
         relative = path.get("path") if isinstance(path, dict) else path
+        if not isinstance(relative, str):
+            raise ValueError(f"names a picture that is no path: {reprlib.repr(path)}")
         try:
-            with Image.open(os.path.join(home, relative)) as image:
-                return image.convert("RGB")
-        except (OSError, TypeError):
-            raise ValueError(f"names a picture that does not open: {path!r}; give the folder where its path "
-                             "starts as the third argument")
+            return open_picture(os.path.join(home, relative))
+        except PictureError as error:
+            raise ValueError(f"names a picture that does not open: {relative!r} {error} (it is looked for in "
+                             f"{home or '.'!r}; a third argument names another folder)")
 
     chats = read_chats(file)
-    # built aside and renamed: a conversation that does not fit leaves nothing behind
-    shutil.rmtree(folder + ".tmp", ignore_errors=True)
-    buffer = Buffer(folder + ".tmp", create=True)
-    for n, chat in enumerate(chats, 1):
-        try:
-            rows, images = chat_rows(chat, f"{os.path.basename(file)}-{n}", open_image)
-            buffer.append(rows, images)
-        except ValueError as error:
-            raise SystemExit(f"{file}, conversation {n}, {error}.")
-    os.rename(folder + ".tmp", folder)
+    with written_aside(folder) as aside:
+        buffer = Buffer(aside, create=True)
+        rows = []
+        images = {}
+        pixels = 0
+        for n, chat in enumerate(chats, 1):
+            try:
+                new_rows, new_images = chat_rows(chat, f"{os.path.basename(file)}-{n}", open_image)
+            except ValueError as error:
+                raise SystemExit(f"{file}, conversation {n}, {error}.")
+            rows += new_rows
+            images |= new_images
+            pixels += sum(image.width * image.height for image in new_images.values())
+            # Each append waits for the disk.
+            if len(rows) >= CHUNK_ROWS or pixels >= CHUNK_PIXELS or n == len(chats):
+                buffer.append(rows, images)
+                rows = []
+                images = {}
+                pixels = 0
     return Buffer(folder)
 
 def main(argv):
