@@ -135,17 +135,20 @@ def check_part(part, role):
     if kind != "image" or text is not None:
         raise ValueError(f"has a part of a message that is neither text nor picture: {reprlib.repr(part)}")
     if role != "user":
-        raise ValueError(f"shows a picture in a message of the {role}: only the user shows pictures")
+        raise ValueError("shows a picture in a message that is not the user's: only the user shows pictures")
     return True
 
 @functools.lru_cache
 def check_roles(roles):
-    """Check the order of the roles: chat templates refuse any other one."""
-    turns = roles[1:] if roles[:1] == ("system",) else roles
-    if not turns or turns != (("user", "assistant") * len(turns))[: len(turns)]:
-        order = reprlib.repr(", ".join(roles))
-        raise ValueError(f"has messages of {order}: user and assistant must take turns, and the user begins "
-                         "(behind one system message at most)")
+    """Check that user and assistant take turns, behind a system message at most, as chat templates want."""
+    n_system = int(roles[:1] == ("system",))
+    if len(roles) == n_system:
+        raise ValueError("has no message from 'user'")
+    for i, role in enumerate(roles[n_system:]):
+        expected = ("user", "assistant")[i % 2]
+        if role != expected:
+            raise ValueError(f"has message {n_system + i + 1} from {reprlib.repr(role)} where {expected!r} "
+                             "must speak: chat templates want them in turn, behind one from 'system' at most")
 
 
 # ---- the order of the rows ----
@@ -247,3 +250,29 @@ def check_pictures(names, folder, known):
         if name not in known:
             find_picture(folder, name)
             known.add(name)
+
+
+# ---- prompts ----
+
+def check_prompts(buffer, vlm):
+    """Encode one prompt of each kind: a model that cannot read one says so before it trains.
+
+    Kinds differ in roles and in the number of pictures. SystemExit with one sentence, also if the model's
+    chat template drops what the system or the user says.
+    """
+    checked = set()
+    for i, row in enumerate(buffer.rows):
+        messages = row["messages"]
+        names = row["images_file_names"]
+        kind = (*(message["role"] for message in messages), len(names))
+        if kind in checked:
+            continue
+        checked.add(kind)
+        vlm.encode_uncached(messages, [buffer.image(name) for name in names])
+        prompt = vlm.render(messages)
+        for message in messages:
+            texts = [part["text"] for part in message["content"] if part["type"] == "text"]
+            is_whole = all(vlm.neutralise_text(text).strip() in prompt for text in texts)
+            if message["role"] != "assistant" and not is_whole:
+                raise SystemExit(f"model={vlm.name!r} has a chat template that drops a message of the "
+                                 f"{message['role']}, in line {i + 1} of {buffer.file}.")

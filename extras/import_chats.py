@@ -58,10 +58,11 @@ def is_given(value):
 
 def one_of(record, *names):
     """Return the one field among several names that a record has; None if it has none."""
-    values = {name: record[name] for name in names if record.get(name) is not None}
-    if len(values) > 1:
-        raise ValueError(f"has both {' and '.join(map(repr, values))}: only one of them can be meant")
-    return next(iter(values.values()), None)
+    present = [name for name in names if record.get(name) is not None]
+    given = [name for name in present if is_given(record[name])]
+    if len(given) > 1:
+        raise ValueError(f"has both {given[0]!r} and {given[1]!r}: only one of them can be meant")
+    return next((record[name] for name in given or present), None)
 
 def check_fields(record, *more):
     """Refuse a field that would change a prompt or what is learned, and would be dropped here."""
