@@ -31,6 +31,7 @@ import torch
 # readers of the format import KEYS from here
 from extras.check_rows import KEYS, VERSION  # noqa: F401
 from extras.check_rows import EpisodeOrder, check_pictures, find_picture, list_pictures, parse_row
+from extras.check_rows import read_content
 from extras.pictures import PictureError, check_picture, open_picture
 
 
@@ -79,6 +80,10 @@ def prompt_messages(row):
         return row["messages"]
     return row["messages"][:-1]
 
+def prompt_texts(row):
+    """Return the texts of all parts of the prompt of a row, an empty one for a picture."""
+    return [part["text"] or "" for message in prompt_messages(row) for part in message["content"]]
+
 
 # ---- the folder ----
 
@@ -123,7 +128,7 @@ class Buffer:
         self.episodes = {}
         self.positions = []
         self.torn_bytes = 0
-        content = self._read_bytes()
+        content = read_content(self.file)
         pictures = list_pictures(self.folder)
         order = EpisodeOrder()
         # The rows of an episode wait for its end.
@@ -147,19 +152,6 @@ class Buffer:
         if self.torn_bytes:
             what = f"{self.torn_bytes} bytes without its end, a crash while writing"
             print(f"{self.file}: the last episode is torn ({what}) and is left out.")
-
-    def _read_bytes(self):
-        """Read the file as bytes, none if it does not exist."""
-        if not os.path.lexists(self.file):
-            return b""
-        # A named pipe would hang.
-        if not os.path.isfile(self.file):
-            raise SystemExit(f"{self.file} is no file: this is no folder of recorded episodes.")
-        try:
-            with open(self.file, "rb") as f:
-                return f.read()
-        except OSError as error:
-            raise SystemExit(f"{self.file} cannot be read: {error.strerror}.")
 
     def _index(self, rows):
         for row in rows:
@@ -361,16 +353,17 @@ class Buffer:
     # ---- prompts ----
 
     def prompt_text(self, i):
-        """Return all text of the prompt of row i, for cache keys and for sorting by length."""
-        parts = [part for message in prompt_messages(self.rows[i]) for part in message["content"]]
-        return "".join(part["text"] or "" for part in parts)
+        """Return all text of the prompt of row i, for sorting by length."""
+        return "".join(prompt_texts(self.rows[i]))
 
     def encode_prompt(self, i, vlm):
         """Encode the prompt of row i; its pictures are opened only if the VLM has not cached it."""
         row = self.rows[i]
         names = row["images_file_names"]
         images = [functools.partial(self.image, name) for name in names]
-        return vlm.encode(row["messages"], images, key=(self.prompt_text(i), *names))
+        # The key tells where pictures and messages begin; for a picture and a text it is that of rollouts.
+        text = "\0".join(prompt_texts(row)).lstrip("\0")
+        return vlm.encode(row["messages"], images, key=(text, *names))
 
 
 # ---- batches: windows as tensors ----

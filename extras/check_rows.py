@@ -35,6 +35,19 @@ MAX_CHARACTERS = 200_000
 
 # ---- one row ----
 
+def read_content(file):
+    """Read metadata.jsonl as bytes, none if it does not exist; SystemExit if it cannot be read."""
+    if not os.path.lexists(file):
+        return b""
+    # A named pipe would hang.
+    if not os.path.isfile(file):
+        raise SystemExit(f"{file} is no file: this is no folder of recorded episodes.")
+    try:
+        with open(file, "rb") as f:
+            return f.read()
+    except OSError as error:
+        raise SystemExit(f"{file} cannot be read: {error.strerror}.")
+
 def parse_row(line):
     """Parse a line of metadata.jsonl, bytes, and check that it is a row."""
     try:
@@ -126,14 +139,15 @@ def check_messages(messages):
 def check_part(part, role):
     """Check a part of a message; return whether it is a picture."""
     kind = None
-    if type(part) is dict and part.keys() <= {"type", "text"}:
-        kind = part.get("type")
-        text = part.get("text")
+    if type(part) is dict and part.keys() == {"type", "text"}:
+        kind = part["type"]
+        text = part["text"]
     if kind == "text" and type(text) is str:
         check_text(text)
         return False
     if kind != "image" or text is not None:
-        raise ValueError(f"has a part of a message that is neither text nor picture: {reprlib.repr(part)}")
+        raise ValueError(f"has a part of a message that is neither text nor picture: {reprlib.repr(part)} (a "
+                         "picture has the type 'image' and the text null)")
     if role != "user":
         raise ValueError("shows a picture in a message that is not the user's: only the user shows pictures")
     return True

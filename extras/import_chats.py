@@ -74,7 +74,7 @@ def check_fields(record, *more):
 def read_part(part):
     """Turn a part of a TRL message into one of ours."""
     if isinstance(part, dict):
-        check_fields(part, "image", "url", "path", "base64")
+        check_fields(part, "image", "url", "path", "base64", "system")
         if part.get("type") == "image" and part.get("text") in (None, ""):
             return image_part()
         if part.get("type", "text") == "text" and isinstance(part.get("text"), str):
@@ -86,7 +86,7 @@ def read_message(message):
 
     ValueError says what is wrong with it.
     """
-    check_fields(message)
+    check_fields(message, "system", "reward", "success", "name", "image", "images")
     sender = one_of(message, "from", "role")
     role = LLAVA_ROLES.get(sender, sender) if isinstance(sender, str) else sender
     if role not in ("system", "user", "assistant"):

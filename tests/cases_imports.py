@@ -237,6 +237,9 @@ CHATS = [
     refused_chat("success that is a text", "has success='false': it must be true or false", success="false"),
     refused_chat("success that is a number", "has success=1: it must be true or false", success=1),
     refused_chat("a reward for each turn", "has 'rewards', which has no place", rewards=[1.0]),
+    refused_chat(
+        "a reward in a message", "has 'reward', which has no place", QUESTION, REPLY | dict(reward=1.0)
+    ),
     refused_chat("tools", "has 'tools', which has no place in a folder of episodes", tools=[{"name": "f"}]),
     refused_chat("functions", "has 'functions', which has no place", functions=[{"name": "f"}]),
     refused_chat(
@@ -270,6 +273,7 @@ CHATS = [
 
 # ---- what is right ----
 
+
 def texts(row):
     """Return the roles and texts of a row's messages, a picture as None."""
     found = []
@@ -277,14 +281,17 @@ def texts(row):
         found.append((spoken["role"], [part["text"] for part in spoken["content"]]))
     return found
 
+
 def is_plain(buffer):
     """Assert that a buffer holds one question and its reply."""
     assert [texts(row) for row in buffer.rows] == [[("user", ["Which way?"]), ("assistant", ["[action] +"])]]
+
 
 def is_joined(buffer):
     """Assert that a reply is whole, and its action found."""
     assert [reply_text(row) for row in buffer.rows] == ["It is red. [action] +"]
     assert buffer.rows[0]["action"] == "+"
+
 
 def is_empty_turn(buffer):
     """Assert that the second turn has an empty reply, is invalid, and has the reward."""
@@ -293,12 +300,14 @@ def is_empty_turn(buffer):
     assert (first["valid"], first["reward"]) == (True, 0.0)
     assert (second["valid"], second["reward"], second["terminated"]) == (False, -1.0, True)
 
+
 def has_system_first(buffer):
     """Assert that the system speaks first, and that the user shows the picture."""
     question = ("user", [None, "Which way?"])
     assert texts(buffer.rows[0]) == [("system", ["You play cards."]), question, ("assistant", ["[action] +"])]
     prompt = tiny_vlm().render(buffer.rows[0]["messages"])
     assert prompt.index("You play cards.") < prompt.index("<image>") < prompt.index("Which way?")
+
 
 def is_neutralised(buffer):
     """Assert that the replies keep their texts, and that their tokens are plain ones."""
@@ -310,22 +319,27 @@ def is_neutralised(buffer):
         assert ids.index(vlm.eos) == len(ids) - 1
         assert vlm.decode(action) == " +"
 
+
 def first_pixels(buffer):
     """Return the pixels of the first row's picture."""
     return np.asarray(buffer.image(buffer.rows[0]["images_file_names"][0])).astype(int)
+
 
 def odd_pictures(folder):
     """Write a picture that EXIF turns, and one of 16 bits."""
     red_and_blue().save(os.path.join(folder, "turned.png"), exif=turned())
     LEVELS.save(os.path.join(folder, "grey.png"))
 
+
 def are_many(buffer):
     """Assert that all conversations are there, in their order."""
     assert [reply_text(row) for row in buffer.rows] == [f"[action] {n}" for n in range(MANY)]
 
+
 def many():
     """Make many conversations without pictures."""
     return [chat(QUESTION, message("assistant", f"[action] {n}")) for n in range(MANY)]
+
 
 def count_syncs(folder):
     """Make a case's function: many conversations wait for the disk a few times, not once each."""
@@ -340,6 +354,7 @@ def count_syncs(folder):
         return "they wait for the disk a few times"
 
     return call
+
 
 def nothing_was_deleted(folder):
     """Make a case's function: a folder of a similar name is left alone."""

@@ -12,6 +12,7 @@ from PIL import Image
 import buffer as buffer_module
 import model
 from buffer import KEYS, VERSION, Buffer, image_name, make_batch, make_row, reply_text
+from extras.check_rows import check_prompts
 from pretrain import tiny_nets
 
 MARKER = "[action]"
@@ -442,6 +443,102 @@ def test_stored_ids_are_used(tmp_path, vlm):
     assert reply_ids[:n] == spelled
     assert batch["mask"].sum() == n
     assert span[:n] == [0] * (n - 3) + [1] * 3
+
+def slow_span(vlm, ids, start):
+    """Mark the tokens that reach beyond a character by decoding every beginning of the reply."""
+    marks = []
+    for j, token in enumerate(ids):
+        is_beyond = len(vlm.decode(ids[: j + 1])) > start
+        marks.append(int(is_beyond or token == vlm.eos))
+    return marks
+
+def test_span_of_any_tokens(vlm):
+    """The marks are those of the slow way for any tokens: characters in several pieces, broken ones, none."""
+    rng = np.random.default_rng(0)
+    plain = [i for i in range(vlm.vocab_size) if i not in vlm.banned_ids and i != vlm.eos]
+    replies = [vlm.reply_ids(text) for text in ("", "\u00e9\u4e16 [action] \U0001f642", "[action] \u4e2d")]
+    for _ in range(300):
+        ids = rng.choice(plain, size=rng.integers(12)).tolist()
+        replies += [ids, ids + [vlm.eos]]
+    for ids in replies:
+        for start in range(len(vlm.decode(ids)) + 2):
+            assert vlm.span(ids, start) == slow_span(vlm, ids, start), (ids, start)
+
+def test_a_long_reply_costs_few_decodings(vlm, monkeypatch):
+    """The story: each token of a reply was a decoding of all before it, hours for a million characters."""
+    ids = vlm.reply_ids("a plan " * 2000 + "[action] go")
+    calls = []
+    decode = vlm.decode
+
+    def counting_decode(ids):
+        calls.append(len(ids))
+        return decode(ids)
+
+    monkeypatch.setattr(vlm, "decode", counting_decode)
+    span = vlm.span(ids, 2000 * 7 + len(MARKER))
+    assert decode([token for token, inside in zip(ids, span) if inside]) == " go"
+    assert len(calls) < 20
+
+def test_what_a_model_cannot_have_sampled_is_encoded_anew(vlm):
+    """Stored ids that are negative, unknown, special, or behind the end of the turn are another model's."""
+    text = "so [action] go"
+    ids = vlm.reply_ids(text)
+    pad = vlm.tokenizer.convert_tokens_to_ids("<|pad|>")
+    cut_off = ids[:-1]
+    assert vlm.reply_ids(text, cut_off) == cut_off
+    others = [
+        [-1, *ids],
+        [*ids, vlm.vocab_size],
+        [pad, *ids],
+        [*ids, pad],
+        [vlm.eos, *ids],
+        [*ids, vlm.eos],
+    ]
+    for stored in others:
+        assert vlm.reply_ids(text, stored) == ids
+
+def test_prompts_of_the_same_text_are_told_apart(tmp_path, vlm):
+    """The story: a picture before a question and one behind it were one prompt in the cache."""
+    buf = filled(tmp_path, episode("a", 1), episode("b", 1))
+    part, text = buf.rows[0]["messages"][0]["content"]
+    buf.rows[1] |= dict(images_file_names=buf.rows[0]["images_file_names"])
+    buf.rows[1]["messages"][0]["content"] = [text, part]
+    before, behind = [buf.encode_prompt(i, vlm)["input_ids"].tolist() for i in (0, 1)]
+    assert before != behind
+    assert sorted(before[0]) == sorted(behind[0])
+
+def test_a_picture_is_checked_before_a_run(tmp_path):
+    """check_images names the picture and the first row that shows it; half a picture is found."""
+    buf = filled(tmp_path)
+    buf.check_images()
+    name = buf.rows[3]["images_file_names"][0]
+    content = (tmp_path / name).read_bytes()
+    for n in range(0, len(content) - 4, 7):
+        (tmp_path / name).write_bytes(content[:n])
+        words = f"line 4, shows {name}, which is missing or no picture"
+        assert words in refusal(buf.check_images, tmp_path)
+
+
+REFUSING = "{{ raise_exception('Conversation roles must alternate') }}"
+DROPPING = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content[-1].text }}{% endif %}{% endfor %}"
+
+def test_a_prompt_that_a_model_cannot_read_is_found_before_a_run(tmp_path, vlm, monkeypatch):
+    """A chat template that refuses a prompt, or drops what the system says, is one sentence."""
+    rows, images = episode("a", 2)
+    part = dict(type="text", text="Be brief.")
+    system = dict(role="system", content=[part])
+    rows[1]["messages"].insert(0, system)
+    buf = filled(tmp_path, (rows, images))
+    check_prompts(buf, vlm)
+    templates = [
+        (REFUSING, "refuses a prompt of user"),
+        (DROPPING, "drops a message of the system"),
+    ]
+    for template, words in templates:
+        monkeypatch.setattr(vlm.processor, "chat_template", template)
+        monkeypatch.setattr(vlm, "encode_uncached", lambda messages, images: vlm.render(messages))
+        with pytest.raises(SystemExit, match=words):
+            check_prompts(buf, vlm)
 
 def test_every_key_that_is_read_is_required(tmp_path, vlm):
     """A row with the required keys alone can be sampled and counted; without any of them it is refused."""
