@@ -25,6 +25,7 @@ import json, re, string, zlib
 import numpy as np
 from PIL import Image
 
+from worlds.contract import Unplayable, check_outcome
 from worlds.drawing import BLACK, BLUE, PAPER, RED, draw_text
 
 MARKER = "[action]"
@@ -166,7 +167,7 @@ class Env:
         example        a valid action; the prompt shows it
         start()        draws a start state with self.rng
         act(action)    plays a parsed action, such as ("go",): sets self.success at the goal and returns
-                       (reward, terminated, truncated)
+                       (reward, terminated, truncated): a finite number and two booleans
         picture()      the state as a PIL image: RGB, self.size x self.size
         fingerprint()  what was dealt, as text: decides whether the start is held out for tests
 
@@ -248,7 +249,7 @@ class Env:
     # what a subclass may define
 
     def expert(self):
-        raise SystemExit(f"env={self.name!r} has no expert(); give data_mix without expert and biased, or "
+        raise Unplayable(f"env={self.name!r} has no expert(); give data_mix without expert and biased, or "
                          "write one.")
 
     def optimal(self, word):
@@ -269,7 +270,7 @@ class Env:
         """Begin an episode and return (observation, {}).
 
         seed: the seed of a new self.rng; None keeps the old one. options={"split": "train" | "test"}: draw
-        only starts of that part. ValueError for another part, SystemExit if no start of that part is found.
+        only starts of that part. ValueError for another part, Unplayable if no start of that part is found.
         """
         split = (options or {}).get("split")
         if split not in (None, "train", "test"):
@@ -292,14 +293,15 @@ class Env:
                 return
             if is_held_out(self.fingerprint(), self.one_in) == (split == "test"):
                 return
-        raise SystemExit(f"env={self.name!r}: none of 1000 starts belongs to the {split} part; with too few "
+        raise Unplayable(f"env={self.name!r}: none of 1000 starts belongs to the {split} part; with too few "
                          "different starts to hold any out, set split = False in its class.")
 
     def step(self, reply):
         """Play a reply and return (observation, reward, terminated, truncated, info).
 
         Every reply takes a turn, valid or not. info: valid, action (as text), success (the goal was reached),
-        success_return (the rewards so far sum to more than 0). RuntimeError if the episode is over.
+        success_return (the rewards so far sum to more than 0). RuntimeError if the episode is over,
+        BrokenContract if act() returns anything else than three values of their types.
         """
         if self.over:
             raise RuntimeError(f"{self.name}: the episode is over or never began, call reset() first.")
@@ -307,7 +309,7 @@ class Env:
         info = {"valid": action is not None, "action": ""}
         if action:
             info["action"] = format_action(action)
-            reward, terminated, truncated = self.act(action)
+            reward, terminated, truncated = check_outcome("act()", self.act(action))
         else:
             reward = self.penalty
             terminated = False

@@ -14,7 +14,6 @@ Another player plays the same starts, or with --save training starts, and is rec
 """
 import functools, json, math, os, sys, tempfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +25,10 @@ from buffer import Buffer, make_row
 from configurator import PLAYERS, ConfigError, check_config, configure, parse_block
 from extras.run_folder import find_checkpoint, has_checkpoint, offline_results, read_run_config, write_json
 from model import build, gather, ranks
-from worlds.players import has_expert, mixed_reply, scripted_reply
+from worlds.episodes import Losses, check_environment, close_env, deal, draw_reply, make_or_refuse, must
+from worlds.episodes import start_episode, take_turn
+from worlds.guard import Failure, each, set_timeout
+from worlds.players import has_expert
 from worlds.registry import is_file, make
 
 # --- config ---
@@ -34,6 +36,7 @@ episodes: int = None  # episodes per row of the table; None: the run's eval_epis
 agent = ''  # who plays. '': the run's model | openai | human | expert | random | malformed | biased
 env = ''  # what the agent plays where no run or config file says so; my_env.py:MyEnv is a file of yours
 size: int = None  # side of its picture in pixels; None: as in train.py or the config file
+env_timeout: float = None  # seconds that one call of an environment may take; None: as in train.py
 save = ''  # folder to record into: an agent's training starts, or the model's sampled episodes
 temperature = 1.0  # of the sampled row, and of a server's model
 q_weight: float = None  # play pi * exp(q_weight * A): the critic corrects; 0: pi alone; None: as trained
@@ -73,7 +76,11 @@ def wilson(k, n, z=1.96):
 # ---- environments and starts ----
 
 def env_factory(run_cfg):
-    """Return the function that makes a run's environment, or its several, for `play`."""
+    """Return the function that makes a run's environment, or its several, for `play`.
+
+    From now on the run's env_timeout is that of all calls of environments.
+    """
+    set_timeout(run_cfg.env_timeout)
 
     def make_env():
         return make(run_cfg.env, size=run_cfg.size, penalty=run_cfg.penalty, max_turns=run_cfg.max_turns)
@@ -84,7 +91,8 @@ def held_out_seeds(env, n):
     """Draw n seeds of starts that training never plays, as many different starts as there are.
 
     Where a game is too small to hold some out, all its starts count. A seed is not a state: env.fingerprint()
-    tells starts apart. Of several tasks, seed i belongs to task i modulo their number.
+    tells starts apart. Of several tasks, seed i belongs to task i modulo their number. A start that cannot be
+    dealt is left out; SystemExit with one sentence if that happens too often in a row.
     """
     if getattr(env, "tasks", None):
         return held_out_task_seeds(env.tasks, n)
@@ -92,16 +100,24 @@ def held_out_seeds(env, n):
     if env.max_parallel:
         # starts are slow to draw, a web page for one: then some may come twice
         max_tries = 4 * n
-    seeds = []
-    fingerprints = set()
-    for seed in range(TEST_SEEDS, TEST_SEEDS + max_tries):
-        if len(seeds) == n:
-            break
-        env.reset(seed=seed, options={"split": "test"})
-        if env.fingerprint() not in fingerprints:
-            fingerprints.add(env.fingerprint())
-            seeds.append(seed)
-    env.close()
+    # {fingerprint: the first seed that deals it}
+    starts = {}
+    losses = Losses(max_tries)
+    waiting = range(TEST_SEEDS, TEST_SEEDS + max_tries)
+    while len(starts) < n and waiting:
+        # no more than are still needed, because a start may be slow to deal
+        seeds = waiting[: n - len(starts)]
+        waiting = waiting[len(seeds) :]
+        for seed, fingerprint in zip(seeds, each(deal, [(env, seed) for seed in seeds])):
+            if isinstance(fingerprint, Failure):
+                losses.drop(f"{env.name}, held-out seed {seed}", fingerprint)
+            else:
+                losses.forget_row()
+                starts.setdefault(fingerprint, seed)
+    must(env.name, close_env, env)
+    if not starts:
+        losses.stop()
+    seeds = list(starts.values())
     return [seeds[i % len(seeds)] for i in range(n)]
 
 def held_out_task_seeds(tasks, n):
@@ -144,27 +160,24 @@ def scripted_agent(mix, rng, alone=0.0):
     """
 
     def act(envs, rows, images):
-        for env in envs:
-            if env.turns == 0:
+        for env, row in zip(envs, rows):
+            if row["turn"] == 0:
                 is_expert = alone and rng.random() < alone
                 env.mix = {"expert": 1.0} if is_expert else mix
-        answers = []
-        for env in envs:
-            reply, player = mixed_reply(env.mix, env, rng)
-            answers.append(dict(reply=reply, source=player))
-        return answers
+        return each(draw_reply, [(env, env.mix, rng) for env in envs])
 
     return act
 
 def exploring_agent(act, share, rng):
     """Make a player for `play`: `act`, but a share of the turns is played at random."""
 
+    def explore(env, answer):
+        if rng.random() < share:
+            return draw_reply(env, {"random": 1.0}, rng)
+        return answer
+
     def act_or_explore(envs, rows, images):
-        answers = list(act(envs, rows, images))
-        for i, env in enumerate(envs):
-            if rng.random() < share:
-                answers[i] = dict(reply=scripted_reply("random", env, rng), source="random")
-        return answers
+        return each(explore, zip(envs, act(envs, rows, images)))
 
     return act_or_explore
 
@@ -182,12 +195,16 @@ class Episode:
         self.rows = []
         self.images = {}
         self.is_over = False
-        # why the episode cannot be played to its end (a dead browser, no answer from a server)
-        self.lost = ""
+        # why the episode cannot be played to its end (an exception, a dead browser, no answer of a server)
+        self.failure = None
 
-    def begin(self, split):
-        """Reset the environment to the start of this episode."""
-        self.obs, _ = self.env.reset(seed=self.seed, options={"split": split, "task": self.number})
+    def begin(self, start):
+        """Take the first observation."""
+        if isinstance(start, Failure):
+            self.failure = start
+        else:
+            self.env = start.env
+            self.obs = start.obs
 
     def next_row(self, reply=None, **fields):
         """Build a row from the present observation."""
@@ -198,18 +215,20 @@ class Episode:
         self.rows.append(row)
         self.images[row["images_file_names"][0]] = self.obs["image"]
 
-    def step(self, answer):
-        """Take one step with the agent's answer and record the turn, unless the episode is lost."""
-        obs, reward, terminated, truncated, info = self.env.step(answer["reply"])
-        self.lost = answer.pop("lost", "") or self.env.lost
-        if self.lost:
+    def add_turn(self, answer, turn):
+        """Record the agent's answer and what came of it, unless the turn failed."""
+        if isinstance(turn, Failure):
+            self.failure = turn
             return
-        outcome = dict(action=info["action"], valid=bool(info["valid"]), reward=float(reward))
-        outcome |= dict(terminated=bool(terminated), truncated=bool(truncated))
-        self.add_row(self.next_row(**answer, **outcome, success=bool(info["success"])))
-        self.obs = obs
-        self.is_over = bool(terminated or truncated)
-        self.success_return = bool(info["success_return"])
+        outcome = dict(action=turn.info["action"], valid=turn.info["valid"], reward=turn.reward)
+        outcome |= dict(terminated=turn.terminated, truncated=turn.truncated)
+        self.add_row(self.next_row(**answer, **outcome, success=turn.info["success"]))
+        self.obs = turn.obs
+        self.is_over = turn.terminated or turn.truncated
+        self.success_return = turn.info["success_return"]
+        self.tag = turn.tag
+        if len(self.rows) >= turn.max_turns and not self.is_over:
+            self.failure = Failure(f"no end after max_turns={turn.max_turns} turns")
 
     def result(self):
         """Sum up an episode that is over: what `play` yields.
@@ -217,7 +236,7 @@ class Episode:
         A truncated one gets one more row, its last observation: the value there is the bootstrap.
         """
         last = self.rows[-1]
-        result = dict(env=self.env.name, tag=self.env.tag(), rows=self.rows, images=self.images)
+        result = dict(env=self.env.name, tag=self.tag, rows=self.rows, images=self.images)
         result |= dict(success=last["success"], success_return=self.success_return)
         result["episode_return"] = sum(row["reward"] for row in self.rows)
         result["turns"] = len(self.rows)
@@ -227,47 +246,65 @@ class Episode:
         return result
 
 def make_envs(make_env, n):
-    """Make n environments, at least one, and at most as many as may be alive at once."""
-    first = make_env()
+    """Make one of n environments, at least one, and at most as many as may be alive at once.
+
+    The others are None: each is made when its first episode begins.
+    """
+    first = must("env", make_or_refuse, make_env)
     n = min(n, first.max_parallel or n)
-    return [first] + [make_env() for _ in range(n - 1)]
+    return [first] + [None] * (n - 1)
 
-def run_each(n_threads, function, *columns):
-    """Call the function for each element; threads, if any, pay where a step waits for a browser."""
-    if not n_threads:
-        return list(map(function, *columns))
-    with ThreadPoolExecutor(n_threads) as pool:
-        return list(pool.map(function, *columns))
+def begin_episodes(episodes, make_env, split, n_threads):
+    """Reset the environment of each episode to its start."""
+    jobs = []
+    for episode in episodes:
+        options = {"split": split, "task": episode.number}
+        jobs.append((make_env, episode.env, episode.seed, options))
+    for episode, start in zip(episodes, each(start_episode, jobs, n_threads)):
+        episode.begin(start)
 
-def retry_or_drop(episode, losses, total):
-    """Return the start of a lost episode, to be played again; after the second loss report it, return []."""
-    losses[episode.number] += 1
-    if losses[episode.number] == 1:
-        return [(episode.number, episode.seed)]
-    n_dropped = sum(count > 1 for count in losses.values())
-    tqdm.write(
-        f"{episode.env.name}, seed {episode.seed}: dropped, {episode.lost}; "
-        f"{n_dropped} of {total} episodes so far."
-    )
-    return []
+def play_turn(episodes, act, n_threads):
+    """Ask the agent about all observations at once, then let each environment take its reply."""
+    envs = [episode.env for episode in episodes]
+    rows = [episode.next_row() for episode in episodes]
+    images = [episode.obs["image"] for episode in episodes]
+    answers = act(envs, rows, images)
+    turns = each(take_turn, zip(envs, answers), n_threads)
+    for episode, answer, turn in zip(episodes, answers, turns):
+        episode.add_turn(answer, turn)
+
+def free_envs(ended, n_threads):
+    """Close the environments that have failed -> those for the next episodes, None where one is made anew."""
+    envs = []
+    broken = []
+    for episode in ended:
+        is_broken = episode.failure and episode.failure.breaks_env
+        if is_broken and episode.env is not None:
+            broken.append(episode.env)
+        envs.append(None if is_broken else episode.env)
+    # nobody needs them any more: how this ends is all the same
+    each(close_env, [(env,) for env in broken], n_threads)
+    return envs
 
 def play(make_env, act, seeds, num_envs=32, split="test", prefix="", bar=None, share=(0, 1)):
     """Play one episode per seed, num_envs at a time; yield each when it ends.
 
     act(envs, rows, images) returns a dict per environment: reply, source; reply_ids and logprobs of a model;
-    `lost`, the reason, if there is no reply. split: "train" or "test", the part that starts are drawn from.
-    prefix: of the episodes' names. bar: title of a progress bar. share=(rank, ranks): every ranks-th episode.
+    `lost`, the reason, if there is no reply; or the Failure of an environment that it has called. split:
+    "train" or "test", the part that starts are drawn from. prefix: of the episodes' names. bar: title of a
+    progress bar. share=(rank, ranks): every ranks-th episode.
 
     Yields dicts: env, rows, images, success, success_return, episode_return, turns, valid (a count), tag.
-    An episode whose environment or reply is lost is played once more, then dropped, counted and reported.
+    An episode whose environment fails, or whose reply is lost, is played once more, then dropped, counted and
+    reported; an environment that fails is made anew. SystemExit after too many failures in a row.
     """
     rank, n_ranks = share
     # from the last to the first, so that pop() takes the first
     waiting = list(enumerate(seeds))[rank::n_ranks][::-1]
     idle = make_envs(make_env, min(num_envs, len(waiting)))
-    n_threads = idle[0].max_parallel
+    n_threads = idle[0].max_parallel or 1
     playing = []
-    losses = Counter()
+    losses = Losses(len(seeds))
     no_bar = None if bar else True
     with tqdm(total=len(waiting), desc=bar, disable=no_bar, leave=False) as progress:
         while waiting or playing:
@@ -276,30 +313,26 @@ def play(make_env, act, seeds, num_envs=32, split="test", prefix="", bar=None, s
             while waiting and idle:
                 number, seed = waiting.pop()
                 new.append(Episode(idle.pop(), number, seed, f"{prefix}{number}"))
-            run_each(n_threads, lambda episode: episode.begin(split), new)
+            begin_episodes(new, make_env, split, n_threads)
             playing += new
 
-            # Ask the agent about all observations at once.
-            rows = [episode.next_row() for episode in playing]
-            images = [episode.obs["image"] for episode in playing]
-            answers = act([episode.env for episode in playing], rows, images)
-
-            # Step: each environment takes its reply.
-            run_each(n_threads, Episode.step, playing, answers)
+            # Play: one turn of each episode.
+            begun = [episode for episode in playing if not episode.failure]
+            if begun:
+                play_turn(begun, act, n_threads)
 
             # End: yield the episodes that are over, play the lost ones again, free the environments.
-            ended = [episode for episode in playing if episode.is_over or episode.lost]
-            over = [episode for episode in ended if episode.is_over]
-            lost = [episode for episode in ended if episode.lost]
-            playing = [episode for episode in playing if episode not in ended]
+            over = [episode for episode in playing if episode.is_over]
+            lost = [episode for episode in playing if episode.failure]
+            playing = [episode for episode in playing if not (episode.is_over or episode.failure)]
+            if over:
+                losses.forget_row()
             for episode in lost:
-                waiting += retry_or_drop(episode, losses, len(seeds))
+                waiting += losses.retry_or_drop(episode)
             for episode in over:
                 yield episode.result()
                 progress.update()
-            for episode in ended:
-                episode.env.close()
-                idle.append(episode.env)
+            idle += free_envs(over + lost, n_threads)
 
 def record(episodes, buffer, chunk=200):
     """Append played episodes to a buffer, `chunk` at a time, and return their number.
@@ -563,11 +596,8 @@ def read_game(target, is_run, cfg):
     return run_cfg
 
 def check_env(run_cfg, cfg):
-    """Make the environment once -> whether it holds starts out; ConfigError if settings do not fit it."""
-    try:
-        env = env_factory(run_cfg)()
-    except ValueError as error:
-        raise ConfigError(str(error))
+    """Try the environment out -> whether it holds starts out; SystemExit if it or a setting is wrong."""
+    env = check_environment(env_factory(run_cfg), f"env={run_cfg.env!r}")
     need(cfg.agent not in ("expert", "biased") or has_expert(env),
          f"--agent={cfg.agent} needs an expert(), and env={run_cfg.env!r} has none: write one, or choose "
          "--agent=random.")
@@ -632,6 +662,8 @@ def main(argv):
 def play_and_report(target, is_run, cfg, argv):
     """Play held-out starts of a run, or of a config file or --env; print the table, write the report."""
     run_cfg = read_game(target, is_run, cfg)
+    if cfg.env_timeout is not None:
+        run_cfg.env_timeout = cfg.env_timeout
     has_held_out = check_env(run_cfg, cfg)
     make_env = env_factory(run_cfg)
     # The command line's settings replace those of the run.

@@ -87,6 +87,7 @@ device = 'auto'  # auto | cpu | cuda
 dtype = 'auto'  # auto | float32 | bfloat16 (autocast); auto: bfloat16 on cuda, float32 on the cpu
 micro_batch = 32  # windows on the device at once
 num_envs = 32  # environments that play at once
+env_timeout = 120.0  # seconds that one call of an environment may take, then it is made anew; 0: any
 grad_checkpointing = False  # less memory for about a third more time
 shard = False  # with torchrun: spread the frozen layers over the ranks (FSDP2)
 vision_cache_mb = 0  # MiB for features of the frozen vision tower; 0: compute them every time

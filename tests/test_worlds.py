@@ -316,7 +316,7 @@ def test_miniwob_survives_its_browser(make_page):
     miniwob.BROWSERS.append(old)
     _, terminated, truncated, _ = say(env, "click 11")
     assert (terminated, truncated) == (False, True)
-    assert "browser failed (OSError)" in env.lost
+    assert "browser failed (OSError: gone)" in env.lost
     assert env.browser is None
     assert old not in miniwob.BROWSERS
     MiniWoB.idle.append(FakeBrowser())
@@ -332,11 +332,29 @@ def test_miniwob_unknown_task(make_page):
     with pytest.raises(ValueError, match=unknown):
         make("miniwob/click-tset-v1")
 
-def test_miniwob_task_without_an_expert(make_page):
-    env = make_page()
-    env.task = "email-inbox"
-    with pytest.raises(ValueError, match="has no scripted expert"):
-        env.expert()
+def test_miniwob_task_without_an_expert(make_page, tmp_path):
+    """has_expert() says so before anything is recorded.
+
+    The story: it was True for every task, and data_mix found out while it recorded.
+    """
+    (tmp_path / "html" / "miniwob" / "email-inbox.html").write_text("")
+    assert has_expert(make_page())
+    assert not has_expert(make("miniwob/email-inbox-v1"))
+    assert not has_expert(make("miniwob/click-test-v1,miniwob/email-inbox-v1"))
+    with pytest.raises(SystemExit, match="'miniwob/email-inbox-v1' has no expert"):
+        make("miniwob/email-inbox-v1").expert()
+
+def test_a_driver_says_itself_why_it_fails(make_page, monkeypatch):
+    """The story: Chromium and a driver of another version were "the browser failed", without a reason."""
+
+    def open_browser(env):
+        raise RuntimeError("session not created: this driver only supports Chrome 114\nChrome is 120")
+
+    monkeypatch.setattr(MiniWoB, "idle", [])
+    monkeypatch.setattr(miniwob, "open_browser", open_browser)
+    reason = "only supports Chrome 114 Chrome is 120"
+    with pytest.raises(SystemExit, match=f"Chromium failed three times in a row.*{reason}"):
+        make("miniwob/click-test-v1").reset(seed=0)
 
 def test_the_expert_avoids_what_covers_its_target(make_page):
     env = make_page("miniwob/click-test-v1:coordinate")

@@ -7,11 +7,13 @@ ended, a scripted player for sixteen tasks, and the environment MiniWoB.
 """
 import atexit, contextlib, difflib
 import importlib.util
-import io, os, re, shutil, signal, sys, threading, time, zlib
+import io, os, re, shutil, signal, time, zlib
 
 from PIL import Image
 
 from envs import Command, Env, Words, format_action
+from worlds.contract import Unplayable
+from worlds.guard import exit_on_kill
 from worlds.optional import require
 
 # A page has 160 x 210 pixels. The upper 50 rows show the goal, which is in the prompt, too. Without them the
@@ -29,6 +31,7 @@ KEYS = {
 }
 # Selenium's codes for keys. They do not belong into a text.
 CONTROL_KEYS = "[\ue000-\uf8ff]"
+REASON_COLUMNS = 200  # of what a driver says when it fails
 
 # tag, as core.getDOMInfo() names it -> role in the prompt
 ROLES = {
@@ -164,13 +167,13 @@ def open_browser(env):
     """Open a headless Chromium with a window as wide as the tasks were made for.
 
     It runs in a process group of its own, so that it can be ended when it hangs. env: the environment's name
-    for messages. SystemExit with one sentence if selenium, Chromium or its driver is missing.
+    for messages. Unplayable, with one sentence, if selenium, Chromium or its driver is missing.
     """
     webdriver = require(env, "selenium.webdriver")
     binaries = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
     driver = shutil.which("chromedriver")
     if not driver or not any(binaries):
-        raise SystemExit(f"env={env!r} needs Chromium and its driver: apt-get update && apt-get install -y "
+        raise Unplayable(f"env={env!r} needs Chromium and its driver: apt-get update && apt-get install -y "
                          "--no-install-recommends chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = next(filter(None, binaries))
@@ -197,21 +200,14 @@ def kill_browsers():
     for browser in list(BROWSERS):
         kill_browser(browser)
 
-def exit_on_signal(number, frame):
-    """Leave the program as Ctrl-C does, so that what is registered with atexit runs."""
-    sys.exit(128 + number)
-
 def end_browsers_at_exit():
     """Let all browsers end with the program, be it by its own end, Ctrl-C, `kill` or `timeout`.
 
-    Call this where an environment is made: browsers are opened in threads, and only the main thread may set
-    a signal handler. A second call changes nothing. A handler that somebody else has set stays.
+    A second call changes nothing.
     """
     atexit.unregister(kill_browsers)
     atexit.register(kill_browsers)
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    if is_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, exit_on_signal)
+    exit_on_kill()
 
 
 # ---- the scripted player: one function per kind of task, each returns the next action ----
@@ -363,6 +359,9 @@ class MiniWoB(Env):
             kinds += self.coordinate_kinds
         self.kinds = (*kinds, Words(*(f"press {key}" for key in KEYS)))
         self.example = "click 80 112" if self.mode == "coordinate" else "click 13"
+        if self.task not in EXPERTS:
+            # Env's own, which says so: players.has_expert looks at this
+            self.expert = super().expert
         end_browsers_at_exit()
 
     # ---- the browser and its page ----
@@ -413,7 +412,10 @@ class MiniWoB(Env):
         if self.browser:
             kill_browser(self.browser)
         self.browser = None
-        self.lost = f"the browser failed ({type(error).__name__})"
+        # selenium's own str() adds a stack trace
+        message = getattr(error, "msg", "") or str(error)
+        reason = " ".join(f"{type(error).__name__}: {message}".split())
+        self.lost = f"the browser failed ({reason[:REASON_COLUMNS].rstrip(': ')})"
 
     def close(self):
         """Give the browser back, or end it if enough others are idle."""
@@ -503,10 +505,7 @@ class MiniWoB(Env):
 
     # ---- for the scripted player ----
     def expert(self):
-        """Return the next action of the scripted player; ValueError for a task that has none."""
-        if self.task not in EXPERTS:
-            raise ValueError(f"env={self.name!r} has no scripted expert: collect its data with a random "
-                             "player or a model, or add one to EXPERTS in worlds/miniwob.py.")
+        """Return the next action of the scripted player; most tasks have none, see __init__."""
         return EXPERTS[self.task](self)
 
     def with_role(self, role):

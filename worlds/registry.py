@@ -6,9 +6,10 @@ environments is made, so that nobody needs the optional packages of the others.
 """
 import difflib, importlib
 import importlib.util
-import os, sys, traceback
+import os, sys
 
 from envs import Env
+from worlds.guard import describe_error
 
 WORLDS = {
     "NumberLine": "envs:NumberLine",
@@ -73,15 +74,6 @@ def is_file(name):
     """Tell whether a name leads to a Python file: my_env.py:MyEnv."""
     return name.rpartition(":")[0].endswith(".py") or name.endswith(".py")
 
-def describe_error(error, path):
-    """Write an exception as one line: its type, the last line of the file that it came from, its message."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    if isinstance(error, SyntaxError) and error.filename == path:
-        lines.append(error.lineno)
-    place = f" in line {lines[-1]}" if lines else ""
-    message = getattr(error, "msg", None) or str(error)
-    return f"{type(error).__name__}{place}: {' '.join(message.split())}"
-
 def run_file(file, where):
     """Run a Python file, once in a process, and return its module.
 
@@ -97,6 +89,10 @@ def run_file(file, where):
     spec = importlib.util.spec_from_file_location(path, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path] = module
+    # `import helper` finds helper.py beside the file; what this project and Python have comes first
+    folder = os.path.dirname(path)
+    if folder not in sys.path:
+        sys.path.append(folder)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -133,8 +129,8 @@ def make_from_file(name, **kw):
     env_class = load_file(file, class_name)
     try:
         env = env_class(**kw)
-    except Exception as error:
-        reason = describe_error(error, os.path.abspath(file))
+    except (Exception, SystemExit) as error:
+        reason = describe_error(error)
         settings = ", ".join(kw)
         raise SystemExit(f"env={name!r}: {class_name}({settings}) fails ({reason}): correct its __init__.")
     for attribute in REQUIRED_ATTRIBUTES:
