@@ -26,7 +26,7 @@ from configurator import PLAYERS, ConfigError, check_config, configure, parse_bl
 from extras.run_folder import find_checkpoint, has_checkpoint, offline_results, read_run_config, write_json
 from model import build, gather, ranks
 from worlds.episodes import Losses, check_environment, close_env, deal, draw_reply, make_or_refuse, must
-from worlds.episodes import start_episode, take_turn
+from worlds.episodes import report_hang, report_starts, start_episode, take_turn
 from worlds.guard import Failure, each, set_timeout
 from worlds.players import has_expert
 from worlds.registry import is_file, make
@@ -92,7 +92,7 @@ def held_out_seeds(env, n):
 
     Where a game is too small to hold some out, all its starts count. A seed is not a state: env.fingerprint()
     tells starts apart. Of several tasks, seed i belongs to task i modulo their number. A start that cannot be
-    dealt is left out; SystemExit with one sentence if that happens too often in a row.
+    dealt is left out and reported; SystemExit if none can be dealt, or one hangs.
     """
     if getattr(env, "tasks", None):
         return held_out_task_seeds(env.tasks, n)
@@ -102,7 +102,7 @@ def held_out_seeds(env, n):
         max_tries = 4 * n
     # {fingerprint: the first seed that deals it}
     starts = {}
-    losses = Losses(max_tries)
+    failures = []
     waiting = range(TEST_SEEDS, TEST_SEEDS + max_tries)
     while len(starts) < n and waiting:
         # no more than are still needed, because a start may be slow to deal
@@ -110,13 +110,12 @@ def held_out_seeds(env, n):
         waiting = waiting[len(seeds) :]
         for seed, fingerprint in zip(seeds, each(deal, [(env, seed) for seed in seeds])):
             if isinstance(fingerprint, Failure):
-                losses.drop(f"{env.name}, held-out seed {seed}", fingerprint)
+                failures.append(fingerprint)
             else:
-                losses.forget_row()
                 starts.setdefault(fingerprint, seed)
+        report_hang(env, failures)
+    report_starts(env, failures, starts)
     must(env.name, close_env, env)
-    if not starts:
-        losses.stop()
     seeds = list(starts.values())
     return [seeds[i % len(seeds)] for i in range(n)]
 
@@ -130,7 +129,7 @@ def held_out_task_seeds(tasks, n):
 @functools.lru_cache(maxsize=16)
 def held_out_starts(make_env, n):
     """Draw the held-out seeds of a run's environment once: a web page is slow to deal."""
-    return held_out_seeds(make_env(), n)
+    return held_out_seeds(make_or_refuse(make_env), n)
 
 
 # ---- agents: act(envs, rows, images) -> one dict per environment, see `play` ----
@@ -250,7 +249,7 @@ def make_envs(make_env, n):
 
     The others are None: each is made when its first episode begins.
     """
-    first = must("env", make_or_refuse, make_env)
+    first = make_or_refuse(make_env)
     n = min(n, first.max_parallel or n)
     return [first] + [None] * (n - 1)
 
@@ -597,7 +596,8 @@ def read_game(target, is_run, cfg):
 
 def check_env(run_cfg, cfg):
     """Try the environment out -> whether it holds starts out; SystemExit if it or a setting is wrong."""
-    env = check_environment(env_factory(run_cfg), f"env={run_cfg.env!r}")
+    players = [cfg.agent] if cfg.agent in PLAYERS else ["random"]
+    env = check_environment(env_factory(run_cfg), f"env={run_cfg.env!r}", players)
     need(cfg.agent not in ("expert", "biased") or has_expert(env),
          f"--agent={cfg.agent} needs an expert(), and env={run_cfg.env!r} has none: write one, or choose "
          "--agent=random.")

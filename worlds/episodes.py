@@ -10,7 +10,7 @@ from tqdm import tqdm
 from worlds.contract import Unplayable, check_info, check_max_turns, check_observation, check_outcome
 from worlds.contract import check_text
 from worlds.guard import HANGS_IN_A_ROW, Failure, each
-from worlds.players import mixed_reply
+from worlds.players import NEED_EXPERT, has_expert, mixed_reply
 
 # So many dropped episodes are too many if none ends in between.
 DROPS_IN_A_ROW = 10
@@ -77,10 +77,14 @@ def close_env(env):
     """Close an environment."""
     env.close()
 
+def read_fingerprint(env):
+    """Ask an environment what was dealt."""
+    return check_text("fingerprint()", env.fingerprint())
+
 def deal(env, seed):
     """Reset an environment to a held-out start -> its fingerprint."""
     env.reset(seed=seed, options={"split": "test"})
-    return check_text("fingerprint()", env.fingerprint())
+    return read_fingerprint(env)
 
 def draw_reply(env, mix, rng):
     """Let scripted players reply, see worlds.players -> an agent's answer."""
@@ -135,15 +139,35 @@ class Losses:
             tqdm.write(f"{what}: played again, {failure.cause}.")
         return [(episode.number, episode.seed)]
 
+def report_hang(env, failures):
+    """End the program with one sentence if one of the failures is a hang: the environment is lost."""
+    for failure in failures:
+        if failure.is_hang:
+            raise SystemExit(f"{env.name}: a held-out start cannot be dealt, {failure.cause}: correct the "
+                             "environment first.")
+
+def report_starts(env, failures, starts):
+    """Report the held-out starts that could not be dealt; SystemExit with one sentence if none could."""
+    if not failures:
+        return
+    text = f"{env.name}: {len(failures)} held-out starts cannot be dealt, {failures[-1].cause}"
+    if not starts:
+        raise SystemExit(f"{text}: correct the environment first.")
+    tqdm.write(f"{text}.")
+
 
 # ---- before a run ----
 
-def make_or_refuse(make_env):
+def refusing(make_env):
     """Make an environment; Unplayable, with the sentence of registry.make, if that does not work."""
     try:
         return make_env()
     except (ValueError, SystemExit) as error:
         raise Unplayable(str(error))
+
+def make_or_refuse(make_env, where="env"):
+    """Make an environment; SystemExit with one sentence if that does not work."""
+    return must(where, refusing, make_env)
 
 def must(where, function, *job):
     """Call function(*job) and return what it returns; SystemExit with one sentence if that is a Failure."""
@@ -156,13 +180,18 @@ def check_environment(make_env, where, players=("random",)):
     """Play a turn of each task, so that a mistake is found before anything is written -> the environment.
 
     where: begins the sentence of the SystemExit. players: scripted players that will play, see
-    worlds.players; each takes the first turn of a training start, a random one that of a held-out start.
+    worlds.players; each takes the first turn of a training start, and a random one that of a held-out start.
+    Those that need an expert are left out where there is none.
     """
-    env = must(where, make_or_refuse, make_env)
+    env = make_or_refuse(make_env, where)
     rng = np.random.default_rng(0)
+    if not has_expert(env):
+        players = [player for player in players if player not in NEED_EXPERT]
+    parts = [("test", "random"), *(("train", player) for player in players)]
     for task in getattr(env, "tasks", [env]):
-        for split, player in [("test", "random"), *(("train", player) for player in players)]:
+        for split, player in parts:
             must(where, start_episode, None, task, 0, {"split": split})
+            must(where, read_fingerprint, task)
             answer = must(where, draw_reply, task, {player: 1.0}, rng)
             must(where, take_turn, task, answer)
             must(where, close_env, task)

@@ -5,6 +5,9 @@ import numpy as np
 
 from envs import MARKER, Env
 
+# The players that ask an expert().
+NEED_EXPERT = ("expert", "biased")
+
 def has_expert(env):
     """Tell whether an environment, each of them if it stands for several, defines expert()."""
     tasks = getattr(env, "tasks", [env])
