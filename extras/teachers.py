@@ -7,7 +7,7 @@ Play with someone who is not part of this program: a model behind a server, or a
 import base64
 import email.utils
 import http.client
-import io, json, os, random, re, sys, time
+import io, itertools, json, os, random, re, string, sys, time
 import urllib.request
 from collections import Counter
 from multiprocessing.pool import ThreadPool
@@ -29,6 +29,18 @@ NO_ANSWER = 0
 # What may pass: an answer without a text (200), a time-out, a conflict, too early, too many requests.
 PASSING = (NO_ANSWER, 200, 408, 409, 425, 429)
 
+SHOWN_CHARACTERS = 2000
+# Parts of a key, in characters, that are cut out of a reply, and out of an error.
+PART_IN_REPLY = 8
+PART_IN_ERROR = 6
+# A shorter key, `EMPTY` for one, is hidden as a whole and in errors only.
+SHORT_KEY = 8
+# A character as a server may write it: \u002B, %2b, \/ or plain.
+CHARACTER = re.compile(r"(?:\\u00|%)([0-9a-f]{2})|\\?(.)", re.I | re.S)
+# A word whose middle is stars, dots or crosses.
+MASKED = re.compile(r"([\w\[\]-]*)(?:\*+|\u2022+|\u2026|\.{2,}|[xX]{3,})([\w\[\]-]*)")
+LOWER = {ord(c): c.lower() for c in string.ascii_uppercase}
+
 
 # ---- a model behind a server: its key, its address, its answers ----
 
@@ -41,12 +53,36 @@ def read_key(variable):
                           "is no key.")
     return key
 
-def secret_pattern(key):
-    """Build the pattern that finds a key however a server echoes it: whole, escaped, or cut off."""
-    escaped = [rf"(?:\\?{re.escape(c)}|(?:\\u00|%){ord(c):02x})" for c in key]
-    whole = "".join(escaped)
-    beginning = "".join(escaped[: max(8, len(key) // 2)]) + r"[\w.~+/=\\%-]*"
-    return re.compile(f"{whole}|{beginning}", re.I)
+def lower(text):
+    """Lower the ASCII letters of a text; str.lower can change its length."""
+    return text.translate(LOWER)
+
+def hide_parts(text, key, n):
+    """Replace each part of a key that is n characters or longer, also where they are escaped or percented."""
+    units = list(CHARACTER.finditer(text))
+    characters = lower("".join(unit[2] or chr(int(unit[1], 16)) for unit in units))
+    n = min(n, len(key))
+    parts = {lower(key[i : i + n]) for i in range(len(key) - n + 1)}
+    hidden = [False] * len(units)
+    for i in range(len(units) - n + 1):
+        if characters[i : i + n] in parts:
+            hidden[i : i + n] = [True] * n
+    clean = ""
+    for is_hidden, run in itertools.groupby(zip(hidden, units), lambda pair: pair[0]):
+        clean += "[key]" if is_hidden else "".join(unit[0] for _, unit in run)
+    return clean
+
+def hide_ends(text, key):
+    """Replace what a server leaves of a key that it masks: `sk-p****wxyz`, `a key that ends in wxyz`."""
+
+    def replace(match):
+        left, right = match.groups()
+        is_left = left.endswith("[key]") or (len(left) > 1 and key.startswith(left))
+        is_right = right.startswith("[key]") or (len(right) > 1 and key.endswith(right))
+        return "[key]" if is_left or is_right else match[0]
+
+    text = MASKED.sub(replace, text)
+    return re.sub(rf"(?<![\w-]){re.escape(key[-4:])}(?![\w-])", "[key]", text)
 
 def make_opener(base_url):
     """Make a bare opener: every status is an answer, and no redirect is followed.
@@ -103,6 +139,13 @@ def retry_after_seconds(text):
     except (ValueError, TypeError, OverflowError):
         return 0.0
 
+def join_parts(content):
+    """Join the text parts of a reply that comes in parts (thinking, text, ...); return others unchanged."""
+    if not isinstance(content, list):
+        return content
+    texts = [part["text"] for part in content if part.get("type") in ("text", "output_text")]
+    return "".join(texts) if texts else None
+
 class OpenAIAgent:
     """A player for `play`: a model behind a server of OpenAI's chat-completions protocol.
 
@@ -124,7 +167,6 @@ class OpenAIAgent:
         self.cfg = cfg
         self.counts = counts
         self.key = read_key(cfg.api_key_env)
-        self.secret = secret_pattern(self.key)
         self.opener = make_opener(cfg.base_url)
         self.settings = dict(model=cfg.model, temperature=cfg.temperature, max_tokens=cfg.max_tokens)
         self.jitter = random.Random()
@@ -214,18 +256,18 @@ class OpenAIAgent:
         if status != 200:
             return None, text.partition(":")[0]
         try:
-            reply = json.loads(text)["choices"][0]["message"]["content"]
+            reply = join_parts(json.loads(text)["choices"][0]["message"]["content"])
         except (ValueError, RecursionError):
             return None, "no JSON"
-        except (TypeError, LookupError):
+        except (TypeError, LookupError, AttributeError):
             return None, "no choices"
         if not isinstance(reply, str):
             return None, "no text"
         if len(reply) > 64 * self.cfg.max_tokens:
             return None, "longer than asked for"
-        # A key of a few characters, `EMPTY` or `x`, may well be a word of the reply.
-        if len(self.key) > 7:
-            reply = self.hide_key(reply)
+        # A short key may well be a word of the reply.
+        if len(self.key) >= SHORT_KEY:
+            reply = hide_parts(reply, self.key, max(PART_IN_REPLY, len(self.key) // 3))
         # Half a character (a lone surrogate) cannot be tokenised.
         return reply.encode("utf-8", "replace").decode(), ""
 
@@ -269,7 +311,8 @@ class OpenAIAgent:
         """Describe a fault on one line, in the server's words, without the key."""
         if status > 0:
             text = f"{fault}: {headers.get('Location') or text}"
-        return show(self.hide_key(text), 300)
+        # more than is shown, so that a key at the cut is hidden as well
+        return show(self.hide_key(text[:SHOWN_CHARACTERS]), 300)
 
     def remedy(self, status):
         """Say what to do about a fault that will not pass."""
@@ -288,10 +331,11 @@ class OpenAIAgent:
         return f"{self.cfg.base_url}, model {self.cfg.model!r}"
 
     def hide_key(self, text):
-        """Replace the key in a text, wherever a server echoes it."""
+        """Replace the key in a server's error, whole or in part."""
         if not self.key:
             return text
-        return self.secret.sub("[key]", text)
+        text = hide_parts(text, self.key, PART_IN_ERROR)
+        return hide_ends(text, self.key) if len(self.key) > SHORT_KEY else text
 
 
 # ---- a person at the terminal ----

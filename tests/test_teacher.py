@@ -9,6 +9,7 @@ import io, json, os, re, threading, time
 import urllib.parse
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -318,7 +319,7 @@ def busy(retry_after):
 
 
 LATER = email.utils.formatdate(time.time() + 3600, usegmt=True)
-PART = {"type": "text", "text": PLUS}
+THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "[action] -"}]}
 FAULTS = {
     "HTTP 429": [busy("7"), busy(LATER), busy("soon"), (429, {}, "")],
     "HTTP 500": [(500, {}, "out of memory"), (500, {}, "<html>")],
@@ -336,7 +337,7 @@ FAULTS = {
         ok('{"choices": [{"message": null}]}'),
         ok("null"),
     ],
-    "no text": [ok(answer(None)), ok(answer(3)), ok(answer([PART]))],
+    "no text": [ok(answer(None)), ok(answer(3)), ok(answer([])), ok(answer([THOUGHT]))],
     "longer than asked for": [ok(answer("x" * 100_000))],
 }
 
@@ -478,6 +479,38 @@ def test_an_echoed_key_is_written_nowhere(serve, tmp_path, capsys):
     assert "You said Bearer [key], so [action] +" in replies
     assert "12 HTTP 500" in printed
     assert "turns given up" in printed
+
+@pytest.mark.parametrize(
+    "echo",
+    [
+        f"Incorrect API key provided: {KEY[:8]}********{KEY[-4:]}",
+        f"{KEY[:3]}...{KEY[-4:]}",
+        f"{KEY[:2]}\u2022\u2022\u2022\u2022{KEY[-4:]}",
+        f"the key that ends in {KEY[-4:]}",
+        f"...{KEY[20:28]}...",
+        f"{KEY[-12:]}",
+        urllib.parse.quote(KEY[10:20], safe=""),
+    ],
+)
+def test_a_part_of_the_key_is_cut_out(echo, monkeypatch):
+    """A vendor masks the middle of a key; its beginning and its end are not printed either."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    address = dict(base_url="http://x/v1", model="m", api_key_env="OPENAI_API_KEY")
+    cfg = SimpleNamespace(**address, temperature=1.0, max_tokens=9)
+    agent = teachers.OpenAIAgent(cfg, Counter())
+    clean = agent.hide_key(f"Sorry, {echo}. Try it with another one...")
+    assert clean.startswith("Sorry, ")
+    assert clean.endswith(". Try it with another one...")
+    assert "[key]" in clean
+    for i in range(len(KEY) - 3):
+        assert KEY[i : i + 4] not in clean
+
+def test_a_reply_in_parts_is_its_text(serve, tmp_path):
+    """A thinking model answers with a list of parts; the text parts are the reply."""
+    texts = [dict(type="text", text="It is red. "), dict(type="text", text=PLUS)]
+    server = serve(always(ok(answer([THOUGHT, *texts]))))
+    teach(server, f"--save={tmp_path}/x", "--retries=0", episodes=1)
+    assert {reply_text(row) for row in played_rows(Buffer(f"{tmp_path}/x"))} == {f"It is red. {PLUS}"}
 
 def test_a_turn_without_an_answer_drops_its_episode(serve, tmp_path, capsys):
     """A turn that fails is played once more with its episode, then dropped and counted; other episodes stay.
