@@ -12,8 +12,8 @@ earlier one as a whole; dicts and lists are not merged. A mistake ends the run w
 import ast, glob, io, operator, os, textwrap, tokenize, types, warnings
 from typing import Any, NamedTuple
 
-from extras.flag_mistakes import DASHES, ConfigError, check_file_word, missing_value, nearest, show
-from extras.flag_mistakes import unknown_key
+from extras.flag_mistakes import DASHES, LARGEST, ConfigError, check_file_word, check_path, check_secrets
+from extras.flag_mistakes import check_ranges, check_tasks, missing_value, nearest, show, unknown_key
 
 BEGIN = "# --- config ---"
 END = "# --- end of config ---"
@@ -273,6 +273,9 @@ def read_config_file(path, block):
     for name, node, where in assignments(path, source, nodes):
         if name not in block:
             raise unknown_key(where, name, block)
+        if name == "trust_remote_code":
+            raise ConfigError(f"{where}: a file cannot give this permission, only the flag "
+                              "--trust_remote_code=True can; delete the line.")
         values[name] = fit(name, block[name], where, lambda: literal(node.value))
     return values
 
@@ -330,6 +333,7 @@ def configure(script, argv, files=True, quiet=False):
     argv is without the program's name. files=False refuses config files. quiet=True does not print what
     differs from the defaults. Raises ConfigError for a mistake, and SystemExit(0) after --help.
     """
+    check_secrets(argv)
     block = parse_block(script)
     if {"-h", "--help"} & set(argv):
         print_help(script, block)
@@ -375,6 +379,10 @@ SHARES = "expert_episodes gamma lam target_tau min_lr offline_ratio explore"
 # (keys, test, what the value must be)
 RANGES = [
     (AT_LEAST_1, lambda x: x >= 1, "at least 1"),
+    (AT_LEAST_1, lambda x: x <= 10**7, "at most 10,000,000"),
+    ("max_new_tokens lora_r", lambda x: x <= 2**15, "at most 32,768"),
+    ("n_critics window", lambda x: x <= 1000, "at most 1,000"),
+    ("seed", lambda x: x < 2**32, "below 2^32"),
     (AT_LEAST_0, lambda x: x >= 0, "at least 0"),
     (SHARES, lambda x: 0 <= x <= 1, "between 0 and 1"),
     ("lr critic_lr grad_clip", lambda x: x > 0, "above 0"),
@@ -401,6 +409,11 @@ CONFLICTS = [
      "that part too: set lora_r above 0, or vision_cache_mb=0."),
     (lambda cfg: cfg.shard and cfg.lora_r == 0,
      "shard=True shards frozen weights, and lora_r=0 trains them all: set lora_r above 0, or shard=False."),
+    (lambda cfg: cfg.stop_at > cfg.offline_updates + cfg.online_updates,
+     "stop_at={stop_at} is behind the last update, {offline_updates} + {online_updates}: set stop_at=0 to "
+     "run to the end."),
+    (lambda cfg: not cfg.model.strip(),
+     "model={model!r} names no model: write --model=bases/tiny-vlm, another folder, or a hub id."),
 ]
 
 def check_data_mix(data_mix, must_play):
@@ -408,28 +421,31 @@ def check_data_mix(data_mix, must_play):
     for name, share in data_mix.items():
         if name not in PLAYERS:
             raise ConfigError(f"data_mix has a player {name!r}: known are {', '.join(PLAYERS)}.")
-        if not is_number(share) or share < 0:
+        if not is_number(share) or not 0 <= share <= LARGEST:
             raise ConfigError(f"data_mix gives {name} the share {share!r}: it must be a number, at least 0.")
     if must_play and sum(data_mix.values()) == 0:
         example = "{'expert': 0.3, 'random': 0.7}"
         raise ConfigError(f"data_mix has no share above 0: name the players, for instance {example}.")
 
-def check_config(cfg):
-    """Check the values of train.py's keys, alone and together, and return the settings.
-
-    Raises a ConfigError for the first mistake, before anything is read or written.
-    """
+def check_values(cfg):
+    """Check the value of each of train.py's keys alone; a run's settings pass here, too."""
     for name, allowed in CHOICES.items():
         value = getattr(cfg, name)
         if value not in allowed:
             close = nearest(value, allowed, otherwise="")
             hint = f" ({close})" if close else ""
             raise ConfigError(f"{name}={value!r} is not known: choose {', '.join(allowed)}{hint}.")
-    for names, test, words in RANGES:
-        for name in names.split():
-            value = getattr(cfg, name)
-            if not test(value):
-                raise ConfigError(f"{name}={value!r} is out of range: it must be {words}.")
+    check_ranges(cfg, RANGES)
+    check_tasks(cfg.env)
+    for name in ("model", "data"):
+        check_path(name, getattr(cfg, name))
+
+def check_config(cfg):
+    """Check the values of train.py's keys, alone and together, and return the settings.
+
+    Raises a ConfigError for the first mistake, before anything is read or written.
+    """
+    check_values(cfg)
     for is_wrong, sentence in CONFLICTS:
         if is_wrong(cfg):
             raise ConfigError(sentence.format(**vars(cfg)))

@@ -23,7 +23,9 @@ from tqdm import tqdm
 
 from buffer import Buffer, make_row
 from configurator import PLAYERS, ConfigError, check_config, configure, parse_block
-from extras.run_folder import find_checkpoint, has_checkpoint, offline_results, read_run_config, write_json
+from extras.flag_mistakes import check_out_dir, check_path, check_ranges, check_secrets
+from extras.foreign_runs import distrust, write_eval
+from extras.run_folder import find_checkpoint, has_checkpoint, offline_results, read_run_config
 from model import build, gather, ranks
 from worlds.episodes import Losses, check_environment, close_env, deal, draw_reply, make_or_refuse, must
 from worlds.episodes import report_hang, report_starts, start_episode, take_turn
@@ -44,6 +46,8 @@ seed = 0  # of the sampling; the held-out starts do not depend on it
 report = False  # write report.html: table, curves, episodes with what the critic thinks of each token
 report_episodes = 100  # at most this many on the page
 critic = ''  # run whose critic judges a folder of episodes; '': the run that the folder is part of
+device: str = None  # auto | cpu | cuda; None: as trained
+trust_remote_code = False  # run the Python files that come with a model; a run cannot give this permission
 # agent=openai: any server of the chat-completions protocol (vLLM, SGLang, llama.cpp, a vendor)
 base_url = ''  # for instance http://localhost:8000/v1
 model = ''  # its name there
@@ -60,6 +64,17 @@ TEST_SEEDS = 10**6  # held-out starts have seeds from here on
 AGENT = 4  # a random stream beside those of train.py
 EVAL_ENVS = 64  # environments at once in an evaluation
 WAYS = ("greedy", "sampled", "hidden")  # the rows of the table
+# (keys, test, what the value must be)
+RANGES = [
+    ("episodes", lambda x: x is None or x >= 1, "at least 1"),
+    ("num_envs max_tokens report_episodes", lambda x: x >= 1, "at least 1"),
+    ("num_envs", lambda x: x <= 1000, "at most 1,000"),
+    ("temperature", lambda x: x == 0 or 0.001 <= x <= 1000, "0 for the most likely reply, or 0.001 to 1000"),
+    ("seed", lambda x: 0 <= x < 2**32, "at least 0, and below 2^32"),
+    ("timeout", lambda x: 0 < x <= 86400, "above 0, and at most a day of 86,400 seconds"),
+    ("retries", lambda x: 0 <= x <= 100, "at least 0, and at most 100"),
+    ("device", lambda x: x in (None, "auto", "cpu", "cuda"), "auto, cpu, cuda or None"),
+]
 
 def wilson(k, n, z=1.96):
     """Compute the 95 % interval of a share k / n (Wilson 1927).
@@ -564,10 +579,8 @@ def check_flags(cfg):
          f"{', '.join(agents)}.")
     is_server = cfg.agent == "openai"
     need(is_server or not (cfg.base_url or cfg.model), "--base_url and --model need --agent=openai.")
-    need(cfg.timeout > 0 and cfg.retries >= 0, "--timeout must be above 0 and --retries at least 0.")
-    for key, least in dict(episodes=1, num_envs=1, max_tokens=1, temperature=0).items():
-        value = getattr(cfg, key)
-        need(value is None or value >= least, f"--{key} must be at least {least}.")
+    if cfg.save:
+        check_out_dir(cfg.save, "--save")
 
 def task_names(env):
     """Split the name of an environment into the names of its tasks."""
@@ -583,7 +596,7 @@ def read_game(target, is_run, cfg):
     if not is_run:
         files = [target] if target else []
         return check_config(configure(TRAIN, files + flags, quiet=True))
-    run_cfg = read_run_config(target, "report" if cfg.report else "play")
+    run_cfg = distrust(read_run_config(target, "report" if cfg.report else "play"), target, cfg)
     tasks = task_names(run_cfg.env)
     if any(map(is_file, tasks)):
         need(task_names(cfg.env) == tasks,
@@ -619,7 +632,7 @@ def report_folder(folder, cfg):
     vlm = None
     run_cfg = None
     if run:
-        run_cfg = read_run_config(run, "report")
+        run_cfg = distrust(read_run_config(run, "report"), run, cfg)
         vlm, _ = load_run(run, run_cfg)
     results = {"the recorded episodes": recorded_summary(buffer.stats())}
     print(format_table(results))
@@ -635,11 +648,12 @@ def evaluate_run(run, run_cfg, make_env, temperature, buffer, argv):
     results = full_evaluation(vlm, make_env, run_cfg, temperature, buffer=buffer)
     results = offline_results(run) | results
     content = dict(checkpoint=checkpoint, argv=argv, seed=run_cfg.seed, q_weight=q_weight, results=results)
-    write_json(os.path.join(run, "eval.json"), content)
+    write_eval(run, content)
     return vlm, results
 
 def main(argv):
     """Evaluate a run, let another player play, or report on a folder of episodes, as the arguments say."""
+    check_secrets(argv)
     target = None
     flags = argv
     if argv and not argv[0].startswith("-"):
@@ -652,7 +666,9 @@ def main(argv):
     need(is_run or not cfg.report,
          "--report is about a run or a folder of episodes: record with --save=data/x, then python "
          "evaluate.py data/x --report")
-    need(cfg.report_episodes >= 1, "--report_episodes must be at least 1.")
+    check_ranges(cfg, RANGES, "--")
+    check_path("folder", target or "")
+    check_path("--critic", cfg.critic)
     if is_run and os.path.exists(os.path.join(target, "metadata.jsonl")):
         report_folder(target, cfg)
     else:

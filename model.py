@@ -11,7 +11,7 @@ There is almost no family-specific code. The design rests on three ideas:
 
 Letters: B rows, P prompt length, R reply length, V vocabulary, H hidden size, C critics, r LoRA rank.
 """
-import bisect, contextlib, copy, json, os, re
+import bisect, contextlib, copy, json, os
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,8 @@ from transformers import GenerationConfig, LogitsProcessor
 from configurator import WITH_CRITIC
 from extras.feature_cache import FeatureCache, Inputs, LRUCache
 from extras.model_folders import find_end_of_turn, find_folder, find_image_token
-from extras.model_folders import first_sentence, open_folder, rehearse, special_tokens
+from extras.model_folders import first_sentence, matching, open_folder, read_trained, rehearse
+from extras.model_folders import special_tokens, try_turn
 from extras.sharding import shard_layers
 from pretrain.tiny_nets import llava
 
@@ -84,11 +85,11 @@ class LoRALinear(nn.Linear):
         update = F.linear(low_rank * self.scale, self.lora_B)
         return y + update.to(y.dtype)
 
-def add_lora(net, r, alpha, targets):
-    """Put LoRA on each linear layer of the language model whose full path matches the regex `targets`.
+def find_targets(net, targets):
+    """Find each linear layer of the language model whose full path matches the regex -> {path: layer}.
 
-    Return {path: LoRALinear}. The language model is what `get_decoder()` returns: names alone do not tell it
-    from a vision tower, which has a q_proj, too. The unembedding gets no LoRA. SystemExit if nothing matches.
+    The language model is what `get_decoder()` returns: names alone do not tell it from a vision tower, which
+    has a q_proj, too. The unembedding is no target. SystemExit if nothing matches.
     """
     decoder = net.get_decoder()
     language_parts = set(decoder.modules()) if decoder not in (None, net) else set()
@@ -97,14 +98,18 @@ def add_lora(net, r, alpha, targets):
         if isinstance(module, nn.Linear) and module in language_parts:
             layers[path] = module
     unembedding = net.get_output_embeddings()
-    matches = [path for path in layers if re.fullmatch(targets, path) and layers[path] is not unembedding]
+    matches = [path for path in matching(targets, layers) if layers[path] is not unembedding]
     if not matches:
         raise SystemExit(f"lora_targets={targets!r} matches no linear layer of the language model; its "
                          f"layers have names like {', '.join(list(layers)[:3])}.")
+    return {path: layers[path] for path in matches}
+
+def add_lora(net, r, alpha, targets):
+    """Put LoRA on the layers that `find_targets` finds -> {path: LoRALinear}."""
     lora = {}
-    for path in matches:
+    for path, layer in find_targets(net, targets).items():
         parent, _, leaf = path.rpartition(".")
-        lora[path] = LoRALinear(layers[path], r, alpha)
+        lora[path] = LoRALinear(layer, r, alpha)
         setattr(net.get_submodule(parent), leaf, lora[path])
     return lora
 
@@ -228,6 +233,10 @@ def fill_parameters(params, tensors, file):
     if wrong:
         raise SystemExit(f"{file} does not fit this model and its settings: {len(wrong)} tensors differ, for "
                          f"example {wrong[0]}; use the model, lora_* and q_head that it was trained with.")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise SystemExit(f"{file} holds numbers that are not finite, for example in {name}: it is "
+                             "damaged, or its training had failed.")
     with torch.no_grad():
         for name, param in params.items():
             param.copy_(tensors[name])
@@ -237,7 +246,7 @@ def check_alpha(file, alpha):
     try:
         with open(file) as f:
             saved = json.load(f)["lora_alpha"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise SystemExit(f"{file} does not load: {first_sentence(error)}.")
     if saved != alpha:
         raise SystemExit(f"{file} says lora_alpha={saved}, this model has {alpha}: put lora_alpha={saved} "
@@ -310,7 +319,7 @@ class VLM(nn.Module):
         self.hidden = None
         self.reply_columns = None
         self.critic_guides = False
-        unembedding.register_forward_pre_hook(self.keep_hidden)
+        self.hook = unembedding.register_forward_pre_hook(self.keep_hidden)
         self.encoded_prompts = LRUCache(prompt_cache_mb)
         self.features = FeatureCache(net, vision_cache_mb, name)
 
@@ -666,9 +675,7 @@ class VLM(nn.Module):
             fill_parameters(self.adapter_tensors(), tensors, file)
         else:
             file = os.path.join(folder, "model.safetensors")
-            # If the net has code of its own, that code runs already.
-            has_code = bool(getattr(self.net.config, "auto_map", None))
-            saved, _ = load_model(folder, trust_remote_code=has_code)
+            saved = read_trained(self.net, folder)
             fill_parameters(dict(self.net.named_parameters()), dict(saved.named_parameters()), file)
         if len(self.heads):
             file = os.path.join(folder, "q_head.safetensors")
@@ -691,8 +698,11 @@ def load_model(path, texts=(), dtype=torch.float32, device="cpu", trust_remote_c
 
 def choose_device(cfg):
     """Return the device that a config asks for: 'auto' is cuda if there is one, else cpu."""
+    has_cuda = torch.cuda.is_available()
+    if cfg.device == "cuda" and not has_cuda:
+        raise SystemExit("device='cuda', but torch finds no CUDA device on this machine: use --device=cpu.")
     if cfg.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if has_cuda else "cpu"
     return cfg.device
 
 def load_base(cfg, texts=()):
@@ -707,6 +717,12 @@ def load_base(cfg, texts=()):
     if cfg.shard and ranks()[1] > 1:
         home = "cpu"
     net, processor = load_model(cfg.model, texts, dtype, home, cfg.trust_remote_code, cfg.size)
+    # What is wrong with the model is said before anything is recorded.
+    trial = VLM(net, processor, cfg.model)
+    try_turn(trial, forward=home == device)
+    trial.hook.remove()
+    if cfg.lora_r:
+        find_targets(net, cfg.lora_targets)
     if cfg.grad_checkpointing:
         enable = getattr(net, "activation_checkpointing_enable", None)
         # The name in transformers up to 5.17.

@@ -24,6 +24,7 @@ from evaluate import env_factory, evaluate_policy, full_evaluation, task_names
 from evaluate import episode_summary, format_table, gather_episodes, recorded_summary
 from evaluate import exploring_agent, model_agent, play, record, scripted_agent
 from extras import run_folder
+from extras.flag_mistakes import check_out_dir
 from extras.run_folder import write_json
 from extras.stopping import STOP, explained
 from extras.wandb_log import import_wandb, start_wandb
@@ -120,6 +121,8 @@ def settings(argv):
     """Read the block above, config files and flags; a mistake ends the run with one sentence."""
     cfg = configure(__file__, argv, quiet=RANK > 0)
     check_config(cfg)
+    if not cfg.dry_run:
+        check_out_dir(cfg.out_dir)
     join_ranks(cfg)
     import_wandb(RANK)
     return cfg

@@ -7,9 +7,10 @@ permission:
     python train.py config/numberline.py --model=FOLDER --trust_remote_code=True
 
 Such code can lack a piece that the library's models have. `check_pieces` finds that when the folder is
-opened, `rehearse` when the model has its adapters and before it trains.
+opened, `rehearse` when the model has its adapters and before it trains. Without the permission no file of the
+folder is executed: no Python, and no pickle, which can run code while it is read.
 """
-import os
+import copy, json, os, re, subprocess, sys
 
 import torch
 from PIL import Image
@@ -35,18 +36,29 @@ def open_folder(path, dtype=torch.float32, trust_remote_code=False):
 
     SystemExit with one sentence if it cannot be opened, or does not hold a model that can act here.
     """
+    check_is_model(path)
+    try:
+        return open_parts(path, dtype, trust_remote_code)
+    # The library has many errors for a damaged folder, and ImportError for a missing torchvision.
+    except Exception as error:
+        check_permission(path, error)
+        raise SystemExit(f"model={path!r} does not load: {first_sentence(error)}.")
+
+def open_parts(path, dtype, trust_remote_code):
+    """Open config, processor and net, and check that they fit each other -> (net, processor)."""
     config = open_config(path, trust_remote_code)
     custom_class = find_custom_class(config)
     check_kind(config, custom_class, path)
     check_decoder_only(config, path)
     options = dict(dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True)
+    if not trust_remote_code:
+        options["use_safetensors"] = True
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
         if custom_class:
             config.auto_map["AutoModelForImageTextToText"] = custom_class
             options["config"] = config
         net, report = AutoModelForImageTextToText.from_pretrained(path, **options)
-    # The library has many errors for a damaged folder, and ImportError for a missing torchvision.
     except Exception as error:
         check_permission(path, error)
         raise SystemExit(describe_failure(path, error, custom_class))
@@ -54,6 +66,8 @@ def open_folder(path, dtype=torch.float32, trust_remote_code=False):
     if custom_class:
         check_pieces(net, path)
     check_image_token(net, processor, path)
+    check_vocabulary(net, processor.tokenizer, path)
+    use_chat_template(processor)
     return net, processor
 
 def open_config(path, trust_remote_code):
@@ -62,8 +76,30 @@ def open_config(path, trust_remote_code):
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
         check_permission(path, error)
+        if os.path.isfile(os.path.join(path, "config.json")):
+            raise SystemExit(f"model={path!r} has a config.json that is none of a model "
+                             f"({first_sentence(error)}).")
         raise SystemExit(f"model={path!r} cannot be opened: there is no such folder with a config.json here, "
                          f"and the hub did not give it ({first_sentence(error)}).")
+
+def read_trained(net, folder):
+    """Read the weights that `save_pretrained` wrote for a net -> a second net.
+
+    The class and the config are those of the net. Those in the folder are not asked, so code beside the
+    weights is not run.
+    """
+    options = dict(config=copy.deepcopy(net.config), dtype=torch.float32, use_safetensors=True)
+    try:
+        trained, report = type(net).from_pretrained(folder, output_loading_info=True, **options)
+    except Exception as error:
+        raise SystemExit(f"{folder}/model.safetensors does not load: {first_sentence(error)}.")
+    check_weights(report, folder)
+    return trained
+
+def use_chat_template(processor):
+    """Use the template of tokenizer_config.json where the processor has none of its own."""
+    if not getattr(processor, "chat_template", None):
+        processor.chat_template = getattr(processor.tokenizer, "chat_template", None)
 
 def is_in_library(config):
     """Tell whether an image-text-to-text model is registered for a config."""
@@ -84,12 +120,19 @@ def first_sentence(error):
     one_line = " ".join(str(error).split())
     return one_line.split(". ")[0].rstrip(".")[:200]
 
+def check_is_model(path):
+    """Refuse a folder that holds adapters: the library would open the model that it names elsewhere."""
+    file = os.path.join(path, "adapter_config.json")
+    if os.path.isfile(file):
+        raise SystemExit(f"model={path!r} holds adapters and no model: name the model that they were trained "
+                         "on, or evaluate their run.")
+
 def check_permission(path, error):
     """Refuse a folder with its own code if the library failed because it had no permission to run it.
 
     The library is always given True or False for trust_remote_code, so it never asks on stdin.
     """
-    if "trust_remote_code" in str(error):
+    if re.search("trust_remote_code|custom code", str(error)):
         raise SystemExit(f"model={path!r} brings Python files of its own, which would be run on this machine "
                          "with all your rights: read them, then set trust_remote_code=True.")
 
@@ -120,6 +163,14 @@ def check_weights(report, path):
     if missing:
         raise SystemExit(f"model={path!r} lacks {len(missing)} weights, for example {missing[0]}: the folder "
                          "is incomplete.")
+
+def check_vocabulary(net, tokenizer, path):
+    """Refuse a tokenizer with tokens that the net has no embedding for."""
+    rows = min(len(layer.weight) for layer in (net.get_input_embeddings(), net.get_output_embeddings()))
+    last = max(tokenizer.get_vocab().values())
+    if last >= rows:
+        raise SystemExit(f"model={path!r} has a tokenizer of another model: token {last} is beyond the "
+                         f"{rows} rows of its embedding.")
 
 def check_pieces(net, path):
     """Refuse a model of the folder's own code that lacks a piece of the library's models."""
@@ -173,8 +224,14 @@ def find_end_of_turn(processor, config):
     if getattr(processor, "chat_template", None):
         text = "XQX"
         chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role in ("user", "assistant")]
-        rendered = processor.apply_chat_template(chat, tokenize=False)
-        tail = rendered.rpartition(text)[2]
+        try:
+            rendered = processor.apply_chat_template(chat, tokenize=False)
+        # A template is a program: it can fail in any way.
+        except Exception as error:
+            raise SystemExit(f"The model's chat template does not work: {first_sentence(error)}.")
+        _, found, tail = rendered.rpartition(text)
+        if not found:
+            tail = ""
         # Tokenize the tail together with the text, as it is in a chat.
         text_ids = tokenizer(text, add_special_tokens=False).input_ids
         ids = tokenizer(text + tail, add_special_tokens=False).input_ids
@@ -189,7 +246,63 @@ def find_end_of_turn(processor, config):
     return tokenizer.eos_token_id
 
 
+# -- place of the adapters ----------------------------------------------------------------------------------
+
+# What `matching` runs: Python's regexes have no time limit of their own.
+MATCH = """import json, re, sys
+pattern, paths = json.load(sys.stdin)
+print(json.dumps([path for path in paths if re.fullmatch(pattern, path)]))
+"""
+MATCH_SECONDS = 10
+
+def matching(targets, paths):
+    """Return the paths that the regex `targets` matches in full; SystemExit if it is none, or never ends.
+
+    The regex may be a stranger's, from the config.json of a run: a process of its own can be stopped.
+    """
+    if targets == ".*":
+        return list(paths)
+    try:
+        re.compile(targets)
+        command = [sys.executable, "-I", "-S", "-c", MATCH]
+        options = dict(input=json.dumps([targets, list(paths)]), timeout=MATCH_SECONDS)
+        answer = subprocess.run(command, capture_output=True, text=True, **options)
+        return json.loads(answer.stdout)
+    except subprocess.TimeoutExpired:
+        reason = f"it takes more than {MATCH_SECONDS} s to match"
+    except (re.error, RecursionError, OverflowError, ValueError) as error:
+        reason = first_sentence(error)
+    raise SystemExit(f"lora_targets={targets!r} is no regular expression that can be used ({reason}): write "
+                     r"for instance '.*\.(q|v)_proj'.")
+
+
 # -- rehearsal ----------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def try_turn(vlm, forward=True):
+    """Show the model one picture and compute the logits of one token, before anything is recorded.
+
+    SystemExit with one sentence if a file of its folder stands in the way: a template that drops the picture,
+    a processor that cuts it into another number of pieces, weights that are no numbers.
+    """
+    content = [{"type": "image"}, {"type": "text", "text": "1 2"}]
+    messages = [{"role": "user", "content": content}]
+    reason = ""
+    try:
+        text = vlm.render(messages)
+        prompt = vlm.encode(messages, [Image.new("RGB", (64, 64))])
+        image_token = find_image_token(vlm.net, vlm.processor)
+        if "'type'" in text or not (prompt["input_ids"] == image_token).any():
+            reason = "its chat template shows no picture"
+        elif forward:
+            inputs, P, _, _ = vlm.collate([prompt], [[vlm.eos]])
+            logits, _ = vlm(inputs, P, 1)
+            if not torch.isfinite(logits).all():
+                reason = "its logits are not finite"
+    except Exception as error:
+        reason = first_sentence(error)
+    if reason:
+        raise SystemExit(f"model={vlm.name!r} cannot answer a prompt with one picture: {reason}.")
 
 @torch.no_grad()
 def rehearse(vlm):

@@ -37,7 +37,7 @@ DATA_FILES = re.compile(r"metadata\.jsonl(\.tmp)?|rewound\.jsonl|images|complete
 TRAINED = ("ckpt", "ckpt.old", "eval.json", "model")
 # Settings that a resumed run may change, because they do not alter what is learned, ...
 FREE_KEYS = ("out_dir", "resume", "overwrite", "stop_at", "device", "shard", "env_timeout")
-FREE_KEYS += ("log_interval", "eval_interval", "eval_episodes")
+FREE_KEYS += ("log_interval", "eval_interval", "eval_episodes", "trust_remote_code")
 # ... or because they are the remedy for a run that does not learn.
 REMEDY_KEYS = ("lr", "critic_lr", "grad_clip")
 # folder: its lock file, which this process holds open
