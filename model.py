@@ -719,7 +719,7 @@ def load_base(cfg, texts=()):
     net, processor = load_model(cfg.model, texts, dtype, home, cfg.trust_remote_code, cfg.size)
     # What is wrong with the model is said before anything is recorded.
     trial = VLM(net, processor, cfg.model)
-    try_turn(trial, forward=home == device)
+    try_turn(trial, cfg.size, forward=home == device)
     trial.hook.remove()
     if cfg.lora_r:
         find_targets(net, cfg.lora_targets)

@@ -21,6 +21,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # that is gone from the library, Moondream one for language models.
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM", "AutoModel")
 
+# What the library says, and what it means.
+KNOWN_FAILURES = {
+    "ignore_mismatched_sizes": "its weights have other shapes than its config.json says",
+    "no file named model.safetensors": "it has no model.safetensors; a pickle such as pytorch_model.bin can "
+                                       "run code, so it is read with trust_remote_code=True only",
+}
+
 def find_folder(path):
     """Return the folder that a model's name means; a hub id is returned as it is.
 
@@ -77,8 +84,8 @@ def open_config(path, trust_remote_code):
     except Exception as error:
         check_permission(path, error)
         if os.path.isfile(os.path.join(path, "config.json")):
-            raise SystemExit(f"model={path!r} has a config.json that is none of a model "
-                             f"({first_sentence(error)}).")
+            raise SystemExit(f"model={path!r} has a config.json that does not load: "
+                             f"{first_sentence(error)}.")
         raise SystemExit(f"model={path!r} cannot be opened: there is no such folder with a config.json here, "
                          f"and the hub did not give it ({first_sentence(error)}).")
 
@@ -117,7 +124,9 @@ def find_custom_class(config):
 
 def first_sentence(error):
     """Return the first sentence of a library's error, on one line."""
-    one_line = " ".join(str(error).split())
+    one_line = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):
+        return f"{one_line[:200]} is missing"
     return one_line.split(". ")[0].rstrip(".")[:200]
 
 def check_is_model(path):
@@ -152,6 +161,9 @@ def check_decoder_only(config, path):
 
 def describe_failure(path, error, custom_class):
     """Describe an error of the library while it read the processor or the weights."""
+    for words, sentence in KNOWN_FAILURES.items():
+        if words in str(error):
+            return f"model={path!r} does not load: {sentence}."
     hint = ""
     if custom_class:
         hint = " (in code of its own, perhaps written for another version of transformers)"
@@ -279,9 +291,10 @@ def matching(targets, paths):
 # -- rehearsal ----------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def try_turn(vlm, forward=True):
+def try_turn(vlm, size=80, forward=True):
     """Show the model one picture and compute the logits of one token, before anything is recorded.
 
+    size: the side of the picture, pixels. forward=False: prepare the prompt only.
     SystemExit with one sentence if a file of its folder stands in the way: a template that drops the picture,
     a processor that cuts it into another number of pieces, weights that are no numbers.
     """
@@ -290,7 +303,7 @@ def try_turn(vlm, forward=True):
     reason = ""
     try:
         text = vlm.render(messages)
-        prompt = vlm.encode(messages, [Image.new("RGB", (64, 64))])
+        prompt = vlm.encode(messages, [Image.new("RGB", (size, size))])
         image_token = find_image_token(vlm.net, vlm.processor)
         if "'type'" in text or not (prompt["input_ids"] == image_token).any():
             reason = "its chat template shows no picture"

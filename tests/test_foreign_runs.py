@@ -8,7 +8,9 @@ import os
 import shutil
 
 import pytest
+import torch
 
+import cases_models
 import evaluate
 from buffer import Buffer
 from configurator import parse_block
@@ -190,3 +192,64 @@ def test_another_run_is_played_as_it_was_trained(own, env_file, name):
     """--env does not go with a run whose environment is part of this program."""
     one_sentence(lambda: evaluate.main([own, f"--env={name}"]), f"--env={name}", "as it was trained")
     assert not was_executed(env_file)
+
+
+# ---- code of strangers ----
+
+
+def test_planted_code_runs_with_the_flag_only(tmp_path, monkeypatch):
+    """The cases of docs/failures.md show that nothing runs; here the same Python runs, after the flag."""
+    monkeypatch.chdir(tmp_path)
+    model = shutil.copytree(cases_models.tiny(), tmp_path / "model")
+    shutil.copytree(cases_models.trained(lora_r=2), tmp_path / "run")
+    spy = tmp_path / "code_ran"
+    cases_models.plant(str(model), str(spy))
+    cases_models.need_model_code(str(model), str(spy))
+    rewrite("run", model="model", trust_remote_code=True)
+    one_sentence(lambda: evaluate.main(["run"]), "Python files", "trust_remote_code=True")
+    assert not spy.exists()
+    with pytest.raises(SystemExit):
+        evaluate.main(["run", "--trust_remote_code=True"])
+    assert spy.exists()
+
+
+@pytest.mark.parametrize(
+    "key, value, word",
+    [
+        ("lora_targets", r"(.*)*(.*)*(.*)*x", "to match"),
+        ("lora_targets", "(", "regular expression"),
+        ("n_critics", 10**6, "at most 1,000"),
+        ("max_new_tokens", 10**6, "at most 32,768"),
+        ("lora_r", 2.5, "whole number"),
+        ("lr", float("nan"), "out of range"),
+        ("env", ["NumberLine", 3], "text in quotes"),
+        ("env", ",", "without a name"),
+        ("model", "a\nb", "cannot be printed"),
+        ("data_mix", 3, "a dict"),
+    ],
+)
+def test_settings_of_a_run_are_checked(own, key, value, word, monkeypatch):
+    """A stranger's config.json can neither exhaust this machine nor let it hang."""
+    monkeypatch.setattr("extras.model_folders.MATCH_SECONDS", 1)
+    rewrite(own, **{key: value})
+    before = content(own)
+    one_sentence(lambda: evaluate.main([own, "--episodes=1"]), key, word)
+    assert content(own) == before
+
+
+def test_a_run_that_cannot_be_written_prints_its_table(own, capsys):
+    """A read-only run: eval.json is a folder here, because a test may have all rights."""
+    os.remove(os.path.join(own, "eval.json"))
+    os.makedirs(os.path.join(own, "eval.json"))
+    evaluate.main([own, "--episodes=2"])
+    printed = capsys.readouterr().out
+    assert "eval.json is not written (" in printed
+    assert "goal reached" in printed
+
+
+def test_a_run_of_a_gpu_is_evaluated_on_another_device(own):
+    """The run says device='cuda'; the sentence names the flag for this machine."""
+    rewrite(own, device="cuda")
+    if not torch.cuda.is_available():
+        one_sentence(lambda: evaluate.main([own, "--episodes=1"]), "device='cuda'", "--device=cpu")
+    evaluate.main([own, "--episodes=1", "--device=cpu"])
