@@ -67,6 +67,7 @@ WAYS = ("greedy", "sampled", "hidden")  # the rows of the table
 # (keys, test, what the value must be)
 RANGES = [
     ("episodes", lambda x: x is None or x >= 1, "at least 1"),
+    ("episodes", lambda x: x is None or x <= 10**6, "at most 1,000,000"),
     ("num_envs max_tokens report_episodes", lambda x: x >= 1, "at least 1"),
     ("num_envs", lambda x: x <= 1000, "at most 1,000"),
     ("temperature", lambda x: x == 0 or 0.001 <= x <= 1000, "0 for the most likely reply, or 0.001 to 1000"),
@@ -592,7 +593,7 @@ def read_game(target, is_run, cfg):
     It is what a run was trained on, or what a config file, --env and --size say. A Python file of the user's
     is code: it is run only if this command line names it, never because a run's config.json does.
     """
-    flags = [f"--{key}={value}" for key, value in (("env", cfg.env), ("size", cfg.size)) if value]
+    flags = [f"--{key}={vars(cfg)[key]}" for key in ("env", "size") if vars(cfg)[key] not in ("", None)]
     if not is_run:
         files = [target] if target else []
         return check_config(configure(TRAIN, files + flags, quiet=True))
@@ -618,7 +619,8 @@ def check_env(run_cfg, cfg):
 
 def report_folder(folder, cfg):
     """Write the report on a folder of recorded episodes, judged by the critic of a run if there is one."""
-    need(cfg.report and not (cfg.agent or cfg.save or cfg.episodes),
+    played = (cfg.agent, cfg.save, cfg.episodes, cfg.env, cfg.size, cfg.base_url, cfg.model, cfg.q_weight)
+    need(cfg.report and not any(played),
          f"{folder!r} is a folder of recorded episodes, nobody plays here: look at it with python "
          f"evaluate.py {folder} --report, its other keys are --report_episodes and --critic.")
     from extras.report import write_report
