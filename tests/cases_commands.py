@@ -184,8 +184,8 @@ MODELS = [
     with_model("lora_targets", "vision.*",
                "lora_targets='vision.*' matches no linear layer of the language model..."),
     with_model("lora_targets", "", "lora_targets='' matches no linear layer of the language model..."),
-    training("config/x.py", "config/x.py:1: trust_remote_code = True: a file cannot give this permission, only "
-             "the flag --trust_remote_code=True can; delete the line.",
+    training("config/x.py", "config/x.py:1: trust_remote_code = True: a file cannot give this permission, "
+             "only the flag --trust_remote_code=True can; delete the line.",
              what="a config file with `trust_remote_code = True`",
              prepare=config_file("trust_remote_code = True")),
 ]
