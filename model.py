@@ -233,10 +233,6 @@ def fill_parameters(params, tensors, file):
     if wrong:
         raise SystemExit(f"{file} does not fit this model and its settings: {len(wrong)} tensors differ, for "
                          f"example {wrong[0]}; use the model, lora_* and q_head that it was trained with.")
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise SystemExit(f"{file} holds numbers that are not finite, for example in {name}: it is "
-                             "damaged, or its training had failed.")
     with torch.no_grad():
         for name, param in params.items():
             param.copy_(tensors[name])

@@ -101,6 +101,10 @@ def read_trained(net, folder):
     except Exception as error:
         raise SystemExit(f"{folder}/model.safetensors does not load: {first_sentence(error)}.")
     check_weights(report, folder)
+    for name, param in trained.named_parameters():
+        if not param.isfinite().all():
+            raise SystemExit(f"{folder}/model.safetensors holds weights that are not finite, for example {name}: "
+                             "take an earlier checkpoint.")
     return trained
 
 def use_chat_template(processor):

@@ -283,6 +283,7 @@ def try_checkpoint(change):
     def make(folder):
         copy = shutil.copytree(trained(), os.path.join(folder, "run"))
         change(os.path.join(copy, "ckpt"))
+        sign(os.path.join(copy, "ckpt"))
         before = content(copy)
 
         def call():
@@ -295,6 +296,12 @@ def try_checkpoint(change):
 
     return make
 
+def sign(ckpt):
+    """Let a changed checkpoint pass as it is: a stranger's digests fit the stranger's files."""
+    state = read_json(ckpt, "state.json")
+    state.pop("files", None)
+    write_json(state, ckpt, "state.json")
+
 def spoil_adapters(ckpt):
     file = os.path.join(ckpt, "adapter_model.safetensors")
     tensors = load_file(file)
@@ -303,7 +310,7 @@ def spoil_adapters(ckpt):
 
 ADAPTERS = "run/ckpt/adapter_model.safetensors "
 CHECKPOINTS = [
-    ("adapters that are not finite", spoil_adapters, f"{ADAPTERS}holds numbers that are not finite..."),
+    ("adapters that are not finite", spoil_adapters, f"{ADAPTERS}holds weights that are not finite..."),
     ("adapters that are no safetensors", with_text("adapter_model.safetensors", "x"),
      f"{ADAPTERS}does not load..."),
     ("adapters without their file", without("adapter_model.safetensors"), f"{ADAPTERS}does not load..."),
@@ -387,6 +394,7 @@ def foreign(command, need, lora_r):
         for place in planted:
             plant(place, spy)
             need(place, spy)
+        sign(os.path.join(run_folder, "ckpt"))
         with_keys("config.json", model="model", trust_remote_code=True)(run_folder)
         settings = FEW | QUICK | dict(model="model", lora_r=lora_r)
 
