@@ -103,8 +103,8 @@ def read_trained(net, folder):
     check_weights(report, folder)
     for name, param in trained.named_parameters():
         if not param.isfinite().all():
-            raise SystemExit(f"{folder}/model.safetensors holds weights that are not finite, for example {name}: "
-                             "take an earlier checkpoint.")
+            raise SystemExit(f"{folder}/model.safetensors holds weights that are not finite, for example "
+                             f"{name}: take an earlier checkpoint.")
     return trained
 
 def use_chat_template(processor):
