@@ -19,18 +19,19 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-from buffer import Buffer, make_row
+from buffer import Buffer
 from configurator import PLAYERS, ConfigError, check_config, configure, parse_block
 from extras.flag_mistakes import check_out_dir, check_path, check_ranges, check_secrets
-from extras.foreign_runs import distrust, write_eval
-from extras.run_folder import find_checkpoint, has_checkpoint, offline_results, read_run_config
+from extras.run_folder import distrust, find_checkpoint, has_checkpoint, lock, offline_results
+from extras.run_folder import read_run_config, write_eval
+from extras.stopping import explained
 from model import build, gather, ranks
-from worlds.episodes import Losses, check_environment, close_env, deal, draw_reply, make_or_refuse, must
-from worlds.episodes import report_hang, report_starts, start_episode, take_turn
+from worlds.episodes import check_environment, close_env, deal, draw_reply, make_or_refuse, must
+from worlds.episodes import report_hang, report_starts
 from worlds.guard import Failure, each, set_timeout
 from worlds.players import has_expert
+from worlds.playing import play, record
 from worlds.registry import is_file, make
 
 # --- config ---
@@ -195,179 +196,6 @@ def exploring_agent(act, share, rng):
         return each(explore, zip(envs, act(envs, rows, images)))
 
     return act_or_explore
-
-
-# ---- playing ----
-
-class Episode:
-    """One episode while it is played: its environment, what is observed there, its rows so far."""
-
-    def __init__(self, env, number, seed, name):
-        self.env = env
-        self.number = number
-        self.seed = seed
-        self.name = name
-        self.rows = []
-        self.images = {}
-        self.is_over = False
-        # why the episode cannot be played to its end (an exception, a dead browser, no answer of a server)
-        self.failure = None
-
-    def begin(self, start):
-        """Take the first observation."""
-        if isinstance(start, Failure):
-            self.failure = start
-        else:
-            self.env = start.env
-            self.obs = start.obs
-
-    def next_row(self, reply=None, **fields):
-        """Build a row from the present observation."""
-        return make_row(self.name, len(self.rows), self.env.name, self.seed, self.obs, reply, **fields)
-
-    def add_row(self, row):
-        """Append a row, and the picture that it shows."""
-        self.rows.append(row)
-        self.images[row["images_file_names"][0]] = self.obs["image"]
-
-    def add_turn(self, answer, turn):
-        """Record the agent's answer and what came of it, unless the turn failed."""
-        if isinstance(turn, Failure):
-            self.failure = turn
-            return
-        outcome = dict(action=turn.info["action"], valid=turn.info["valid"], reward=turn.reward)
-        outcome |= dict(terminated=turn.terminated, truncated=turn.truncated)
-        self.add_row(self.next_row(**answer, **outcome, success=turn.info["success"]))
-        self.obs = turn.obs
-        self.is_over = turn.terminated or turn.truncated
-        self.success_return = turn.info["success_return"]
-        self.tag = turn.tag
-        if len(self.rows) >= turn.max_turns and not self.is_over:
-            self.failure = Failure(f"no end after max_turns={turn.max_turns} turns")
-
-    def result(self):
-        """Sum up an episode that is over: what `play` yields.
-
-        A truncated one gets one more row, its last observation: the value there is the bootstrap.
-        """
-        last = self.rows[-1]
-        result = dict(env=self.env.name, tag=self.tag, rows=self.rows, images=self.images)
-        result |= dict(success=last["success"], success_return=self.success_return)
-        result["episode_return"] = sum(row["reward"] for row in self.rows)
-        result["turns"] = len(self.rows)
-        result["valid"] = sum(row["valid"] for row in self.rows)
-        if last["truncated"] and not last["terminated"]:
-            self.add_row(self.next_row(source="end", success=last["success"]))
-        return result
-
-def make_envs(make_env, n):
-    """Make one of n environments, at least one, and at most as many as may be alive at once.
-
-    The others are None: each is made when its first episode begins.
-    """
-    first = make_or_refuse(make_env)
-    n = min(n, first.max_parallel or n)
-    return [first] + [None] * (n - 1)
-
-def begin_episodes(episodes, make_env, split, n_threads):
-    """Reset the environment of each episode to its start."""
-    jobs = []
-    for episode in episodes:
-        options = {"split": split, "task": episode.number}
-        jobs.append((make_env, episode.env, episode.seed, options))
-    for episode, start in zip(episodes, each(start_episode, jobs, n_threads)):
-        episode.begin(start)
-
-def play_turn(episodes, act, n_threads):
-    """Ask the agent about all observations at once, then let each environment take its reply."""
-    envs = [episode.env for episode in episodes]
-    rows = [episode.next_row() for episode in episodes]
-    images = [episode.obs["image"] for episode in episodes]
-    answers = act(envs, rows, images)
-    turns = each(take_turn, zip(envs, answers), n_threads)
-    for episode, answer, turn in zip(episodes, answers, turns):
-        episode.add_turn(answer, turn)
-
-def free_envs(ended, n_threads):
-    """Close the environments that have failed -> those for the next episodes, None where one is made anew."""
-    envs = []
-    broken = []
-    for episode in ended:
-        is_broken = episode.failure and episode.failure.breaks_env
-        if is_broken and episode.env is not None:
-            broken.append(episode.env)
-        envs.append(None if is_broken else episode.env)
-    # nobody needs them any more: how this ends is all the same
-    each(close_env, [(env,) for env in broken], n_threads)
-    return envs
-
-def play(make_env, act, seeds, num_envs=32, split="test", prefix="", bar=None, share=(0, 1)):
-    """Play one episode per seed, num_envs at a time; yield each when it ends.
-
-    act(envs, rows, images) returns a dict per environment: reply, source; reply_ids and logprobs of a model;
-    `lost`, the reason, if there is no reply; or the Failure of an environment that it has called. split:
-    "train" or "test", the part that starts are drawn from. prefix: of the episodes' names. bar: title of a
-    progress bar. share=(rank, ranks): every ranks-th episode.
-
-    Yields dicts: env, rows, images, success, success_return, episode_return, turns, valid (a count), tag.
-    An episode whose environment fails, or whose reply is lost, is played once more, then dropped, counted and
-    reported; an environment that fails is made anew. SystemExit after too many failures in a row.
-    """
-    rank, n_ranks = share
-    # from the last to the first, so that pop() takes the first
-    waiting = list(enumerate(seeds))[rank::n_ranks][::-1]
-    idle = make_envs(make_env, min(num_envs, len(waiting)))
-    n_threads = idle[0].max_parallel or 1
-    playing = []
-    losses = Losses(len(seeds))
-    no_bar = None if bar else True
-    with tqdm(total=len(waiting), desc=bar, disable=no_bar, leave=False) as progress:
-        while waiting or playing:
-            # Begin: each idle environment takes the next start.
-            new = []
-            while waiting and idle:
-                number, seed = waiting.pop()
-                new.append(Episode(idle.pop(), number, seed, f"{prefix}{number}"))
-            begin_episodes(new, make_env, split, n_threads)
-            playing += new
-
-            # Play: one turn of each episode.
-            begun = [episode for episode in playing if not episode.failure]
-            if begun:
-                play_turn(begun, act, n_threads)
-
-            # End: yield the episodes that are over, play the lost ones again, free the environments.
-            over = [episode for episode in playing if episode.is_over]
-            lost = [episode for episode in playing if episode.failure]
-            playing = [episode for episode in playing if not (episode.is_over or episode.failure)]
-            if over:
-                losses.forget_row()
-            for episode in lost:
-                waiting += losses.retry_or_drop(episode)
-            for episode in over:
-                yield episode.result()
-                progress.update()
-            idle += free_envs(over + lost, n_threads)
-
-def record(episodes, buffer, chunk=200):
-    """Append played episodes to a buffer, `chunk` at a time, and return their number.
-
-    Those before an error or Ctrl-C are written.
-    """
-    n = 0
-    rows = []
-    images = {}
-    try:
-        for n, episode in enumerate(episodes, 1):
-            rows += episode["rows"]
-            images |= episode["images"]
-            if n % chunk == 0:
-                buffer.append(rows, images)
-                rows = []
-                images = {}
-    finally:
-        buffer.append(rows, images)
-    return n
 
 
 # ---- numbers ----
@@ -597,7 +425,7 @@ def read_game(target, is_run, cfg):
     if not is_run:
         files = [target] if target else []
         return check_config(configure(TRAIN, files + flags, quiet=True))
-    run_cfg = distrust(read_run_config(target, "report" if cfg.report else "play"), target, cfg)
+    run_cfg = distrust(read_run_config(target, "report" if cfg.report else "play"), cfg)
     tasks = task_names(run_cfg.env)
     if any(map(is_file, tasks)):
         need(task_names(cfg.env) == tasks,
@@ -634,7 +462,7 @@ def report_folder(folder, cfg):
     vlm = None
     run_cfg = None
     if run:
-        run_cfg = distrust(read_run_config(run, "report"), run, cfg)
+        run_cfg = distrust(read_run_config(run, "report"), cfg)
         vlm, _ = load_run(run, run_cfg)
     results = {"the recorded episodes": recorded_summary(buffer.stats())}
     print(format_table(results))
@@ -653,6 +481,11 @@ def evaluate_run(run, run_cfg, make_env, temperature, buffer, argv):
     write_eval(run, content)
     return vlm, results
 
+def start_again():
+    """Say how to go on after an end that came too early."""
+    return "then start the same command again; finished episodes of a player stay recorded"
+
+@explained(way_on=start_again)
 def main(argv):
     """Evaluate a run, let another player play, or report on a folder of episodes, as the arguments say."""
     check_secrets(argv)
@@ -697,6 +530,7 @@ def play_and_report(target, is_run, cfg, argv):
         first_row = 0
         if cfg.save or cfg.report:
             buffer = Buffer(cfg.save or temporary, create=True)
+            lock(buffer.folder)
             first_row = len(buffer)
         if cfg.agent:
             results = play_agent(cfg, make_env, run_cfg.eval_episodes, buffer, temporary)

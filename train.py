@@ -24,11 +24,13 @@ from evaluate import env_factory, evaluate_policy, full_evaluation, task_names
 from evaluate import episode_summary, format_table, gather_episodes, recorded_summary
 from evaluate import exploring_agent, model_agent, play, record, scripted_agent
 from extras import run_folder
+from extras.check_rows import check_prompts
 from extras.flag_mistakes import check_out_dir
 from extras.run_folder import write_json
 from extras.stopping import STOP, explained
 from extras.wandb_log import import_wandb, start_wandb
 from model import build, gather, load_base
+from worlds.episodes import check_environment
 from worlds.players import has_expert
 from worlds.registry import is_file, make, reading_names
 
@@ -130,16 +132,17 @@ def settings(argv):
 def checked_env(cfg):
     """Make the function that makes the run's environment, or end with one sentence if it does not fit."""
     make_env = env_factory(cfg)
-    try:
-        env = make_env()
-    except ValueError as error:
-        raise SystemExit(str(error))
+    players = [name for name, share in cfg.data_mix.items() if share > 0]
+    if cfg.expert_episodes > 0:
+        players.append("expert")
+    if cfg.data:
+        players = ["random"]
+    # a turn is played, so that a mistake in an environment of the user's shows before anything is written
+    env = check_environment(make_env, f"env={cfg.env!r}", players)
     if cfg.online_updates and not env.online:
         raise SystemExit(f"env={cfg.env!r} asks questions with one right answer and has no online phase: set "
                          "online_updates=0.")
-    players = {name for name, share in cfg.data_mix.items() if share > 0}
-    needs_expert = cfg.expert_episodes > 0 or players & {"expert", "biased"}
-    if needs_expert and not cfg.data and not has_expert(env):
+    if not has_expert(env) and {"expert", "biased"} & set(players):
         raise SystemExit(f"env={cfg.env!r} has no expert(), and data_mix or expert_episodes ask for one: set "
                          "data_mix={'random': 1.0} and expert_episodes=0, or write an expert().")
     return make_env
@@ -275,11 +278,17 @@ def describe(cfg, argv, vlm, data, start):
 
 # ---- data: what was recorded, and what the agent plays ----
 
+def open_data(cfg, folder):
+    """Open a folder of recorded episodes, and look at every picture once, before hours of work."""
+    data = Buffer(folder, reward_fn=functools.partial(clip_reward, cfg=cfg))
+    data.check_images()
+    return data
+
 def given_data(cfg):
     """Open the folder of episodes that cfg.data names; None if it names none."""
     if not cfg.data:
         return None
-    return Buffer(cfg.data, reward_fn=functools.partial(clip_reward, cfg=cfg))
+    return open_data(cfg, cfg.data)
 
 def record_data(cfg, make_env, buffer):
     """Record data_episodes episodes of scripted players, on training starts."""
@@ -306,7 +315,7 @@ def scripted_data(cfg, make_env):
     # The other ranks wait here. A barrier would time out where recording takes hours.
     while not os.path.exists(folder):
         time.sleep(0.2)
-    return Buffer(folder, reward_fn=functools.partial(clip_reward, cfg=cfg))
+    return open_data(cfg, folder)
 
 def first_value(cfg, data):
     """Choose the value of an untrained Q head: q_init, or the lowest discounted return in the data.
@@ -329,6 +338,7 @@ def open_replay(cfg, rows):
     clip = functools.partial(clip_reward, cfg=cfg)
     replay = Buffer(folders[RANK], create=True, reward_fn=clip)
     replay.rewind(rows[RANK] if RANK < len(rows) else 0)
+    replay.check_images()
     others = []
     if RANK < len(rows):
         others = range(RANK + WORLD, len(rows), WORLD)
@@ -427,6 +437,12 @@ def make_optimizer(vlm, cfg):
         groups.append(dict(params=critic, lr=cfg.critic_lr, base=cfg.critic_lr))
     decay = 0.0 if cfg.lora_r else 0.01
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=decay)
+
+def build_agent(cfg, base, data):
+    """Put adapters and critics on the base -> (vlm, optimizer); end if it cannot read the data's prompts."""
+    vlm = build(cfg, base, first_value(cfg, data))
+    check_prompts(data, vlm)
+    return vlm, make_optimizer(vlm, cfg)
 
 def autocast(vlm):
     """Make the context in which the loss is computed: bfloat16 autocast, or nothing."""
@@ -695,8 +711,7 @@ def measure(cfg, argv, base, make_env, data):
         cfg.out_dir = folder
         cfg.data_episodes = min(cfg.data_episodes, 64)
         data = data or scripted_data(cfg, make_env)
-        vlm = build(cfg, base, first_value(cfg, data))
-        optimizer = make_optimizer(vlm, cfg)
+        vlm, optimizer = build_agent(cfg, base, data)
         describe(cfg, argv, vlm, data, 0)
         cfg.batch_size = cfg.batch_size // WORLD
         cfg.num_envs = max(1, cfg.num_envs // WORLD)
@@ -717,8 +732,7 @@ def main(argv):
 
     # recorded play; adapters and critics on the base; the last checkpoint of a resumed run
     data = data or scripted_data(cfg, make_env)
-    vlm = build(cfg, base, first_value(cfg, data))
-    optimizer = make_optimizer(vlm, cfg)
+    vlm, optimizer = build_agent(cfg, base, data)
     start, replay, unlogged = restore(cfg, checkpoint, vlm, optimizer)
     check_ranks_agree(data, vlm)
     describe(cfg, argv, vlm, data, start)

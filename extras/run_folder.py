@@ -193,6 +193,23 @@ def read_run_config(run, purpose="play"):
     # an old run's adapter keeps its alpha
     return check_config(SimpleNamespace(**settings, lora_alpha=saved.get("lora_alpha", LORA_ALPHA)))
 
+def distrust(run_cfg, cfg):
+    """Take what a stranger's run may not decide from evaluate.py's own command line -> the run's settings.
+
+    Its config.json names a model, and a model may bring code: only the person at the keyboard lets it run.
+    """
+    run_cfg.trust_remote_code = cfg.trust_remote_code
+    run_cfg.device = cfg.device or run_cfg.device
+    return run_cfg
+
+def write_eval(run, content):
+    """Write a run's eval.json; a run that cannot be written is evaluated all the same."""
+    file = os.path.join(run, "eval.json")
+    try:
+        write_json(file, content)
+    except OSError as error:
+        print(f"{file} is not written ({error.strerror}): the table is printed here only.")
+
 def checked(value):
     """Return a value of a JSON file; ValueError for NaN and Infinity, which are no JSON."""
     return finite(value) if is_number(value) else value

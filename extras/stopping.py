@@ -55,26 +55,29 @@ class Stop:
 
 STOP = Stop()
 
-def describe(error):
-    """Write an error of the operating system as one sentence: what, where, how to go on."""
+def describe(error, way_on):
+    """Write an error of the operating system as one sentence: what, where, what to do."""
     places = [error.filename, *run_folder.LOCKS]
     place = next(filter(None, places), "")
     remedy = "mend that"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         remedy = "make room"
-    return f"{error.strerror or error} ({place}): {remedy}; {run_folder.way_on()}."
+    return f"{error.strerror or error} ({place}): {remedy}; {way_on()}."
 
 @contextlib.contextmanager
-def explained(rank):
-    """Turn what ends a run from outside, a signal or a full disk, into one sentence on how to go on."""
+def explained(rank=0, way_on=run_folder.way_on):
+    """Turn what ends a program from outside, a signal or a full disk, into one sentence on how to go on.
+
+    way_on: writes the end of the sentence.
+    """
     try:
         yield
     except KeyboardInterrupt:
         if rank > 0:
             raise SystemExit(1)
-        raise SystemExit(f"Interrupted: {run_folder.way_on()}.")
+        raise SystemExit(f"Interrupted: {way_on()}.")
     except OSError as error:
-        raise SystemExit(describe(error))
+        raise SystemExit(describe(error, way_on))
     finally:
         run_folder.unlock_all()
         STOP.signal = ""
