@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import families, model
 from agent_rl import compute_loss
-from extras.model_folders import rehearse
+from extras.model_folders import rehearse, try_turn
 from test_agent_rl import settings
 from test_model import TOLERANCE, ask, gap, log_probabilities, picture, refuses, replay, seeded
 
@@ -287,7 +287,10 @@ def test_a_rehearsal_finds_what_loading_cannot(tmp_path, old, new, word):
         rehearse(vlm)
 
 def test_the_rehearsal_passes_the_librarys_families(tmp_path):
+    """So does the trial of one prompt that every model answers when it is opened."""
     for family in families.FAMILIES:
         folder = families.build(family, tmp_path / family)
         net, processor = model.load_model(folder, device="cpu")
-        rehearse(families.make_vlm(net, processor))
+        vlm = families.make_vlm(net, processor)
+        try_turn(vlm)
+        rehearse(vlm)
