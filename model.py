@@ -701,6 +701,14 @@ def choose_device(cfg):
         return "cuda" if has_cuda else "cpu"
     return cfg.device
 
+def check_base(cfg, net, processor, forward=True):
+    """Refuse a model that cannot answer a prompt or take adapters, before anything is recorded."""
+    trial = VLM(net, processor, cfg.model)
+    try_turn(trial, cfg.size, forward)
+    trial.hook.remove()
+    if cfg.lora_r:
+        find_targets(net, cfg.lora_targets)
+
 def load_base(cfg, texts=()):
     """Load the (net, processor) that a config asks for."""
     device = choose_device(cfg)
@@ -713,12 +721,7 @@ def load_base(cfg, texts=()):
     if cfg.shard and ranks()[1] > 1:
         home = "cpu"
     net, processor = load_model(cfg.model, texts, dtype, home, cfg.trust_remote_code, cfg.size)
-    # What is wrong with the model is said before anything is recorded.
-    trial = VLM(net, processor, cfg.model)
-    try_turn(trial, cfg.size, forward=home == device)
-    trial.hook.remove()
-    if cfg.lora_r:
-        find_targets(net, cfg.lora_targets)
+    check_base(cfg, net, processor, forward=home == device)
     if cfg.grad_checkpointing:
         enable = getattr(net, "activation_checkpointing_enable", None)
         # The name in transformers up to 5.17.

@@ -73,6 +73,7 @@ def test_a_frozen_base_is_bfloat16_on_cuda(monkeypatch, device, dtype, lora_r, h
     opened = []
     monkeypatch.setattr(model, "choose_device", lambda cfg: device)
     monkeypatch.setattr(model, "load_model", lambda *args: opened.append(args) or (None, None))
+    monkeypatch.setattr(model, "check_base", lambda *args, **options: None)
     model.load_base(cfg)
     found = [value for value in opened[0] if isinstance(value, torch.dtype)]
     expected = torch.bfloat16 if half else torch.float32
