@@ -32,7 +32,7 @@ import torch
 from extras.check_rows import KEYS, VERSION  # noqa: F401
 from extras.check_rows import EpisodeOrder, check_pictures, find_picture, list_pictures, parse_row
 from extras.check_rows import read_content
-from extras.pictures import PictureError, check_picture, open_picture
+from extras.pictures import PictureError, open_picture, verify_picture
 
 
 # ---- rows ----
@@ -177,7 +177,7 @@ class Buffer:
                 lines.setdefault(name, number)
         for name, number in lines.items():
             try:
-                check_picture(find_picture(self.folder, name))
+                verify_picture(find_picture(self.folder, name))
             except ValueError as error:
                 raise SystemExit(f"{self.file}, line {number}, shows {name}, which {error}.")
 

@@ -23,9 +23,10 @@ from PIL import Image
 from buffer import Buffer
 from configurator import PLAYERS, ConfigError, check_config, configure, parse_block
 from extras.flag_mistakes import check_out_dir, check_path, check_ranges, check_secrets
-from extras.run_folder import distrust, find_checkpoint, has_checkpoint, lock, offline_results
-from extras.run_folder import read_run_config, write_eval
+from extras.run_folder import distrust, find_checkpoint, has_checkpoint, offline_results, read_run_config
+from extras.run_folder import write_eval
 from extras.stopping import explained
+from extras.whole_files import lock
 from model import build, gather, ranks
 from worlds.episodes import check_environment, close_env, deal, draw_reply, make_or_refuse, must
 from worlds.episodes import report_hang, report_starts

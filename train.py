@@ -26,8 +26,8 @@ from evaluate import exploring_agent, model_agent, play, record, scripted_agent
 from extras import run_folder
 from extras.check_rows import check_prompts
 from extras.flag_mistakes import check_out_dir
-from extras.run_folder import write_json
 from extras.stopping import STOP, explained
+from extras.whole_files import replacing, write_json
 from extras.wandb_log import import_wandb, start_wandb
 from model import build, gather, load_base
 from worlds.episodes import check_environment
@@ -228,7 +228,7 @@ def open_run(cfg):
     """
     checkpoint = None
     if RANK == 0:
-        checkpoint = run_folder.open_run(cfg, data_recipe(cfg))
+        checkpoint = run_folder.claim(cfg, data_recipe(cfg))
     return gather(checkpoint)[0]
 
 def git_commit():
@@ -699,7 +699,7 @@ def final_evaluation(cfg, argv, vlm, make_env, data, clock):
     print(format_table({"the recorded data": recorded_summary(data.stats()), **results}))
     if not vlm.lora:
         # all weights were trained: a model folder to share, two bytes a weight
-        with run_folder.replacing(in_run(cfg, "model")) as aside:
+        with replacing(in_run(cfg, "model")) as aside:
             vlm.net.half().save_pretrained(aside)
             vlm.processor.save_pretrained(aside)
 

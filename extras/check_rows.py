@@ -72,10 +72,10 @@ def check_row(row):
     if list(map(type, map(row.get, FIELDS))) != KINDS:
         for name in FIELDS.keys() & row.keys():
             check_type(name, row[name], FIELDS[name])
-    check_reward(row["reward"])
+    check_row_reward(row["reward"])
     check_tokens(row["reply_ids"], row.get("behaviour_logprobs", []))
     for name in TEXTS & row.keys():
-        check_text(row[name])
+        check_row_text(row[name])
     n_images = check_messages(row["messages"])
     names = row["images_file_names"]
     if not set(map(type, names)) <= {str}:
@@ -89,7 +89,7 @@ def check_type(name, value, kind):
     if not isinstance(value, kinds) or (kind is not bool and isinstance(value, bool)):
         raise ValueError(f"has {name}={reprlib.repr(value)}: it must be {TYPE_NAMES[kind]}")
 
-def check_reward(reward):
+def check_row_reward(reward):
     """Check that a reward is a finite number that fits a batch."""
     check_type("reward", reward, float)
     if not -MAX_FLOAT32 <= reward <= MAX_FLOAT32:
@@ -107,7 +107,7 @@ def check_tokens(ids, logprobs):
     if not is_number or not all(-MAX_FLOAT32 <= logprob <= MAX_FLOAT32 for logprob in logprobs):
         raise ValueError("has behaviour_logprobs that are no finite numbers")
 
-def check_text(text):
+def check_row_text(text):
     """Check that a text can be tokenized and printed."""
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"has a text of {len(text):,} characters: the limit is {MAX_CHARACTERS:,}")
@@ -143,7 +143,7 @@ def check_part(part, role):
         kind = part["type"]
         text = part["text"]
     if kind == "text" and type(text) is str:
-        check_text(text)
+        check_row_text(text)
         return False
     if kind != "image" or text is not None:
         raise ValueError(f"has a part of a message that is neither text nor picture: {reprlib.repr(part)} (a "

@@ -17,7 +17,7 @@ import contextlib, json, os, reprlib, shutil, sys
 
 import envs
 from buffer import Buffer, image_name, make_message_row
-from extras.check_rows import check_reward, check_roles, check_row
+from extras.check_rows import check_row_reward, check_roles, check_row
 from extras.pictures import PictureError, open_picture
 
 LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
@@ -152,7 +152,7 @@ def read_outcome(chat):
     success = chat.get("success")
     if reward is None:
         reward = 0.0
-    check_reward(reward)
+    check_row_reward(reward)
     if not isinstance(success, bool | None):
         raise ValueError(f"has success={reprlib.repr(success)}: it must be true or false")
     return dict(reward=float(reward), success=bool(success), terminated=True)
@@ -224,7 +224,7 @@ def remove_empty(folder):
         os.rmdir(folder)
 
 @contextlib.contextmanager
-def written_aside(folder):
+def new_folder(folder):
     """Give a new folder to write into, which gets its name at the end; after an error nothing is left."""
     missing = []
     parent = os.path.dirname(folder)
@@ -268,7 +268,7 @@ def import_conversations(file, folder, pictures=""):
                              f"{home or '.'!r}; a third argument names another folder)")
 
     chats = read_chats(file)
-    with written_aside(folder) as aside:
+    with new_folder(folder) as aside:
         buffer = Buffer(aside, create=True)
         rows = []
         images = {}

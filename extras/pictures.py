@@ -43,7 +43,7 @@ def open_picture(path):
     with reading(path) as image:
         return as_shown(image)
 
-def check_picture(path):
+def verify_picture(path):
     """Check that a picture is whole, without unpacking it if its format has checksums."""
     with reading(path) as image:
         if image.format == "PNG":

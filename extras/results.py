@@ -71,7 +71,7 @@ DATA = ("experiment", "env", "method", "seed", "n", "goal", "valid")
 
 
 # ---------------------------------------------------------------------------------------------------- records
-def read_json(path):
+def load_json(path):
     """Read a JSON file."""
     with open(path, encoding="utf-8") as f:
         return json.load(f)
@@ -84,9 +84,9 @@ def read_records(root=ROOT):
 def read_store(root=ROOT):
     """Read all that the tables are made of: (records, headline, literal tables by name)."""
     folder = os.path.join(root, "docs", "results")
-    literal = read_json(os.path.join(folder, "measurements.json"))
-    literal |= read_json(os.path.join(folder, "published.json"))
-    return read_records(root), read_json(os.path.join(folder, "headline.json")), literal
+    literal = load_json(os.path.join(folder, "measurements.json"))
+    literal |= load_json(os.path.join(folder, "published.json"))
+    return read_records(root), load_json(os.path.join(folder, "headline.json")), literal
 
 def key_of(record, names):
     """Return what identifies a record, or the player that it belongs to."""
@@ -390,12 +390,12 @@ def read_evaluations(run):
     final = os.path.join(run, "eval.json")
     results = {}
     if os.path.exists(offline):
-        results |= read_json(offline)
+        results |= load_json(offline)
     if not os.path.exists(final):
         if results:
             return results, None
         raise ConfigError(f"{run!r} has no eval.json: finish the run, or use python evaluate.py {run}")
-    evaluation = read_json(final)
+    evaluation = load_json(final)
     return results | evaluation["results"], evaluation["q_weight"]
 
 def minutes_of(run):
@@ -431,8 +431,8 @@ def records_of(summary, shared, own):
 
 def run_records(run, cfg):
     """Make the records of a finished run from its eval.json, config.json, meta.json and recorded data."""
-    settings = read_json(os.path.join(run, "config.json"))
-    meta = read_json(os.path.join(run, "meta.json"))
+    settings = load_json(os.path.join(run, "config.json"))
+    meta = load_json(os.path.join(run, "meta.json"))
     results, q_weight = read_evaluations(run)
     config = [word for word in meta["argv"] if word.endswith(".py")]
     names = settings["env"].split(",")

@@ -1,5 +1,5 @@
 """
-Keep a run safe on disk: one writer, whole files, checkpoints that can be trusted.
+Keep a run safe on disk: what may be started in its folder, and checkpoints that can be trusted.
 
     .lock            held while a process writes into the folder; a dead process holds nothing
     .overwrite       there while an earlier run is being deleted
@@ -8,21 +8,14 @@ Keep a run safe on disk: one writer, whole files, checkpoints that can be truste
     ckpt, ckpt.old   the newest checkpoint, and the one before it for the day on which the newest is damaged
     state.json       in a checkpoint: its update, digests of its files, what it saw of the recorded play
 """
-import contextlib, errno, hashlib, itertools, json, os, platform, re, shutil
+import contextlib, hashlib, itertools, json, os, re, shutil
 from types import SimpleNamespace
-
-from safetensors import SafetensorError
 
 from configurator import ConfigError, check_config, finite, fit, is_number, parse_block
 from extras.flag_mistakes import show
 from extras.old_runs import check_removed_keys
+from extras.whole_files import LOCKS, lock, read_json, sync_folder, write_json, write_whole, written_aside
 from model import LORA_ALPHA
-
-try:
-    import fcntl
-except ImportError:
-    # Windows has no such locks: there the user sees to it that there is one writer
-    fcntl = None
 
 # the keys of a run, and their defaults
 TRAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
@@ -40,131 +33,6 @@ FREE_KEYS = ("out_dir", "resume", "overwrite", "stop_at", "device", "shard", "en
 FREE_KEYS += ("log_interval", "eval_interval", "eval_episodes", "trust_remote_code")
 # ... or because they are the remedy for a run that does not learn.
 REMEDY_KEYS = ("lr", "critic_lr", "grad_clip")
-# folder: its lock file, which this process holds open
-LOCKS = {}
-
-
-# ---- whole files ----
-
-def sync_folder(folder):
-    """Flush a folder's list of names, so that a rename in it survives a power cut."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder or ".", os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-def write_whole(file, text):
-    """Replace a text file as a whole: after a crash or on a full disk the old one is still there."""
-    aside = file + ".tmp"
-    try:
-        with open(aside, "w") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(aside, file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(aside)
-        raise
-    sync_folder(os.path.dirname(file))
-
-def write_json(file, content):
-    """Replace a JSON file as a whole."""
-    write_whole(file, json.dumps(content, indent=1))
-
-def read_json(file):
-    """Read a JSON object -> dict; ConfigError with one sentence if it is missing or damaged."""
-    try:
-        with open(file, encoding="utf-8") as f:
-            content = json.load(f)
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read ({error.strerror}): copy the run again.")
-    except (ValueError, RecursionError):
-        raise ConfigError(f"{file} is damaged, it is no JSON: copy the run again.")
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} is damaged, it holds no JSON object: copy the run again.")
-    return content
-
-def explain_writers(error, folder):
-    """Return the OSError behind an error of the writers of tensors, which have names of their own for it."""
-    if isinstance(error, SafetensorError):
-        number = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
-        return OSError(number, os.strerror(number), folder)
-    if not isinstance(error, RuntimeError):
-        return error
-    cause = error
-    while cause and not isinstance(cause, OSError):
-        cause = cause.__context__
-    return cause or error
-
-@contextlib.contextmanager
-def written_aside(folder):
-    """Write into folder.tmp in a with block; at its end all of it is on the disk, or none after an error."""
-    aside = folder + ".tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        os.makedirs(aside)
-        yield aside
-        sync_files(aside)
-    except BaseException as error:
-        # half of it on a full disk would take the room of everything else
-        shutil.rmtree(aside, ignore_errors=True)
-        raise explain_writers(error, folder) from None
-
-def sync_files(folder):
-    """Flush the files of a folder to the disk."""
-    for name in os.listdir(folder):
-        with open(os.path.join(folder, name), "rb+") as f:
-            os.fsync(f.fileno())
-    sync_folder(folder)
-
-@contextlib.contextmanager
-def replacing(folder):
-    """Replace a folder by what a with block writes aside."""
-    with written_aside(folder) as aside:
-        yield aside
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(aside, folder)
-    sync_folder(os.path.dirname(folder))
-
-
-# ---- one writer ----
-
-def lock(folder):
-    """Become the only process that writes into a folder, until `unlock` or the end of the process.
-
-    SystemExit with one sentence if another process, on this machine or on one that shares the disk, does.
-    """
-    if fcntl is None or folder in LOCKS:
-        return
-    file = open(os.path.join(folder, ".lock"), "a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = show(file.read()) or "another process"
-        file.close()
-        raise SystemExit(f"{folder!r} is being written by {owner}: wait for its end or stop it, or choose "
-                         "another folder.")
-    except OSError as error:
-        print(f"{folder!r} cannot be locked ({error.strerror}): see to it that nothing else writes there.")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    LOCKS[folder] = file
-
-def unlock(folder):
-    """Let other processes write into a folder again."""
-    if folder in LOCKS:
-        LOCKS.pop(folder).close()
-
-def unlock_all():
-    """Let other processes write into all folders that this one has locked."""
-    for folder in list(LOCKS):
-        unlock(folder)
 
 
 # ---- what is in a run's folder ----
@@ -315,7 +183,7 @@ def check_same_settings(run, cfg):
                              "out_dir.")
 
 
-def open_run(cfg, recipe):
+def claim(cfg, recipe):
     """Make out_dir and become its only writer -> the checkpoint to go on from, None for a new run.
 
     cfg: train.py's settings. recipe: see check_recipe. SystemExit with one sentence for what does not fit.

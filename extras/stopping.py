@@ -7,7 +7,8 @@ Stop a run in an orderly way: a signal, a full disk.
 """
 import contextlib, errno, os, signal
 
-from extras import run_folder
+from extras.run_folder import way_on as way_on_of_run
+from extras.whole_files import LOCKS, unlock_all
 from model import ranks
 
 class Stop:
@@ -55,9 +56,9 @@ class Stop:
 
 STOP = Stop()
 
-def describe(error, way_on):
+def explain_error(error, way_on):
     """Write an error of the operating system as one sentence: what, where, what to do."""
-    places = [error.filename, *run_folder.LOCKS]
+    places = [error.filename, *LOCKS]
     place = next(filter(None, places), "")
     remedy = "mend that"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -65,7 +66,7 @@ def describe(error, way_on):
     return f"{error.strerror or error} ({place}): {remedy}; {way_on()}."
 
 @contextlib.contextmanager
-def explained(rank=0, way_on=run_folder.way_on):
+def explained(rank=0, way_on=way_on_of_run):
     """Turn what ends a program from outside, a signal or a full disk, into one sentence on how to go on.
 
     way_on: writes the end of the sentence.
@@ -77,8 +78,8 @@ def explained(rank=0, way_on=run_folder.way_on):
             raise SystemExit(1)
         raise SystemExit(f"Interrupted: {way_on()}.")
     except OSError as error:
-        raise SystemExit(describe(error, way_on))
+        raise SystemExit(explain_error(error, way_on))
     finally:
-        run_folder.unlock_all()
+        unlock_all()
         STOP.signal = ""
         STOP.waits = False

@@ -138,7 +138,6 @@ VALUES = [
     training("--device=gpu", "device='gpu' is not known: choose auto, cpu, cuda..."),
     training("--actor_loss=aftsft", "actor_loss='aftsft' is not known: choose sft, afsft..."),
     training("--stop_at=100000", "stop_at=100000 is behind the last update, 600 + 200..."),
-    training("--eval_interval=15", "eval_interval=15 is no multiple of log_interval=10..."),
     training("--offline_updates=0 --online_updates=0", "offline_updates and online_updates are both 0..."),
     training("--resume=True --overwrite=True", "resume and overwrite are both True..."),
     training("--shard=True", "shard=True spreads a model over several ranks..."),

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import train
-from extras.run_folder import write_json
+from extras.whole_files import write_json
 from failure_cases import Case
 from small_runs import FEW, flags, make_tiny, read_json
 

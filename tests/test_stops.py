@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from extras import run_folder, stopping
+from extras import run_folder, stopping, whole_files
 from small_runs import content, metrics, one_sentence, read_json, run, straight, tiny, weights  # noqa: F401
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -176,27 +176,27 @@ def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path, monkeypatch):
 def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
     """On a full disk the old content is still there, and nothing beside it."""
     file = str(tmp_path / "x.json")
-    run_folder.write_json(file, dict(a=1))
+    whole_files.write_json(file, dict(a=1))
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
-        run_folder.write_json(file, dict(a=2))
+        whole_files.write_json(file, dict(a=2))
     assert read_json(file) == dict(a=1)
     assert os.listdir(tmp_path) == ["x.json"]
 
 def test_one_process_writes_into_a_folder(tmp_path):
     """A second process is refused; the lock of a dead one does not count."""
     folder = str(tmp_path)
-    hold = "import sys; sys.path[:0] = sys.argv[1:2]; from extras.run_folder import lock; lock(sys.argv[2])"
+    hold = "import sys; sys.path[:0] = sys.argv[1:2]; from extras.whole_files import lock; lock(sys.argv[2])"
     words = [sys.executable, "-c", hold, os.path.dirname(HERE), folder]
     # what a process leaves that is gone
     (tmp_path / ".lock").write_text("process 12345 on elsewhere")
-    run_folder.lock(folder)
+    whole_files.lock(folder)
     done = subprocess.run(words, capture_output=True, text=True)
-    run_folder.unlock(folder)
+    whole_files.unlock(folder)
     assert done.returncode == 1
     assert f"is being written by process {os.getpid()}" in done.stderr
     assert "Traceback" not in done.stderr

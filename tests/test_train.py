@@ -641,8 +641,11 @@ def read_keys(name, *settings):
         tree = ast.parse(f.read())
     found = set()
     for node in ast.walk(tree):
-        is_read = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
-        if is_read and node.value.id in settings:
+        if not isinstance(node, ast.Attribute):
+            continue
+        # cfg.KEY or self.cfg.KEY
+        owner = getattr(node.value, "id", None) or getattr(node.value, "attr", None)
+        if owner in settings:
             found.add(node.attr)
     return found
 
