@@ -508,6 +508,11 @@ def test_a_choice_that_does_not_exist_names_the_others():
 # (key, values that are out of range, part of the sentence)
 OUT_OF_RANGE = [
     ("n_critics", [0, -1], "at least 1."),
+    ("n_critics", [1001], "at most 1,000."),
+    ("batch_size", [10**7 + 1], "at most 10,000,000."),
+    ("lora_r", [2**15 + 1], "at most 32,768."),
+    ("seed", [-1], "at least 0."),
+    ("seed", [2**32], "below 2^32."),
     ("log_interval", [0], "at least 1."),
     ("lora_r", [-1], "at least 0."),
     ("q_weight", [-0.5], "at least 0."),
@@ -539,7 +544,10 @@ CONFLICTING_FLAGS = [
     ("--model=scratch --lora_r=4", ["model='scratch'", "lora_r=4", "set lora_r=0"]),
     ("--vision_cache_mb=9 --lora_r=0", ["vision_cache_mb=9", "lora_r=0"]),
     ("--shard --lora_r=0", ["shard=True", "lora_r=0"]),
-    ("--stop_at=9999", ["stop_at=9999", "behind the last update"]),
+    ("--stop_at=900", ["stop_at=900", "600 + 200", "stop_at=0"]),
+    ("--lr=1e39", ["lr=1e+39", "+-1e+12"]),
+    ("--env=NumberLine,", ["env='NumberLine,'", "without a name"]),
+    ("--model=", ["model=''", "bases/tiny-vlm"]),
     ("--data_mix={'exprt':1}", ["data_mix has a player 'exprt'", "expert, random, malformed, biased"]),
     ("--data_mix={'expert':True}", ["data_mix gives expert the share True"]),
     ("--data_mix={'expert':-1}", ["data_mix gives expert the share -1"]),

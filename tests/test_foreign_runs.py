@@ -246,6 +246,10 @@ def test_a_run_that_cannot_be_written_prints_its_table(own, capsys):
     assert "eval.json is not written (" in printed
     assert "goal reached" in printed
 
+    os.makedirs(os.path.join(own, "report.html"))
+    one_sentence(lambda: evaluate.main([own, "--episodes=2", "--report"]), "report.html cannot be")
+    assert "goal reached" in capsys.readouterr().out
+
 
 def test_a_run_of_a_gpu_is_evaluated_on_another_device(own):
     """The run says device='cuda'; the sentence names the flag for this machine."""
