@@ -62,8 +62,9 @@ REMOVED = {
 
 # The largest number of any key: with it even x * y^2, a weight and a squared error, is finite in float32.
 LARGEST = 1e12
-# The longest name of a file, in bytes.
+# The longest name of a file, in bytes, and the longest list of environments.
 LONGEST_NAME = 255
+LONGEST_LIST = 2000
 
 # What a server's key looks like: a vendor's prefix, or one long word of letters and digits.
 SECRET_VALUE = re.compile(r"(sk|pk|rk|gsk|hf|ghp|gho|github_pat|xai|nvapi|glpat)[-_][\w-]{8,}.*"
@@ -109,8 +110,10 @@ def check_secrets(argv):
             value = word
         value = value.strip("'\" \n")
         name = name.replace("-", "_")
-        is_secret = SECRET_VALUE.fullmatch(value) or SECRET_ADDRESS.fullmatch(value)
-        is_secret = is_secret or (value and SECRET_NAME.fullmatch(name))
+        # a folder may be called hf_experiment1
+        is_folder = name in ("out_dir", "save") or os.path.exists(value.replace("\0", ""))
+        is_secret = SECRET_VALUE.fullmatch(value) and not is_folder
+        is_secret = is_secret or SECRET_ADDRESS.fullmatch(value) or (value and SECRET_NAME.fullmatch(name))
         if name == "api_key_env" and not is_secret and value not in ("", "OPENAI_API_KEY", *os.environ):
             raise ConfigError("--api_key_env: the environment variable that it names is not set; the value "
                               "is not repeated here, because it may be the key itself.")
@@ -151,7 +154,10 @@ def check_out_dir(path, key="out_dir"):
                           f"another {key}.")
 
 def check_tasks(env):
-    """Refuse a list of environments with an empty place in it: --env=NumberLine,,EZPoints."""
+    """Refuse a list of environments that is endless or has an empty place: --env=NumberLine,,EZPoints."""
+    if len(env) > LONGEST_LIST:
+        raise ConfigError(f"env={show(env)!r} is longer than {LONGEST_LIST} characters: name fewer "
+                          "environments.")
     if not all(name.strip() for name in env.split(",")):
         raise ConfigError(f"env={env!r} has a place without a name: write --env=NumberLine, or several with "
                           "one comma between them.")

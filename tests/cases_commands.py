@@ -165,6 +165,8 @@ PLACES = [
 GAMES = [
     training("--env=,", "env=',' has a place without a name: write --env=NumberLine..."),
     training("--env=NumberLine,,EZPoints", "env='NumberLine,,EZPoints' has a place without a name..."),
+    training("--env=" + "Reading:" * 2000, "env='Reading:...' is longer than 2000 characters...",
+             what="`train.py --env=Reading:Reading:...`, 2,000 times"),
     training("--env=", "env='' has a place without a name..."),
     training("--env=NumberLin", "env='NumberLin' is unknown; nearest: NumberLine..."),
     training("--env=nowhere.py:MyEnv", "env='nowhere.py:MyEnv': there is no file 'nowhere.py' here..."),

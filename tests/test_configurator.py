@@ -16,7 +16,7 @@ from configurator import (
     configure,
     parse_block,
 )
-from extras.flag_mistakes import REMOVED, SYNONYMS
+from extras.flag_mistakes import REMOVED, SYNONYMS, check_secrets
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TRAIN = os.path.join(ROOT, "train.py")
@@ -560,6 +560,21 @@ CONFLICTING_FLAGS = [
 def test_keys_that_contradict_each_other_are_one_sentence(flags, parts):
     message = rule(*flags.split())
     assert all(part in message for part in parts), message
+
+
+def test_what_only_looks_like_a_key_passes(tmp_path, monkeypatch):
+    """A folder may be called as it likes, and OPENAI_API_KEY is the name of a variable."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hf_experiment1").mkdir()
+    monkeypatch.setenv("MY_KEY", "x")
+    for words in (
+        ["--out_dir=sk-baseline-seed0"],
+        ["hf_experiment1", "--data=hf_experiment1"],
+        ["--model=llava-hf/llava-1.5-7b-hf", "--max_new_tokens=3"],
+        ["--api_key_env=MY_KEY", "--base_url=http://localhost:8000/v1"],
+        ["--api_key_env=OPENAI_API_KEY"],
+    ):
+        check_secrets(words)
 
 
 def test_keys_that_only_look_contradictory_pass():
