@@ -28,8 +28,8 @@ from extras.run_folder import write_eval
 from extras.stopping import explained
 from extras.whole_files import lock
 from model import build, gather, ranks
-from worlds.episodes import check_environment, close_env, deal, draw_reply, make_or_refuse, must
-from worlds.episodes import report_hang, report_starts
+from worlds.calls import check_environment, close_env, deal, draw_reply, make_or_refuse, must
+from worlds.calls import report_hang, report_starts
 from worlds.guard import Failure, each, set_timeout
 from worlds.players import has_expert
 from worlds.playing import play, record
@@ -190,7 +190,7 @@ def exploring_agent(act, share, rng):
 
     def explore(env, answer):
         if rng.random() < share:
-            return draw_reply(env, {"random": 1.0}, rng)
+            return dict(reply=scripted_reply("random", env, rng), source="random")
         return answer
 
     def act_or_explore(envs, rows, images):

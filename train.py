@@ -30,7 +30,7 @@ from extras.stopping import STOP, explained
 from extras.whole_files import replacing, write_json
 from extras.wandb_log import import_wandb, start_wandb
 from model import build, gather, load_base
-from worlds.episodes import check_environment
+from worlds.calls import check_environment
 from worlds.players import has_expert
 from worlds.registry import is_file, make, reading_names
 

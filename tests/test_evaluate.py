@@ -15,6 +15,7 @@ from buffer import Buffer, reply_text
 from evaluate import episode_summary, exploring_agent, held_out_seeds, play, record, scripted_agent, wilson
 from small_runs import content, metrics, one_sentence, read_json, results, run
 from small_runs import straight, tiny  # noqa: F401  (fixtures)
+from worlds.players import scripted_reply
 from worlds.registry import make
 
 def make_number_line():
@@ -221,6 +222,20 @@ def test_an_exploring_agent_plays_a_share_of_the_turns_at_random(share, low, hig
         assert (row["reply_ids"] == [1]) == (row["source"] == "model")
     if share:
         assert {row["action"] for row in rows} == {"+", "-"}
+
+def test_what_an_exploring_agent_draws():
+    """One number for each turn, and one random reply where it explores: recorded runs stay the same."""
+    games = [envs.NumberLine() for _ in range(20)]
+    of_agent = np.random.default_rng(0)
+    agent = exploring_agent(lambda envs_, rows, images: [{"reply": "mine"}] * 20, 0.5, of_agent)
+    answers = [answer["reply"] for answer in agent(games, [], [])]
+    rng = np.random.default_rng(0)
+    expected = []
+    for env in games:
+        is_random = rng.random() < 0.5
+        expected.append(scripted_reply("random", env, rng) if is_random else "mine")
+    assert answers == expected
+    assert of_agent.random() == rng.random()
 
 class Flaky(envs.NumberLine):
     """Episodes are lost in their first turn: with seeds below 100 always, below 200 the first time."""

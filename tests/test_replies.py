@@ -12,7 +12,7 @@ import pytest
 
 from buffer import make_row
 from envs import MARKER
-from worlds.episodes import start_episode, take_turn
+from worlds.calls import start_episode, take_turn
 from worlds.registry import WORLDS, make
 
 REPLIES = int(os.environ.get("REPLIES", 300))

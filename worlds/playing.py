@@ -8,7 +8,7 @@ Play whole episodes, several at a time, and record them: the loop between an age
 from tqdm import tqdm
 
 from buffer import make_row
-from worlds.episodes import Losses, close_env, make_or_refuse, start_episode, take_turn
+from worlds.calls import Losses, close_env, make_or_refuse, start_episode, take_turn
 from worlds.guard import Failure, each
 
 class Episode:

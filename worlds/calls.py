@@ -103,10 +103,10 @@ class Losses:
         # {number of an episode: how often it was lost}
         self.tries = Counter()
         self.last = ""
-        self.forget_row()
+        self.end_streak()
 
-    def forget_row(self):
-        """Count what fails in a row from 0: an episode has ended."""
+    def end_streak(self):
+        """Count from 0 what fails in a row: an episode has been played to its end."""
         self.drops_in_a_row = 0
         self.hangs_in_a_row = 0
 
