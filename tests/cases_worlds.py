@@ -45,11 +45,16 @@ class MyEnv(Game):
     """As the game, but for what follows."""
 '''
 RAISES = "return 1 / 0"
-HANGS = "time.sleep(30)"
+HANGS = "time.sleep(20)"
 LOOPS = "while True:\n        pass"
 SECONDS = 0.5  # env_timeout
 ZERO = "ZeroDivisionError in line ...: division by zero"
 HUNG = f"no answer within env_timeout={SECONDS} seconds in line ..."
+
+def seconds_for(parts):
+    """Return the env_timeout of a case: short where something hangs, because a test waits for it."""
+    code = "\n".join(parts.values())
+    return SECONDS if HANGS in code or LOOPS in code else 60.0
 
 def write_env(folder, parts):
     """Write my_env.py. parts: {"max_turns": a value, "close(self)": the body of a method}."""
@@ -83,11 +88,9 @@ def timeout_put_back():
     finally:
         set_timeout(before)
 
-def evaluate_env(agent, *flags):
+def evaluate_env(agent, seconds, *flags):
     """Let an agent play the file by a command line; if that is refused, nothing was written."""
-    argv = ["--env=my_env.py:MyEnv", f"--agent={agent}", "--episodes=8", *flags]
-    if not any(flag.startswith("--env_timeout") for flag in flags):
-        argv.append(f"--env_timeout={SECONDS}")
+    argv = ["--env=my_env.py:MyEnv", f"--agent={agent}", "--episodes=8", f"--env_timeout={seconds}", *flags]
     with timeout_put_back():
         try:
             evaluate.main(argv)
@@ -102,7 +105,7 @@ def seeds_of_sides(n):
         seeds[int(np.random.default_rng(seed).integers(4))].append(seed)
     return [seeds[i % 4][i // 4] for i in range(n)]
 
-def play_env(n=8):
+def play_env(seconds, n=8):
     """Record the expert's play of n starts -> the buffer, read back from its folder."""
 
     def make_env():
@@ -111,7 +114,7 @@ def play_env(n=8):
     expert = scripted_agent({"expert": 1.0}, np.random.default_rng(0))
     buffer = Buffer("recorded", create=True)
     with timeout_put_back():
-        set_timeout(SECONDS)
+        set_timeout(seconds)
         try:
             record(play(make_env, expert, seeds_of_sides(n), 4, split="train"), buffer)
         finally:
@@ -137,7 +140,7 @@ def refused(what, parts, then, agent="random"):
 
     def prepare(folder):
         write_env(folder, parts)
-        return functools.partial(evaluate_env, agent, "--save=recorded")
+        return functools.partial(evaluate_env, agent, seconds_for(parts), "--save=recorded")
 
     return Case(what, f"env='my_env.py:MyEnv': {then}: correct the environment first.", prepare)
 
@@ -224,7 +227,11 @@ WRONG_VALUES = {
     "`max_turns` is a billion": ({"max_turns": "10**9"}, f"max_turns is 1000000000: {TURNS}"),
     "`sys.exit` in `close()`": ({"close(self)": "sys.exit('bye')"}, "SystemExit in line ...: bye"),
     "`act()` raises KeyboardInterrupt": ({ACT: "raise KeyboardInterrupt"}, "KeyboardInterrupt in line ..."),
-    "an exception of two lines": ({ACT: "raise ValueError('a\\nb')"}, "ValueError in line ...: a b"),
+    "a message of two lines": ({ACT: "raise ValueError('a\\nb')"}, "ValueError in line ...: a b"),
+    "a message with a terminal's commands": (
+        {ACT: "raise ValueError('\\x1b[2J' + chr(0xd800))"},
+        "ValueError in line ...: ?[2J?",
+    ),
     "an exception that cannot be printed": (
         {ACT: "class Odd(Exception):\n    def __str__(self):\n        return 5\nraise Odd"},
         "Odd in line ...: its message cannot be read",
@@ -235,12 +242,14 @@ def with_wrong_values():
     """List a case for each wrong value."""
     return [refused(what, parts, then) for what, (parts, then) in WRONG_VALUES.items()]
 
-def said_otherwise(what, parts, then, *flags, agent="random"):
+def said_otherwise(what, parts, then, agent="random", seconds=None):
     """Make a case of the command line with a sentence of its own."""
+    if seconds is None:
+        seconds = seconds_for(parts)
 
     def prepare(folder):
         write_env(folder, parts)
-        return functools.partial(evaluate_env, agent, *flags)
+        return functools.partial(evaluate_env, agent, seconds)
 
     return Case(what, then, prepare)
 
@@ -266,7 +275,7 @@ REFUSED_OTHERWISE = [
         "a negative `env_timeout`",
         {},
         "env_timeout=-1.0 must be at least 0; 0 waits for ever.",
-        "--env_timeout=-1",
+        seconds=-1,
     ),
     said_otherwise(
         "some held-out starts cannot be dealt",
@@ -286,7 +295,7 @@ def dropped(what, parts, then, n=6):
         write_env(folder, parts)
 
         def call():
-            assert len(play_env().episodes) == n
+            assert len(play_env(seconds_for(parts)).episodes) == n
             return f"{n} of 8 episodes are recorded"
 
         return call
@@ -297,8 +306,9 @@ def stopped(what, parts, cause):
     """Make a case: playing stops, and what was played before is recorded."""
 
     def prepare(folder):
-        write_env(folder, only_if("self.side > 1 or self.played", *parts))
-        return functools.partial(play_env, 60)
+        written = only_if("self.side > 1 or self.played", *parts)
+        write_env(folder, written)
+        return functools.partial(play_env, seconds_for(written), 60)
 
     then = f"MyEnv, seed ...: dropped, {cause}; ... of 60 episodes so far; none has ended in between: "
     return Case(what, f"{then}correct the environment, then start again.", prepare)
@@ -384,7 +394,7 @@ def accepted(what, parts, then, **files):
                 f.write(text)
 
         def call():
-            assert len(play_env().episodes) == 8
+            assert len(play_env(seconds_for(parts)).episodes) == 8
             return then
 
         return call

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from worlds.contract import Unplayable, check_info, check_max_turns, check_observation, check_outcome
 from worlds.contract import check_text
-from worlds.guard import HANGS_IN_A_ROW, Failure, each
+from worlds.guard import HANGS_IN_A_ROW, Failure, each, one_line
 from worlds.players import NEED_EXPERT, has_expert, mixed_reply
 
 # So many dropped episodes are too many if none ends in between.
@@ -64,7 +64,7 @@ def take_turn(env, answer):
         lost = check_text("lost", env.lost)
     if lost:
         env.close()
-        return Failure(lost, breaks_env=False)
+        return Failure(one_line(lost), breaks_env=False)
     outcome = check_outcome("step()", (reward, terminated, truncated))
     obs = check_observation(env, obs)
     tag = ""

@@ -50,6 +50,13 @@ class Failure(NamedTuple):
     is_hang: bool = False
     breaks_env: bool = True
 
+def one_line(text):
+    """Write a text on one line that no terminal obeys: an environment's message may quote a model's reply."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    if len(line) > MESSAGE_COLUMNS:
+        line = line[:MESSAGE_COLUMNS] + "..."
+    return line
+
 def in_user_file(frames):
     """Write the last line of a file of the user among the frames: " in line 12"; "" if there is none."""
     # such a file is a module under its full path, see registry.run_file
@@ -69,14 +76,10 @@ def describe_error(error, path=""):
         lines.append(error.lineno)
     if lines:
         place = f" in line {lines[-1]}"
-    message = getattr(error, "msg", None)
     try:
-        message = message or str(error)
+        message = one_line(str(getattr(error, "msg", None) or error))
     except Exception:
         message = "its message cannot be read"
-    message = " ".join(str(message).split()).encode("utf-8", "replace").decode()
-    if len(message) > MESSAGE_COLUMNS:
-        message = message[:MESSAGE_COLUMNS] + "..."
     is_sentence = isinstance(error, BrokenContract) or (isinstance(error, SystemExit) and not place)
     if is_sentence:
         return message
