@@ -31,7 +31,7 @@ from model import build, gather, ranks
 from worlds.calls import check_environment, close_env, deal, draw_reply, make_or_refuse, must
 from worlds.calls import report_hang, report_starts
 from worlds.guard import Failure, each, set_timeout
-from worlds.players import has_expert
+from worlds.players import has_expert, scripted_reply
 from worlds.playing import play, record
 from worlds.registry import is_file, make
 

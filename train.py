@@ -31,7 +31,7 @@ from extras.whole_files import replacing, write_json
 from extras.wandb_log import import_wandb, start_wandb
 from model import build, gather, load_base
 from worlds.calls import check_environment
-from worlds.players import has_expert
+from worlds.players import NEED_EXPERT, has_expert
 from worlds.registry import is_file, make, reading_names
 
 # --- config ---
@@ -132,17 +132,16 @@ def settings(argv):
 def checked_env(cfg):
     """Make the function that makes the run's environment, or end with one sentence if it does not fit."""
     make_env = env_factory(cfg)
-    players = [name for name, share in cfg.data_mix.items() if share > 0]
-    if cfg.expert_episodes > 0:
-        players.append("expert")
-    if cfg.data:
-        players = ["random"]
-    # a turn is played, so that a mistake in an environment of the user's shows before anything is written
-    env = check_environment(make_env, f"env={cfg.env!r}", players)
+    players = {"random"}
+    if not cfg.data:
+        players = {name for name, share in cfg.data_mix.items() if share > 0}
+        if cfg.expert_episodes > 0:
+            players.add("expert")
+    env = check_environment(make_env, f"env={cfg.env!r}", sorted(players))
     if cfg.online_updates and not env.online:
         raise SystemExit(f"env={cfg.env!r} asks questions with one right answer and has no online phase: set "
                          "online_updates=0.")
-    if not has_expert(env) and {"expert", "biased"} & set(players):
+    if players & set(NEED_EXPERT) and not has_expert(env):
         raise SystemExit(f"env={cfg.env!r} has no expert(), and data_mix or expert_episodes ask for one: set "
                          "data_mix={'random': 1.0} and expert_episodes=0, or write an expert().")
     return make_env

@@ -7,7 +7,7 @@ import contextlib, functools, os
 
 import numpy as np
 
-import evaluate
+import evaluate, train
 from buffer import Buffer
 from evaluate import play, record, scripted_agent
 from failure_cases import Case
@@ -242,6 +242,23 @@ def with_wrong_values():
     """List a case for each wrong value."""
     return [refused(what, parts, then) for what, (parts, then) in WRONG_VALUES.items()]
 
+def train_env(*flags):
+    """Train on the file; if that is refused, nothing was written."""
+    with timeout_put_back():
+        try:
+            train.main(["--env=my_env.py:MyEnv", "--out_dir=run", f"--env_timeout={SECONDS}", *flags])
+        finally:
+            assert not os.path.exists("run"), "something was written"
+
+def refused_by_train(what, parts, then, *flags):
+    """Make a case: train.py refuses the environment by one sentence."""
+
+    def prepare(folder):
+        write_env(folder, parts)
+        return functools.partial(train_env, *flags)
+
+    return Case(what, f"env='my_env.py:MyEnv': {then}: correct the environment first.", prepare)
+
 def said_otherwise(what, parts, then, agent="random", seconds=None):
     """Make a case of the command line with a sentence of its own."""
     if seconds is None:
@@ -254,6 +271,11 @@ def said_otherwise(what, parts, then, agent="random", seconds=None):
     return Case(what, then, prepare)
 
 REFUSED_OTHERWISE = [
+    refused_by_train("`reset` hangs at the start of a run", {"reset(self, seed, options)": HANGS}, HUNG),
+    refused_by_train("`expert()` raises at the start of a run", {"expert(self)": RAISES}, ZERO),
+    refused_by_train(
+        "`picture()` raises at the start of a dry run", {"picture(self)": RAISES}, ZERO, "--dry_run"
+    ),
     said_otherwise(
         "`__init__()` raises",
         {"__init__(self, **kw)": RAISES},
