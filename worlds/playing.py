@@ -153,7 +153,7 @@ def play(make_env, act, seeds, num_envs=32, split="test", prefix="", bar=None, s
             lost = [episode for episode in playing if episode.failure]
             playing = [episode for episode in playing if not (episode.is_over or episode.failure)]
             if over:
-                losses.forget_row()
+                losses.end_streak()
             for episode in lost:
                 waiting += losses.retry_or_drop(episode)
             for episode in over:
