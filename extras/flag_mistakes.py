@@ -111,7 +111,7 @@ def check_secrets(argv):
         value = value.strip("'\" \n")
         name = name.replace("-", "_")
         # a folder may be called hf_experiment1
-        is_folder = name in ("out_dir", "save") or os.path.exists(value.replace("\0", ""))
+        is_folder = name in ("out_dir", "save") or os.path.exists(value)
         is_secret = SECRET_VALUE.fullmatch(value) and not is_folder
         is_secret = is_secret or SECRET_ADDRESS.fullmatch(value) or (value and SECRET_NAME.fullmatch(name))
         if name == "api_key_env" and not is_secret and value not in ("", "OPENAI_API_KEY", *os.environ):
