@@ -221,7 +221,7 @@ def test_planted_code_runs_with_the_flag_only(tmp_path, monkeypatch):
         ("n_critics", 10**6, "at most 1,000"),
         ("max_new_tokens", 10**6, "at most 32,768"),
         ("lora_r", 2.5, "whole number"),
-        ("lr", float("nan"), "out of range"),
+        ("lr", float("nan"), "finite"),
         ("env", ["NumberLine", 3], "text in quotes"),
         ("env", ",", "without a name"),
         ("model", "a\nb", "cannot be printed"),
@@ -247,13 +247,15 @@ def test_a_run_that_cannot_be_written_prints_its_table(own, capsys):
     assert "goal reached" in printed
 
     os.makedirs(os.path.join(own, "report.html"))
-    one_sentence(lambda: evaluate.main([own, "--episodes=2", "--report"]), "report.html cannot be")
+    one_sentence(lambda: evaluate.main([own, "--episodes=2", "--report"]), "report.html")
     assert "goal reached" in capsys.readouterr().out
 
 
 def test_a_run_of_a_gpu_is_evaluated_on_another_device(own):
-    """The run says device='cuda'; the sentence names the flag for this machine."""
+    """The run says device='cuda'; it is evaluated on what there is, or on what this command line says."""
     rewrite(own, device="cuda")
-    if not torch.cuda.is_available():
-        one_sentence(lambda: evaluate.main([own, "--episodes=1"]), "device='cuda'", "--device=cpu")
+    evaluate.main([own, "--episodes=1"])
     evaluate.main([own, "--episodes=1", "--device=cpu"])
+    if not torch.cuda.is_available():
+        wish = [own, "--episodes=1", "--device=cuda"]
+        one_sentence(lambda: evaluate.main(wish), "device='cuda'", "--device=cpu")
