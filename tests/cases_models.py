@@ -438,9 +438,9 @@ def foreign_cases():
     return cases
 
 
-MODEL_CASES = [Case(what, then, try_model(change)) for what, change, then in DAMAGED]
-MODEL_CASES.append(
+CASES = [Case(what, then, try_model(change)) for what, change, then in DAMAGED]
+CASES.append(
     Case("a chat template in tokenizer_config.json only", "the prompts are the same", same_prompts)
 )
-MODEL_CASES += [Case(what, then, try_checkpoint(change)) for what, change, then in CHECKPOINTS]
-MODEL_CASES += foreign_cases()
+CASES += [Case(what, then, try_checkpoint(change)) for what, change, then in CHECKPOINTS]
+CASES += foreign_cases()
