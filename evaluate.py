@@ -484,7 +484,7 @@ def evaluate_run(run, run_cfg, make_env, temperature, buffer, argv):
 
 def start_again():
     """Say how to go on after an end that came too early."""
-    return "then start the same command again; finished episodes of a player stay recorded"
+    return "start the same command again; what a player has finished stays recorded"
 
 @explained(way_on=start_again)
 def main(argv):

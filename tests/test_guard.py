@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import envs
-from evaluate import play, scripted_agent
+from buffer import Buffer
+from evaluate import play, record, scripted_agent
 from worlds import guard
 from worlds.guard import Failure, each
 
@@ -149,3 +150,19 @@ def test_a_forked_process_has_its_own_worker(timeout):
     worker.is_alive = lambda: False
     assert each(pow, [(2, 3)]) == [8]
     assert worker not in guard.IDLE
+
+def test_a_turn_that_no_folder_can_hold_costs_its_episode(tmp_path, capsys):
+    """A player's endless reply is dropped with its episode; the episodes around it are recorded."""
+    calls = []
+
+    def act(envs, rows, images):
+        calls.append(len(rows))
+        reply = "[action] +"
+        if len(calls) < 3:
+            reply = "x" * 10**6
+        return [dict(reply=reply, source="model") for _ in envs]
+
+    buffer = Buffer(str(tmp_path), create=True)
+    assert record(play(envs.NumberLine, act, [1, 2, 3], 1, split="train"), buffer) == 2
+    assert len(Buffer(str(tmp_path)).episodes) == 2
+    assert "dropped, a turn has a text of 1,000,000 characters" in capsys.readouterr().out

@@ -6,10 +6,10 @@ import reprlib
 import numpy as np
 from PIL import Image
 
+from extras.check_rows import MAX_FLOAT32
+
 # An episode must end: this is the highest max_turns.
 MOST_TURNS = 10_000
-# Rewards become float32 tensors.
-LARGEST_REWARD = float(np.finfo(np.float32).max)
 
 class Unplayable(SystemExit):
     """One sentence that ends the program: this environment cannot be played here at all."""
@@ -39,7 +39,7 @@ def check_reward(what, reward):
         except (TypeError, ValueError, ArithmeticError, RuntimeError):
             pass
     # `not <=` catches nan too
-    if not abs(number) <= LARGEST_REWARD:
+    if not abs(number) <= MAX_FLOAT32:
         raise BrokenContract(what, reward, "a finite number that float32 can hold")
     return number
 

@@ -8,6 +8,7 @@ Play whole episodes, several at a time, and record them: the loop between an age
 from tqdm import tqdm
 
 from buffer import make_row
+from extras.check_rows import check_row
 from worlds.calls import Losses, close_env, make_or_refuse, start_episode, take_turn
 from worlds.guard import Failure, each
 
@@ -38,7 +39,12 @@ class Episode:
         return make_row(self.name, len(self.rows), self.env.name, self.seed, self.obs, reply, **fields)
 
     def add_row(self, row):
-        """Append a row, and the picture that it shows."""
+        """Append a row, and the picture that it shows, unless a folder of episodes could not hold it."""
+        try:
+            check_row(row)
+        except ValueError as error:
+            self.failure = Failure(f"a turn {error}")
+            return
         self.rows.append(row)
         self.images[row["images_file_names"][0]] = self.obs["image"]
 
@@ -50,6 +56,8 @@ class Episode:
         outcome = dict(action=turn.info["action"], valid=turn.info["valid"], reward=turn.reward)
         outcome |= dict(terminated=turn.terminated, truncated=turn.truncated)
         self.add_row(self.next_row(**answer, **outcome, success=turn.info["success"]))
+        if self.failure:
+            return
         self.obs = turn.obs
         self.is_over = turn.terminated or turn.truncated
         self.success_return = turn.info["success_return"]
