@@ -54,7 +54,7 @@ def with_keys(cfg, **changes):
     return SimpleNamespace(**{**vars(cfg), **changes})
 
 def play_mix(make_env, mix, rng, n, num_envs=32):
-    """Play n training episodes by scripted players, see evaluate.play."""
+    """Play n training episodes by scripted players, see worlds.playing.play."""
     return play(make_env, scripted_agent(mix, rng), list(range(n)), num_envs, split="train")
 
 

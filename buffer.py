@@ -189,13 +189,22 @@ class Buffer:
         for name, image in images.items():
             path = os.path.join(self.folder, name)
             if not os.path.exists(path):
-                image.save(path + ".tmp", format="PNG", compress_level=1)
+                with open(path + ".tmp", "wb") as f:
+                    image.save(f, format="PNG", compress_level=1)
+                    f.flush()
+                    os.fsync(f.fileno())
                 os.replace(path + ".tmp", path)
         self._cut_torn_line()
         with open(self.file, "ab") as f:
-            f.write("".join(lines).encode())
-            f.flush()
-            os.fsync(f.fileno())
+            before = f.tell()
+            try:
+                f.write("".join(lines).encode())
+                f.flush()
+                os.fsync(f.fileno())
+            except BaseException:
+                # a full disk or Ctrl-C: all of the rows are there, or none
+                os.truncate(self.file, before)
+                raise
         self._index(rows)
 
     def _check_new(self, rows, lines, images):
@@ -363,6 +372,9 @@ class Buffer:
         images = [functools.partial(self.image, name) for name in names]
         # The key tells where pictures and messages begin; for a picture and a text it is that of rollouts.
         text = "\0".join(prompt_texts(row)).lstrip("\0")
+        roles = [message["role"] for message in prompt_messages(row)]
+        if len(roles) > 1:
+            names = [*names, *roles]
         return vlm.encode(row["messages"], images, key=(text, *names))
 
 

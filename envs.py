@@ -221,7 +221,7 @@ class Env:
     max_parallel = None
     online = True
 
-    # Reason why the episode was abandoned (browser crash, stuck bot). evaluate.play drops such an episode.
+    # Reason why the episode was abandoned (browser crash, stuck bot). worlds.playing drops such an episode.
     lost = ""
 
     def __init__(self, size=80, penalty=-1.0, max_turns=None):

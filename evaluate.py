@@ -23,8 +23,8 @@ from PIL import Image
 from buffer import Buffer
 from configurator import PLAYERS, ConfigError, check_config, configure, parse_block
 from extras.flag_mistakes import check_out_dir, check_path, check_ranges, check_secrets
-from extras.run_folder import distrust, find_checkpoint, has_checkpoint, offline_results, read_run_config
-from extras.run_folder import write_eval
+from extras.checkpoints import find_checkpoint, has_checkpoint
+from extras.read_run import TRAIN, distrust, offline_results, read_run_config, write_eval
 from extras.stopping import explained
 from extras.whole_files import lock
 from model import build, gather, ranks
@@ -60,8 +60,6 @@ timeout = 60.0  # seconds until an answer must be complete
 retries = 6  # of a failed request, after 1, 2, 4, ... seconds; then its episode is given up
 # --- end of config ---
 
-# the keys of a run, and their defaults
-TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
 TEST_SEEDS = 10**6  # held-out starts have seeds from here on
 AGENT = 4  # a random stream beside those of train.py
 EVAL_ENVS = 64  # environments at once in an evaluation
@@ -326,7 +324,7 @@ def full_evaluation(vlm, make_env, run_cfg, temperature=1.0, only=WAYS, prefix="
 
 def load_run(run, run_cfg):
     """Load a run's VLM from its last checkpoint -> (vlm, folder of the checkpoint)."""
-    folder = find_checkpoint(run)
+    folder = find_checkpoint(run, skip=["optimizer.pt"])
     if run_cfg.model == "scratch":
         # the run trained its own tokenizer: take the whole model from the checkpoint
         run_cfg.model = folder
@@ -530,8 +528,9 @@ def play_and_report(target, is_run, cfg, argv):
         buffer = None
         first_row = 0
         if cfg.save or cfg.report:
+            os.makedirs(cfg.save or temporary, exist_ok=True)
+            lock(cfg.save or temporary)
             buffer = Buffer(cfg.save or temporary, create=True)
-            lock(buffer.folder)
             first_row = len(buffer)
         if cfg.agent:
             results = play_agent(cfg, make_env, run_cfg.eval_episodes, buffer, temporary)

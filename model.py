@@ -36,6 +36,7 @@ transformers.logging.disable_progress_bar()
 # LoRA's output is scaled by LORA_ALPHA / lora_r.
 LORA_ALPHA = 32
 PROMPT_CACHE_MB = 4096
+SHORT_REPLY = 256  # tokens
 NEVER = -1e9  # logit of a token that is not sampled
 
 
@@ -441,9 +442,16 @@ class VLM(nn.Module):
 
         The end-of-turn token is always marked.
         """
+        if len(ids) <= SHORT_REPLY:
+            marks = []
+            for j, token in enumerate(ids):
+                is_beyond = len(self.decode(ids[: j + 1])) > start
+                marks.append(int(is_beyond or token == self.eos))
+            return marks
+        # That takes the square of the length. The text of a long reply grows with its tokens, but for a
+        # character in several pieces, so this is a search in a sorted list.
         first = len(ids)
         if len(self.decode(ids)) > start:
-            # The text grows with its tokens, so this is a search in a sorted list.
             first = bisect.bisect(range(len(ids)), start, key=lambda j: len(self.decode(ids[: j + 1])))
         return [int(j >= first or token == self.eos) for j, token in enumerate(ids)]
 

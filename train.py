@@ -8,7 +8,7 @@ Train a vision-language model to act, off-policy: offline on recorded play, then
     torchrun --nproc_per_node=8 train.py config/numberline.py                # the same run on eight GPUs
     python train.py --help                                                   # every key
 """
-import contextlib, datetime, functools, json, math, os, pickle, platform, subprocess, sys, tempfile, time
+import contextlib, datetime, functools, json, math, os, pickle, platform, sys, tempfile, time
 
 import numpy as np
 import torch
@@ -23,9 +23,10 @@ from configurator import check_config, configure
 from evaluate import env_factory, evaluate_policy, full_evaluation, task_names
 from evaluate import episode_summary, format_table, gather_episodes, recorded_summary
 from evaluate import exploring_agent, model_agent, play, record, scripted_agent
-from extras import run_folder
+from extras import checkpoints, run_folder
 from extras.check_rows import check_prompts
 from extras.flag_mistakes import check_out_dir
+from extras.read_run import offline_results
 from extras.stopping import STOP, explained
 from extras.whole_files import replacing, write_json
 from extras.wandb_log import import_wandb, start_wandb
@@ -228,16 +229,9 @@ def open_run(cfg):
     checkpoint = None
     if RANK == 0:
         checkpoint = run_folder.claim(cfg, data_recipe(cfg))
-    return gather(checkpoint)[0]
-
-def git_commit():
-    """Get the commit of this code, 'unknown' without git."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    try:
-        out = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return out.stdout.strip() or "unknown"
+    checkpoint = gather(checkpoint)[0]
+    run_folder.CLAIMED.run = cfg.out_dir
+    return checkpoint
 
 def count(params):
     """Count the numbers in some tensors."""
@@ -247,7 +241,7 @@ def describe(cfg, argv, vlm, data, start):
     """Print what is about to run, and write config.json and meta.json."""
     if RANK > 0:
         return
-    meta = dict(argv=argv, commit=git_commit(), ranks=WORLD, threads=torch.get_num_threads())
+    meta = dict(argv=argv, commit=run_folder.git_commit(), ranks=WORLD, threads=torch.get_num_threads())
     meta |= dict(python=platform.python_version(), torch=torch.__version__)
     meta |= dict(transformers=transformers.__version__, numpy=np.__version__)
     write_json(in_run(cfg, "config.json"), vars(cfg))
@@ -280,7 +274,8 @@ def describe(cfg, argv, vlm, data, start):
 def open_data(cfg, folder):
     """Open a folder of recorded episodes, and look at every picture once, before hours of work."""
     data = Buffer(folder, reward_fn=functools.partial(clip_reward, cfg=cfg))
-    data.check_images()
+    if RANK == 0:
+        data.check_images()
     return data
 
 def given_data(cfg):
@@ -302,7 +297,7 @@ def data_recipe(cfg):
     recipe = {key: getattr(cfg, key) for key in keys}
     for task in filter(is_file, task_names(cfg.env)):
         file = task.rpartition(":")[0]
-        recipe[file] = run_folder.file_digest(file)
+        recipe[file] = checkpoints.file_digest(file)
     return recipe
 
 def scripted_data(cfg, make_env):
@@ -359,7 +354,8 @@ def take_in(replay, other, limit):
 def rollout(cfg, step, vlm, make_env, replay):
     """Play rollout_episodes with the present policy, append them to the replay -> numbers for the log.
 
-    None if a signal broke it off: then nothing has been appended, and a resumed run plays it again.
+    An exception if a signal or the environments broke it off: then nothing has been appended, and a resumed
+    run plays it again.
     """
     seeds = stream(cfg, ROLLOUT, step).integers(2**31, size=cfg.rollout_episodes).tolist()
     generator = torch.Generator(vlm.device).manual_seed(seeds[RANK])
@@ -370,14 +366,22 @@ def rollout(cfg, step, vlm, make_env, replay):
     try:
         with STOP.at_once():
             played = list(play(make_env, act, seeds, cfg.num_envs // WORLD, **options))
-    except KeyboardInterrupt:
-        return None
+    except (KeyboardInterrupt, SystemExit) as error:
+        if WORLD > 1:
+            raise
+        return error
     vlm.finish()
     record(played, replay)
     if not len(replay):
         # all episodes of this rank were lost
         print(f"Rank {RANK} has no episode of its own yet: it learns from recorded ones.")
     return logged("rollout", episode_summary(gather_episodes(played)))
+
+def broken_off(error):
+    """Return what ends the run: an interrupt, or a sentence about environments and how to go on."""
+    if isinstance(error, SystemExit):
+        return SystemExit(f"{str(error).rstrip('.')}; {run_folder.way_on()}.")
+    return error
 
 def draw_windows(cfg, step, data, replay):
     """Draw this rank's windows of an update -> list of (buffer, window).
@@ -551,10 +555,12 @@ def skip(cfg, step, windows, unlogged):
         return
     rewards = [abs(buffer.reward_fn(row["reward"])) for buffer, row in rows]
     largest = max(rewards)
+    place = names[rewards.index(largest)]
+    # the other ranks have had other rows
+    largest, place = max(gather((largest, place)))
     cause = (f"most likely by the learning rate: set --lr={cfg.lr / 4:g} --critic_lr={cfg.critic_lr / 4:g}, "
              "which a resumed run may change")
     if largest > LARGE_REWARD:
-        place = names[rewards.index(largest)]
         cause = f"most likely by the reward {largest:g} in {place}: correct it, or set reward_clip"
     raise SystemExit(f"{MAX_SKIPPED} updates in a row, up to update {step + 1}, had a loss or gradient that "
                      f"is not finite, {cause}; {run_folder.way_on()}.")
@@ -564,21 +570,17 @@ def skip(cfg, step, windows, unlogged):
 
 def save_checkpoint(cfg, step, vlm, optimizer, data, replay, unlogged):
     """Write a checkpoint, with all that a resumed run needs to end with the same bytes."""
-    of_ranks = gather(run_folder.seen(replay))
+    of_ranks = gather(checkpoints.describe_play(replay))
     if RANK > 0:
         return
-    run_folder.check_finite(vlm, step)
-    state = dict(step=step, replay_rows=[seen["rows"] for seen in of_ranks])
-    state["replay_digests"] = [seen["digest"] for seen in of_ranks]
-    state |= dict(data=run_folder.seen(data), unlogged=unlogged.state())
-    with run_folder.new_checkpoint(cfg.out_dir, state) as folder:
+    checkpoints.check_finite(vlm, step)
+    state = dict(step=step, replay_rows=[noted["rows"] for noted in of_ranks])
+    state["replay_digests"] = [noted["digest"] for noted in of_ranks]
+    state |= dict(data=checkpoints.describe_play(data), unlogged=unlogged.state())
+    with checkpoints.new_checkpoint(cfg.out_dir, state) as folder:
         vlm.save(folder)
         with open(os.path.join(folder, "optimizer.pt"), "wb") as f:
             torch.save(optimizer.state_dict(), f)
-    total = cfg.offline_updates + cfg.online_updates
-    if (STOP.signal or step == cfg.stop_at) and step < total:
-        reason = STOP.signal or "stop_at"
-        print(f"Stopped at update {step} of {total} as {reason} says; continue with --resume=True.")
 
 def load_moments(file, vlm, optimizer):
     """Load the state of AdamW; the learning rates stay those of the command line."""
@@ -591,23 +593,24 @@ def load_moments(file, vlm, optimizer):
     for group, base in zip(optimizer.param_groups, bases):
         group["base"] = base
 
-def restore(cfg, checkpoint, vlm, optimizer):
+def restore(cfg, checkpoint, vlm, optimizer, data):
     """Load a checkpoint, if there is one, into vlm and optimizer -> (first update, replay, unlogged)."""
     if checkpoint is None:
         return 0, open_replay(cfg, []), Unlogged()
+    state = checkpoints.read_state(checkpoint)
+    checkpoints.check_data(data, state["data"])
     vlm.load(checkpoint)
     load_moments(os.path.join(checkpoint, "optimizer.pt"), vlm, optimizer)
-    state = run_folder.read_state(checkpoint)
     step = state["step"]
-    if RANK == 0:
-        run_folder.rewind_metrics(in_run(cfg, "metrics.jsonl"), step)
     if WORLD > 1:
         # every rank has read it: its folder may be renamed now
         dist.barrier()
     if RANK == 0:
-        run_folder.set_damaged_aside(cfg.out_dir, checkpoint)
-    replay = open_replay(cfg, np.atleast_1d(state["replay_rows"]).tolist())
-    return step, replay, Unlogged(**state.get("unlogged", {}))
+        run_folder.rewind_metrics(in_run(cfg, "metrics.jsonl"), step)
+        checkpoints.set_damaged_aside(cfg.out_dir, checkpoint)
+    replay = open_replay(cfg, [noted["rows"] for noted in state["replay"]])
+    return step, replay, Unlogged(**state["unlogged"])
+
 
 # ---- logs and evaluations ----
 
@@ -677,30 +680,48 @@ def look(cfg, done, vlm, make_env):
             write_json(in_run(cfg, "eval_offline.json"), results)
     return numbers
 
+def reason_to_stop(cfg, done):
+    """Say why the run stops after `done` updates, '' if it goes on: a signal to any rank, or stop_at."""
+    signals = [name for name in gather(STOP.signal) if name]
+    if signals:
+        return signals[0]
+    is_early = done == cfg.stop_at < cfg.offline_updates + cfg.online_updates
+    return "stop_at" if is_early else ""
+
+def leave(done, reason):
+    """Say how to go on; a scheduler that has sent a signal reads from the exit code that there is more."""
+    sentence = f"Stopped at update {done} as {reason} says; continue with --resume=True."
+    if reason != "stop_at":
+        raise SystemExit(sentence if RANK == 0 else 1)
+    if RANK == 0:
+        print(sentence)
+
 def checkpoint_due(cfg, done):
     """Tell whether a checkpoint is due after `done` updates."""
     return cfg.eval_interval > 0 and done % cfg.eval_interval == 0
 
 def final_evaluation(cfg, argv, vlm, make_env, data, clock):
     """Evaluate the trained agent, write eval.json, print the table."""
+    # all is saved: a signal may end the run at once
+    STOP.waits = False
     with timed(clock, "eval"):
         results = full_evaluation(vlm, make_env, cfg)
-    results = run_folder.offline_results(cfg.out_dir) | results
+    results = offline_results(cfg.out_dir) | results
     if RANK > 0:
         return
     content = dict(checkpoint=in_run(cfg, "ckpt"), argv=argv, seed=cfg.seed, q_weight=cfg.q_weight)
     content["results"] = results
     write_json(in_run(cfg, "eval.json"), content)
-    seconds = ", ".join(f"{name} {value:.0f}" for name, value in clock.items())
-    starts = "held-out starts" if make_env().split else "starts that training also draws"
-    print(f"\n{cfg.env}, {cfg.actor_loss}, seed {cfg.seed}: {sum(clock.values()):.0f} s ({seconds}); "
-          f"{starts}, Wilson 95 % intervals")
-    print(format_table({"the recorded data": recorded_summary(data.stats()), **results}))
     if not vlm.lora:
         # all weights were trained: a model folder to share, two bytes a weight
         with replacing(in_run(cfg, "model")) as aside:
             vlm.net.half().save_pretrained(aside)
             vlm.processor.save_pretrained(aside)
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in clock.items())
+    starts = "held-out starts" if make_env().split else "starts that training also draws"
+    print(f"\n{cfg.env}, {cfg.actor_loss}, seed {cfg.seed}: {sum(clock.values()):.0f} s ({seconds}); "
+          f"{starts}, Wilson 95 % intervals")
+    print(format_table({"the recorded data": recorded_summary(data.stats()), **results}))
 
 def measure(cfg, argv, base, make_env, data):
     """Print the peak memory of an update and of a rollout, leaving nothing behind -> {part: bytes}."""
@@ -732,7 +753,7 @@ def main(argv):
     # recorded play; adapters and critics on the base; the last checkpoint of a resumed run
     data = data or scripted_data(cfg, make_env)
     vlm, optimizer = build_agent(cfg, base, data)
-    start, replay, unlogged = restore(cfg, checkpoint, vlm, optimizer)
+    start, replay, unlogged = restore(cfg, checkpoint, vlm, optimizer, data)
     check_ranks_agree(data, vlm)
     describe(cfg, argv, vlm, data, start)
     wandb = start_wandb(cfg, RANK)
@@ -749,9 +770,9 @@ def main(argv):
         if online >= 0 and online % cfg.updates_per_rollout == 0:
             with timed(clock, "rollout"):
                 played = rollout(cfg, step, vlm, make_env, replay)
-            if played is None:
+            if isinstance(played, BaseException):
                 save_checkpoint(cfg, step, vlm, optimizer, data, replay, unlogged)
-                return
+                raise broken_off(played)
 
         # learn: one optimizer step on windows of recorded and own play
         with timed(clock, "update"):
@@ -768,12 +789,12 @@ def main(argv):
             log(cfg, done, unlogged.take() | step_row | played | looked, clock, wandb)
 
         # save: a checkpoint, from which the run can be resumed exactly
-        stop = any(gather(STOP.is_asked())) or done in (total, cfg.stop_at)
-        if stop or checkpoint_due(cfg, done) and not unlogged.in_a_row:
+        reason = reason_to_stop(cfg, done)
+        if reason or done == total or checkpoint_due(cfg, done) and not unlogged.in_a_row:
             check_ranks_agree(data, vlm)
             save_checkpoint(cfg, done, vlm, optimizer, data, replay, unlogged)
-        if stop and done < total:
-            return
+        if reason:
+            return leave(done, reason)
 
     # how well it went
     final_evaluation(cfg, argv, vlm, make_env, data, clock)

@@ -67,8 +67,9 @@ LONGEST_NAME = 255
 LONGEST_LIST = 2000
 
 # What a server's key looks like: a vendor's prefix, or one long word of letters and digits.
-SECRET_VALUE = re.compile(r"(sk|pk|rk|gsk|hf|ghp|gho|github_pat|xai|nvapi|glpat)[-_][\w-]{8,}.*"
-                          r"|AIza[\w-]{20,}|Bearer\b.*|(?=.*[0-9])(?=.*[A-Za-z])[A-Za-z0-9]{32,}"
+SECRET_VALUE = re.compile(r"(sk|pk|rk|gsk|ghp|gho|github_pat|xai|nvapi|glpat)[-_](?=.*[0-9])[\w-]{8,}[^/\s]*"
+                          r"|hf_[A-Za-z0-9]{20,}|AIza[\w-]{20,}|Bearer\b.*"
+                          r"|(?=.*[0-9])(?=.*[A-Za-z])[A-Za-z0-9]{32,}"
                           r"|.*[?&](api_?key|key|token)=.+", re.I)
 # An address with a user and a password in it.
 SECRET_ADDRESS = re.compile(r".*://[^/\s]*@.*")

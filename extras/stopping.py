@@ -7,8 +7,8 @@ Stop a run in an orderly way: a signal, a full disk.
 """
 import contextlib, errno, os, signal
 
-from extras.run_folder import way_on as way_on_of_run
-from extras.whole_files import LOCKS, unlock_all
+from extras import run_folder
+from extras.whole_files import unlock_all
 from model import ranks
 
 class Stop:
@@ -20,6 +20,7 @@ class Stop:
     def __init__(self):
         self.signal = ""
         self.waits = False
+        self.numbers = []
 
     def listen(self):
         """Take the signals from now on."""
@@ -28,6 +29,15 @@ class Stop:
             # nohup has switched SIGHUP off, and it stays off
             if number and signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.hear)
+                self.numbers.append(number)
+
+    def rest(self):
+        """Forget what was heard, and let signals end the process by themselves."""
+        for number in self.numbers:
+            signal.signal(number, signal.SIG_DFL)
+        self.numbers = []
+        self.signal = ""
+        self.waits = False
 
     def hear(self, number, frame):
         """Note a signal; the second Ctrl-C does not wait."""
@@ -49,24 +59,23 @@ class Stop:
         finally:
             self.waits = waited
 
-    def is_asked(self):
-        """Tell whether the run is to stop after this update."""
-        return bool(self.signal)
-
 
 STOP = Stop()
 
+# What the system says about a disk that cannot be written. Other errors may be mistakes of this program.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+
 def explain_error(error, way_on):
-    """Write an error of the operating system as one sentence: what, where, what to do."""
-    places = [error.filename, *LOCKS]
-    place = next(filter(None, places), "")
+    """Write an error of the disk as one sentence: what, where, what to do."""
+    place = error.filename or run_folder.CLAIMED.run
+    where = f" ({place})" if place else ""
     remedy = "mend that"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         remedy = "make room"
-    return f"{error.strerror or error} ({place}): {remedy}; {way_on()}."
+    return f"{error.strerror}{where}: {remedy}; {way_on()}."
 
 @contextlib.contextmanager
-def explained(rank=0, way_on=way_on_of_run):
+def explained(rank=0, way_on=run_folder.way_on):
     """Turn what ends a program from outside, a signal or a full disk, into one sentence on how to go on.
 
     way_on: writes the end of the sentence.
@@ -78,8 +87,10 @@ def explained(rank=0, way_on=way_on_of_run):
             raise SystemExit(1)
         raise SystemExit(f"Interrupted: {way_on()}.")
     except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
         raise SystemExit(explain_error(error, way_on))
     finally:
         unlock_all()
-        STOP.signal = ""
-        STOP.waits = False
+        run_folder.CLAIMED.run = ""
+        STOP.rest()

@@ -29,6 +29,10 @@ def sync_folder(folder):
     descriptor = os.open(folder or ".", os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # some network file systems have no such flush
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
@@ -90,12 +94,20 @@ def written_aside(folder):
         shutil.rmtree(aside, ignore_errors=True)
         raise explain_writers(error, folder) from None
 
+def list_files(folder):
+    """List the files of a folder and of those in it, by their paths from there."""
+    found = []
+    for place, _, names in os.walk(folder):
+        found += [os.path.relpath(os.path.join(place, name), folder) for name in names]
+    return sorted(found)
+
 def sync_files(folder):
     """Flush the files of a folder to the disk."""
-    for name in os.listdir(folder):
+    for name in list_files(folder):
         with open(os.path.join(folder, name), "rb+") as f:
             os.fsync(f.fileno())
-    sync_folder(folder)
+    for place, _, _ in os.walk(folder):
+        sync_folder(place)
 
 @contextlib.contextmanager
 def replacing(folder):

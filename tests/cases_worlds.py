@@ -170,7 +170,7 @@ def returns(head, value, sentence):
 
 ACT = "act(self, action)"
 PICTURE = "picture(self)"
-NUMBER = "it must be a finite number that float32 can hold"
+NUMBER = "it must be a finite number, at most 1e30"
 BOOL = "it must be True or False"
 THREE = "it must be reward, terminated, truncated"
 TURNS = "it must be a whole number from 1 to 10,000"
@@ -333,7 +333,8 @@ def stopped(what, parts, cause):
         return functools.partial(play_env, seconds_for(written), 60)
 
     then = f"MyEnv, seed ...: dropped, {cause}; ... of 60 episodes so far; none has ended in between: "
-    return Case(what, f"{then}correct the environment, then start again.", prepare)
+    remedy = "mend the cause" if cause == "no answer" else "correct the environment"
+    return Case(what, f"{then}{remedy} first.", prepare)
 
 MIDDLE = [ACT, PICTURE, "text(self)", "expert(self)", "prompt(self)"]
 TWO_DROPPED = "dropped, {}; 1 of 8 episodes so far. ... dropped, {}; 2 of 8 episodes so far."

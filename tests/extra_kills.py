@@ -15,7 +15,7 @@ import torch
 
 sys.path[:0] = [os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")]
 import train
-from extras import run_folder
+from extras.checkpoints import has_checkpoint
 from faults import OPERATIONS, faults
 from small_runs import FEW, content, flags, make_tiny, metrics
 
@@ -63,7 +63,7 @@ def go_on(out):
     """Choose the flag that the program names in such a folder."""
     if os.path.exists(os.path.join(out, ".overwrite")):
         return dict(overwrite=True)
-    if run_folder.has_checkpoint(out):
+    if has_checkpoint(out):
         return dict(resume=True)
     return {}
 

@@ -571,6 +571,8 @@ def test_what_only_looks_like_a_key_passes(tmp_path, monkeypatch):
         ["--out_dir=sk-baseline-seed0"],
         ["hf_experiment1", "--data=hf_experiment1"],
         ["--model=llava-hf/llava-1.5-7b-hf", "--max_new_tokens=3"],
+        ["--model=hf-internal-testing/tiny-random-Llava", "--data=sk-learn-data"],
+        ["--model=hf_my_model_2024"],
         ["--api_key_env=MY_KEY", "--base_url=http://localhost:8000/v1"],
         ["--api_key_env=OPENAI_API_KEY"],
     ):

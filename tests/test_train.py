@@ -664,9 +664,9 @@ def test_every_key_is_read_and_every_read_is_a_key():
     assert read_keys("configurator", "cfg") <= keys
 
     used = set()
-    for name in ("evaluate", "extras/run_folder", "extras/teachers"):
+    for name in ("evaluate", "extras/read_run", "extras/teachers"):
         used |= read_keys(name, "cfg")
-    # extras/run_folder.py reads settings of both scripts
+    # settings of the run are read there, too
     assert used - keys <= set(parse_block(evaluate.__file__)) <= used
 
 def test_the_keys_are_few_and_in_groups():

@@ -1,6 +1,7 @@
 """
 What environments are asked to do in an episode, each through worlds.guard; what fails is counted.
 """
+import contextlib
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -46,9 +47,10 @@ def start_episode(make_env, env, seed, options):
         check_max_turns(env)
         return Start(env, check_observation(env, obs))
     except BaseException:
-        # nobody else knows it yet
+        # nobody else knows it yet, and the first error is the one to tell
         if is_new:
-            env.close()
+            with contextlib.suppress(Exception):
+                env.close()
         raise
 
 def take_turn(env, answer):
@@ -114,6 +116,9 @@ class Losses:
         """Report that an episode is dropped; SystemExit after too many in a row."""
         self.n_dropped += 1
         self.drops_in_a_row += 1
+        self.remedy = "correct the environment first"
+        if not failure.breaks_env:
+            self.remedy = "mend the cause first"
         self.last = f"{what}: dropped, {failure.cause}; {self.n_dropped} of {self.total} episodes so far"
         tqdm.write(f"{self.last}.")
         if self.drops_in_a_row >= DROPS_IN_A_ROW or self.hangs_in_a_row >= HANGS_IN_A_ROW:
@@ -121,8 +126,7 @@ class Losses:
 
     def stop(self):
         """End the program with one sentence about the last loss."""
-        raise SystemExit(f"{self.last}; none has ended in between: correct the environment, then start "
-                         "again.")
+        raise SystemExit(f"{self.last}; none has ended in between: {self.remedy}.")
 
     def retry_or_drop(self, episode):
         """Return the start of a lost episode, to be played again; [] for one that is dropped instead."""

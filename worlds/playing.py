@@ -175,16 +175,23 @@ def record(episodes, buffer, chunk=200):
     Those before an error or Ctrl-C are written.
     """
     n = 0
-    rows = []
-    images = {}
+    waiting = []
     try:
         for n, episode in enumerate(episodes, 1):
-            rows += episode["rows"]
-            images |= episode["images"]
+            waiting.append(episode)
             if n % chunk == 0:
-                buffer.append(rows, images)
-                rows = []
-                images = {}
+                append_episodes(waiting, buffer)
+                waiting = []
     finally:
-        buffer.append(rows, images)
+        # Ctrl-C may have come when the last chunk was just written
+        append_episodes([one for one in waiting if one["rows"][0]["episode"] not in buffer.episodes], buffer)
     return n
+
+def append_episodes(episodes, buffer):
+    """Append several played episodes to a buffer."""
+    rows = []
+    images = {}
+    for episode in episodes:
+        rows += episode["rows"]
+        images |= episode["images"]
+    buffer.append(rows, images)
