@@ -135,14 +135,37 @@ def test_pictures_are_on_disk_before_their_rows(tmp_path, monkeypatch):
             monkeypatch.undo()
         return True
 
-    for n in range(1, 10):
+    for n in range(1, 20):
         if append_survives(n):
-            assert calls == ["replace"] * 3 + ["open", "fsync"]
+            assert calls == ["open", "fsync", "replace"] * 3 + ["open", "fsync"]
             return
         after = Buffer(str(tmp_path / str(n)))
         for row in after.rows:
             after.image(row["images_file_names"][0])
     pytest.fail("append never reached its end")
+
+def test_an_append_that_ends_in_the_middle_adds_nothing(tmp_path, monkeypatch):
+    """Ctrl-C or a full disk while rows are written: none of them is there, and they can be appended again.
+
+    The story: they were on the disk, `record` appended them once more, and the folder was refused for ever.
+    """
+    buf = filled(tmp_path, episode("a", 1))
+    before = raw(buf)
+    real = os.fsync
+    calls = []
+
+    def interrupt(descriptor):
+        calls.append(descriptor)
+        real(descriptor)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        buf.append(*episode("b", 3))
+    assert raw(buf) == before
+    buf.append(*episode("b", 3))
+    assert len(Buffer(str(tmp_path)).episodes) == 2
 
 @pytest.mark.parametrize("whole_lines", [0, 1, 4])
 def test_a_torn_last_episode(tmp_path, capsys, whole_lines):
