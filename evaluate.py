@@ -22,7 +22,7 @@ from PIL import Image
 
 from buffer import Buffer
 from configurator import PLAYERS, ConfigError, check_config, configure, parse_block
-from extras.flag_mistakes import check_out_dir, check_path, check_ranges, check_secrets
+from extras.flag_mistakes import check_out_dir, check_path, check_ranges, check_secrets, show
 from extras.checkpoints import find_checkpoint, has_checkpoint
 from extras.read_run import TRAIN, distrust, offline_results, read_run_config, write_eval
 from extras.stopping import explained
@@ -261,9 +261,9 @@ def format_table(results):
     """Format {name: summary} as text, one aligned line each; under it a line per environment and per tag."""
     rows = []
     for name, summary in results.items():
-        rows.append((name, summary))
+        rows.append((show(name), summary))
         for env, of_env in summary.get("by_env", {}).items():
-            rows.append((f"  {env}", of_env))
+            rows.append((f"  {show(env)}", of_env))
     width = max([28] + [len(name) + 1 for name, _ in rows])
     head = f"{'':<{width}}{'goal reached':>24}{'summed reward > 0':>26}"
     lines = [head + f"{'return':>9}{'turns':>7}{'valid':>8}{'n':>6}"]
@@ -474,15 +474,20 @@ def evaluate_run(run, run_cfg, make_env, temperature, buffer, argv):
     loss = run_cfg.actor_loss
     need(len(vlm.heads) or not q_weight,
          f"--q_weight={q_weight} needs a critic, and actor_loss={loss!r} trains none: leave it at 0.")
+    before = offline_results(run)
+    try:
+        format_table(before)
+    except (TypeError, KeyError, ValueError, AttributeError):
+        raise ConfigError(f"{run}/eval_offline.json is damaged, it holds no table: delete it.")
     results = full_evaluation(vlm, make_env, run_cfg, temperature, buffer=buffer)
-    results = offline_results(run) | results
+    results = before | results
     content = dict(checkpoint=checkpoint, argv=argv, seed=run_cfg.seed, q_weight=q_weight, results=results)
     write_eval(run, content)
     return vlm, results
 
 def start_again():
     """Say how to go on after an end that came too early."""
-    return "start the same command again; what a player has finished stays recorded"
+    return "start the same command again"
 
 @explained(way_on=start_again)
 def main(argv):

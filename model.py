@@ -624,7 +624,11 @@ class VLM(nn.Module):
             if self.eos in row:
                 row = row[: row.index(self.eos) + 1]
             ids.append(row)
-        rows = torch.cat(sampler.logps, 1).tolist()
+        logps = torch.cat(sampler.logps, 1)
+        if not logps.isfinite().all():
+            raise FloatingPointError(f"model={self.name!r} gives probabilities that are not finite, its "
+                                     "weights have grown without bound: learn with a lower lr or critic_lr")
+        rows = logps.tolist()
         logps = [row[: len(reply)] for row, reply in zip(rows, ids)]
         return ids, logps
 

@@ -17,7 +17,7 @@ import transformers
 from tqdm import tqdm
 
 import envs
-from agent_rl import FBC_QUANTILE, clip_reward, compute_loss, has_target, summarise
+from agent_rl import FBC_QUANTILE, clip_reward, compute_loss, has_target
 from buffer import Buffer, make_batch
 from configurator import check_config, configure
 from evaluate import env_factory, evaluate_policy, full_evaluation, task_names
@@ -28,6 +28,7 @@ from extras.check_rows import check_prompts
 from extras.flag_mistakes import check_out_dir
 from extras.read_run import offline_results
 from extras.stopping import STOP, explained
+from extras.unlogged import Unlogged
 from extras.whole_files import replacing, write_json
 from extras.wandb_log import import_wandb, start_wandb
 from model import build, gather, load_base
@@ -102,9 +103,6 @@ dry_run = False  # only measure the peak memory of an update and a rollout; writ
 # --- end of config ---
 
 DATA, SAMPLE, ROLLOUT, INIT = range(4)  # purposes of random streams
-# So many updates in a row without a finite gradient end a run; such a reward is their likely cause.
-MAX_SKIPPED = 5
-LARGE_REWARD = 1e6
 QUICK_EPISODES = 60  # episodes of a short evaluation
 TIMEOUT_MINUTES = 30  # how long a rank waits for the others
 
@@ -460,38 +458,6 @@ def count_tokens(batches):
     sum_over_ranks([tokens, critic_tokens])
     return tokens, critic_tokens
 
-class Unlogged:
-    """What the next line of metrics.jsonl sums up.
-
-    Checkpoints hold it, so that a resumed run repeats the line.
-
-    infos      sums of the updates since the last line, see agent_rl.summarise
-    skipped    updates of the whole run that were skipped
-    in_a_row   those among them since the last one that was not
-    """
-
-    def __init__(self, infos=(), skipped=0, in_a_row=0):
-        self.infos = []
-        for info in infos:
-            self.infos.append({key: torch.tensor(value) for key, value in info.items()})
-        self.skipped = skipped
-        self.in_a_row = in_a_row
-
-    def state(self):
-        """Return plain numbers, from which __init__ makes the same again."""
-        infos = []
-        for info in self.infos:
-            infos.append({key: float(value) for key, value in info.items()})
-        return dict(infos=infos, skipped=self.skipped, in_a_row=self.in_a_row)
-
-    def take(self):
-        """Return the metrics of a line, and begin the next."""
-        row = summarise(self.infos) if self.infos else {}
-        if self.skipped:
-            row["skipped"] = self.skipped
-        self.infos = []
-        return row
-
 def backward(cfg, step, vlm, batches, quantile):
     """Compute the gradient of an update, one micro-batch at a time -> infos of the micro-batches."""
     # the loss divides by the tokens of the whole update, so gradients do not depend on how it is split
@@ -536,34 +502,12 @@ def update(cfg, step, vlm, optimizer, windows, quantile, unlogged):
         vlm.update_target(cfg.target_tau)
         unlogged.infos += infos
         unlogged.in_a_row = 0
+        unlogged.learned = True
         numbers = dict(grad_norm=float(norm), **numbers)
     else:
-        skip(cfg, step, windows, unlogged)
+        unlogged.skip(cfg, step, windows)
     optimizer.zero_grad(set_to_none=True)
     return numbers
-
-def skip(cfg, step, windows, unlogged):
-    """Count an update whose loss or gradient is not finite, and name its rows; too many end the run."""
-    unlogged.skipped += 1
-    unlogged.in_a_row += 1
-    rows = [(buffer, buffer.rows[i]) for buffer, window in windows for i in window]
-    names = [f"{row['episode']} turn {row['turn']}" for _, row in rows]
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    print(f"Update {step + 1} is skipped, its loss or gradient is not finite. Its rows: "
-          f"{', '.join(names[:8])}{more}.")
-    if unlogged.in_a_row < MAX_SKIPPED:
-        return
-    rewards = [abs(buffer.reward_fn(row["reward"])) for buffer, row in rows]
-    largest = max(rewards)
-    place = names[rewards.index(largest)]
-    # the other ranks have had other rows
-    largest, place = max(gather((largest, place)))
-    cause = (f"most likely by the learning rate: set --lr={cfg.lr / 4:g} --critic_lr={cfg.critic_lr / 4:g}, "
-             "which a resumed run may change")
-    if largest > LARGE_REWARD:
-        cause = f"most likely by the reward {largest:g} in {place}: correct it, or set reward_clip"
-    raise SystemExit(f"{MAX_SKIPPED} updates in a row, up to update {step + 1}, had a loss or gradient that "
-                     f"is not finite, {cause}; {run_folder.way_on()}.")
 
 
 # ---- checkpoints ----

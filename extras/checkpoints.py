@@ -7,7 +7,7 @@ Checkpoints that can be trusted: whole, checked, and with what they saw of the r
 """
 import contextlib, hashlib, itertools, json, os, shutil, weakref
 
-from configurator import ConfigError
+from configurator import ConfigError, is_number
 from extras.whole_files import list_files, read_json, sync_folder, write_whole, written_aside
 
 # {buffer: (bytes of its file, their digest so far)}
@@ -110,7 +110,20 @@ def is_play(noted):
     """Tell whether this is what describe_play returns."""
     if not isinstance(noted, dict):
         return False
-    return type(noted.get("rows")) is int and isinstance(noted.get("digest"), str)
+    rows = noted.get("rows")
+    return type(rows) is int and rows >= 0 and isinstance(noted.get("digest"), str)
+
+def is_unlogged(noted):
+    """Tell whether this is what extras.unlogged makes of a line of metrics that is not yet written."""
+    if not isinstance(noted, dict) or not noted.keys() <= {"infos", "skipped", "in_a_row"}:
+        return False
+    infos = noted.get("infos", [])
+    if not isinstance(infos, list) or not all(isinstance(info, dict) for info in infos):
+        return False
+    numbers = [noted.get("skipped", 0), noted.get("in_a_row", 0)]
+    for info in infos:
+        numbers += info.values()
+    return all(map(is_number, numbers))
 
 def read_state(folder):
     """Read state.json of a checkpoint -> {step, files, data, replay, unlogged}; ConfigError if it is damaged.
@@ -129,7 +142,8 @@ def read_state(folder):
     files = state.get("files", {})
     unlogged = state.get("unlogged", {})
     data = state.get("data", dict(rows=0, digest=""))
-    is_right = type(state.get("step")) is int and isinstance(files, dict) and isinstance(unlogged, dict)
+    step = state.get("step")
+    is_right = type(step) is int and step >= 0 and isinstance(files, dict) and is_unlogged(unlogged)
     if not is_right or not replay or not all(map(is_play, [data, *replay])):
         raise ConfigError(f"{file} is damaged, it does not describe a checkpoint: copy the run again.")
     return dict(step=state["step"], files=files, data=data if "data" in state else None, replay=replay,
@@ -169,6 +183,8 @@ def find_checkpoint(run, skip=()):
         if fault:
             faults.append(f"{folder}: {fault}")
             continue
+        if name == "ckpt.old" and not faults:
+            faults.append(f"{run}/ckpt is not there")
         if faults:
             print(f"{faults[0]}; going on from {folder}, update {read_state(folder)['step']}.")
         return folder

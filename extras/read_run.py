@@ -38,7 +38,10 @@ def read_run_config(run, purpose="play"):
         # a run from a GPU can be looked at on a machine without one
         settings["device"] = "auto"
     # an old run's adapter keeps its alpha
-    return check_config(SimpleNamespace(**settings, lora_alpha=saved.get("lora_alpha", LORA_ALPHA)))
+    alpha = saved.get("lora_alpha", LORA_ALPHA)
+    if not is_number(alpha) or not 0 < alpha <= 1e6:
+        raise ConfigError(f"{file}: lora_alpha={show(repr(alpha))}: it must be a number above 0.")
+    return check_config(SimpleNamespace(**settings, lora_alpha=alpha))
 
 def distrust(run_cfg, cfg):
     """Take what a stranger's run may not decide from evaluate.py's own command line -> the run's settings.

@@ -18,6 +18,8 @@ from tqdm import tqdm
 import envs
 from agent_rl import advantages, clip_reward, filter_weight, pick_token, state_value
 from buffer import make_batch, prompt_messages, reply_text
+from configurator import is_number
+from extras.whole_files import write_whole
 
 ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets")
 
@@ -397,7 +399,7 @@ def curve_series(rows, factor, pattern, log):
     series = {}
     for row in rows:
         for name, value in row.items():
-            if not re.fullmatch(pattern, name) or not math.isfinite(value):
+            if not re.fullmatch(pattern, name) or not is_number(value) or not math.isfinite(value):
                 continue
             if log and value <= 0:
                 continue
@@ -407,10 +409,24 @@ def curve_series(rows, factor, pattern, log):
             series.setdefault(name, []).append((row["step"], y))
     return series
 
+def read_metrics(file):
+    """Read the rows of a metrics.jsonl that are whole."""
+    rows = []
+    with open(file, errors="replace") as f:
+        for line in f:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("phase"), str):
+                rows.append(row)
+    return rows
+
 def learning_curves(run):
     """Draw the charts that a run's metrics.jsonl has numbers for; the online phase is shaded."""
-    with open(os.path.join(run, "metrics.jsonl")) as f:
-        rows = [json.loads(line) for line in f if line.endswith("\n")]
+    rows = read_metrics(os.path.join(run, "metrics.jsonl"))
+    if not rows:
+        return []
     online = None
     x_label = "update, offline"
     if any(row["phase"] == "online" for row in rows):
@@ -582,6 +598,9 @@ def write_gif(buf, episodes, file):
             frame = draw_frame(image, size, row, status, f"{number}/{len(episodes)}")
             frames.append(frame.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE))
             durations.append(2000 if is_last else 800)
+    # a link that came with a downloaded run is not followed
+    if os.path.lexists(file):
+        os.remove(file)
     frames[0].save(file, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
 
 def write_game_gif(buf, chosen, game, folder):
@@ -659,8 +678,7 @@ def write_report(folder, buf, results, vlm=None, run=None, run_cfg=None, n=100, 
             charts = learning_curves(run)
         if charts:
             written.append(os.path.join(folder, "curves.svg"))
-            with open(written[-1], "w") as f:
-                f.write(curves_svg(charts))
+            write_whole(written[-1], curves_svg(charts))
         written += [write_game_gif(buf, chosen, game, folder) for game in games]
 
     # pure ASCII, and no reply can end the script
@@ -674,7 +692,6 @@ def write_report(folder, buf, results, vlm=None, run=None, run_cfg=None, n=100, 
         DATA=content,
     )
     page = fill_page(parts | page_charts(charts, points))
-    with open(written[0], "w") as f:
-        f.write(page)
+    write_whole(written[0], page)
     megabytes = len(page) / 1e6
     print(f"report   {', '.join(written)}: {megabytes:.1f} MB, {len(data['episodes'])} of {total} episodes")

@@ -88,13 +88,24 @@ def check_deletable(run, found, kept):
             if value and (os.path.realpath(value) + os.sep).startswith(inside):
                 raise SystemExit(f"{key}={value!r} is in the run that overwrite would delete: move it, or "
                                  "choose another out_dir.")
-    if "data" in found:
-        names = sorted(os.listdir(os.path.join(run, "data")))
-        others = [name for name in names if not DATA_FILES.fullmatch(name)]
-        if others:
-            path = os.path.join(run, "data", others[0])
-            raise SystemExit(f"{path!r} was not written by the run that overwrite would delete: move it, or "
-                             "choose another out_dir.")
+        if os.path.isdir(path) and name.startswith(("data", "replay")):
+            others = [inside for inside in sorted(os.listdir(path)) if not DATA_FILES.fullmatch(inside)]
+            if others:
+                path = os.path.join(path, others[0])
+                raise SystemExit(f"{path!r} was not written by the run that overwrite would delete: move it, "
+                                 "or choose another out_dir.")
+
+def check_no_links(run):
+    """Refuse a run with links where a resumed run writes; a link to recorded data is only read."""
+    for name in existing_files(run):
+        path = os.path.join(run, name)
+        places = [path]
+        if name.startswith("replay") and os.path.isdir(path):
+            places += [os.path.join(path, inside) for inside in os.listdir(path)]
+        links = [place for place in places if os.path.islink(place)]
+        if links and name != "data":
+            raise SystemExit(f"{links[0]!r} is a link, and a resumed run writes there: put what it leads to "
+                             "in its place.")
 
 def check_room_for_data(run, found):
     """Refuse a run that records play where its folder `data` is somebody else's."""
@@ -182,6 +193,7 @@ def claim(cfg, recipe):
     lock(run)
     if cfg.resume:
         check_not_deleted(run)
+        check_no_links(run)
         check_same_settings(run, cfg)
         checkpoint = find_checkpoint(run)
         check_play(run, cfg.data, read_state(checkpoint))

@@ -5,7 +5,7 @@ Stop a run in an orderly way: a signal, a full disk.
     a rollout                           is broken off, and played again after the resume
     before the first update             the run ends at once: there is nothing to save yet
 """
-import contextlib, errno, os, signal
+import contextlib, errno, os, re, signal
 
 from extras import run_folder
 from extras.whole_files import unlock_all
@@ -61,6 +61,9 @@ class Stop:
 
 
 STOP = Stop()
+if hasattr(os, "register_at_fork"):
+    # a forked process, a worker of an environment, ends by the signals that its parent sends
+    os.register_at_fork(after_in_child=STOP.rest)
 
 # What the system says about a disk that cannot be written. Other errors may be mistakes of this program.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
@@ -90,6 +93,13 @@ def explained(rank=0, way_on=run_folder.way_on):
         if error.errno not in DISK_ERRORS:
             raise
         raise SystemExit(explain_error(error, way_on))
+    except FloatingPointError as error:
+        raise SystemExit(f"{error}; {way_on()}.")
+    except RuntimeError as error:
+        if not re.search("out of memory|allocate memory", str(error)):
+            raise
+        raise SystemExit("There is not enough memory: lower micro_batch or num_envs, set "
+                         f"grad_checkpointing=True, or shorten the texts; {way_on()}.")
     finally:
         unlock_all()
         run_folder.CLAIMED.run = ""

@@ -39,8 +39,11 @@ def sync_folder(folder):
 def write_whole(file, text):
     """Replace a text file as a whole: after a crash or on a full disk the old one is still there."""
     aside = file + ".tmp"
+    # what a crash has left, or a link to somebody's file that came with a downloaded run
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(aside)
     try:
-        with open(aside, "w") as f:
+        with open(aside, "x") as f:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
@@ -128,7 +131,10 @@ def lock(folder):
     """
     if fcntl is None or folder in LOCKS:
         return
-    file = open(os.path.join(folder, ".lock"), "a+")
+    path = os.path.join(folder, ".lock")
+    if os.path.islink(path):
+        raise SystemExit(f"{path!r} is a link: remove it.")
+    file = open(path, "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -153,3 +159,13 @@ def unlock_all():
     """Let other processes write into all folders that this one has locked."""
     for folder in list(LOCKS):
         unlock(folder)
+
+def forget_locks():
+    """Close the locks in a forked process, a worker of an environment: they belong to its parent."""
+    for file in LOCKS.values():
+        file.close()
+    LOCKS.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=forget_locks)

@@ -11,7 +11,7 @@ import evaluate
 import train
 from extras.whole_files import write_json
 from failure_cases import Case
-from small_runs import FEW, flags, make_tiny, read_json
+from small_runs import FEW, content, flags, make_tiny, read_json
 
 KEYS = FEW | dict(
     out_dir="run",
@@ -436,6 +436,13 @@ def nothing(run):
     """Damage nothing."""
 
 
+def add_episode(lines):
+    """Add the first episode once more under another name."""
+    first = [json.loads(line) for line in lines]
+    first = [row for row in first if row["episode"] == first[0]["episode"]]
+    return lines + [json.dumps(row | dict(episode="added")) + "\n" for row in first]
+
+
 def drop_last(lines):
     """Leave the last line out."""
     return lines[:-1]
@@ -486,6 +493,77 @@ def in_use(what, call):
         return act
 
     return Case(what, "'run' is being written by ... wait for its end or stop it", make)
+
+
+def linked_file(name):
+    """Return what puts a link to somebody's file into a run."""
+
+    def damage(run):
+        with open("precious.txt", "w") as f:
+            f.write("precious")
+        path = os.path.join(run, name)
+        if os.path.lexists(path):
+            os.remove(path)
+        os.symlink(os.path.abspath("precious.txt"), path)
+
+    return damage
+
+
+def look_and_keep():
+    """Evaluate and report on a run with a link, and see that the file behind it is as it was."""
+    evaluate.main(["run", "--episodes=1", "--report"])
+    with open("precious.txt") as f:
+        assert f.read() == "precious"
+    return "the file behind the link is as it was"
+
+
+def link_cases():
+    """List the cases of a downloaded run with a link to a file of yours."""
+    kept = "the file behind the link is as it was"
+    for name in ("eval.json", "eval.json.tmp", "report.html", "curves.svg", "NumberLine.gif"):
+        yield damaged(f"`{name}` is a link; evaluate with --report", kept, linked_file(name), look_and_keep)
+    for name in ("metrics.jsonl", "config.json.tmp", "replay/metadata.jsonl"):
+        then = f"'run/{name}' is a link, and a resumed run writes there"
+        yield damaged(f"`{name}` is a link; resume", then, linked_file(name), go_on)
+    yield damaged(
+        "`.lock` is a link; resume", "'run/.lock' is a link: remove it", linked_file(".lock"), go_on
+    )
+
+
+def model_folder(run):
+    """Make an out_dir that is a model folder."""
+    shutil.copytree(os.path.join(home().name, "tiny"), run)
+
+
+def begin_in_model(**changes):
+    """Start in a model folder, and see that it is as it was."""
+    before = content("run")
+    try:
+        begin(**changes)
+    finally:
+        assert content("run", *[name[1:] for name in before]) == before
+
+
+def state_cases():
+    """List the cases of a state.json that describes no checkpoint."""
+    changes = [
+        dict(files=[]),
+        dict(files=None),
+        dict(replay_rows="abc"),
+        dict(replay_rows=[None]),
+        dict(replay_rows=[-1]),
+        dict(replay_digests=5),
+        dict(data={}),
+        dict(data=[1]),
+        dict(unlogged=dict(x=1)),
+        dict(unlogged=dict(infos=5)),
+        dict(step=-5),
+    ]
+    for change in changes:
+        [(key, value)] = change.items()
+        then = "run/ckpt: state.json is damaged; going on from run/ckpt.old"
+        damage = keys("ckpt/state.json", **change)
+        yield damaged(f"{key} in state.json is {value!r}; resume", then, damage, go_on)
 
 
 def dead_lock(run):
@@ -669,6 +747,50 @@ def foreign_cases():
             overwrite=True,
             data="run/data",
         ),
+    ]
+
+
+def stranger_cases():
+    """List the cases of what other programs and hands have written."""
+    return [
+        prepared(
+            "out_dir is a model folder; start",
+            "holds 'config.json', and no run of this program has " "written there",
+            model_folder,
+            begin_in_model,
+        ),
+        prepared(
+            "out_dir is a model folder; overwrite",
+            "holds 'config.json', and no run of this program has " "written there",
+            model_folder,
+            begin_in_model,
+            overwrite=True,
+        ),
+        damaged(
+            "a whole episode was added to the recorded data; resume",
+            "'run/data' holds ... rows, and the " "checkpoint has seen",
+            rows("data/metadata.jsonl", add_episode),
+            go_on,
+        ),
+        damaged(
+            "eval_offline.json holds no table; evaluate",
+            "eval_offline.json is damaged, it holds no table",
+            text("eval_offline.json", '{"x": {"success": 1}}'),
+            look,
+        ),
+        damaged(
+            "lora_alpha in config.json is a text; evaluate",
+            "lora_alpha='x': it must be a number",
+            keys("config.json", lora_alpha="x"),
+            look,
+        ),
+        damaged(
+            "notes in the run's replay; overwrite",
+            "'run/replay/notes.txt' was not written by the run",
+            text("replay/notes.txt", "mine"),
+            begin,
+            overwrite=True,
+        ),
         Case(
             "the run is a file; evaluate", "is no run folder", lambda folder: text("run", "x")(folder) or look
         ),
@@ -676,4 +798,4 @@ def foreign_cases():
 
 
 CASES = [*config_cases(), *checkpoint_cases(), *old_checkpoint_cases(), *play_cases(), *log_cases()]
-CASES += [*folder_cases(), *foreign_cases()]
+CASES += [*folder_cases(), *foreign_cases(), *stranger_cases(), *link_cases(), *state_cases()]

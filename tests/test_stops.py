@@ -91,6 +91,29 @@ def test_kills_full_disks_and_signals():
     assert "15 faults, 0 failures" in done.stdout
 
 
+# A run whose environment has two workers; one is ended by its parent, the other outlives it.
+FORKING = """
+import os, signal, sys, time
+sys.path[:0] = sys.argv[1:2]
+from extras.stopping import STOP
+from extras.whole_files import lock
+STOP.listen()
+STOP.waits = True
+lock(sys.argv[2])
+workers = []
+for seconds in (60, 20):
+    workers.append(os.fork())
+    if workers[-1] == 0:
+        os.close(1)
+        os.close(2)
+        time.sleep(seconds)
+        os._exit(0)
+os.kill(workers[0], signal.SIGTERM)
+print(os.waitstatus_to_exitcode(os.waitpid(workers[0], 0)[1]), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
 # ---- numbers that are not finite ----
 
 def infinite_at(patch, steps):
@@ -144,6 +167,22 @@ def test_many_skipped_updates_end_the_run(tiny, tmp_path, monkeypatch):
     rows = metrics(out)
     assert rows[-1]["lr"] < 0.001
     assert "skipped" not in rows[-1]
+
+def test_weights_that_have_blown_up_are_named_as_the_cause(tiny, tmp_path, monkeypatch):
+    """Where no update since the start was finite, a lower rate does not help a resumed run any more."""
+    infinite_at(monkeypatch, range(9))
+    one_sentence(lambda: run(tmp_path / "run", tiny), "weights themselves are too large", "--overwrite=True")
+
+def test_a_forked_worker_has_no_part_in_the_run(tmp_path):
+    """It ends by the signal that its parent sends, and does not hold the lock when the parent is gone.
+
+    The story: an environment with worker processes hung in close(), because they waited for their update.
+    """
+    words = [sys.executable, "-c", FORKING, os.path.dirname(HERE), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.stdout == "-15\n", done.stderr
+    whole_files.lock(str(tmp_path))
+    whole_files.unlock(str(tmp_path))
 
 def test_a_huge_reward_is_named_as_the_cause(tiny, tmp_path, monkeypatch):
     """A learning rate cannot mend a reward."""

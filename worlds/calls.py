@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from worlds.contract import Unplayable, check_info, check_max_turns, check_observation, check_outcome
-from worlds.contract import check_text
+from worlds.contract import check_max_parallel, check_text
 from worlds.guard import HANGS_IN_A_ROW, Failure, each, one_line
 from worlds.players import NEED_EXPERT, has_expert, mixed_reply
 
@@ -45,6 +45,7 @@ def start_episode(make_env, env, seed, options):
         obs, _ = env.reset(seed=seed, options=options)
         check_text("name", env.name)
         check_max_turns(env)
+        check_max_parallel(env)
         return Start(env, check_observation(env, obs))
     except BaseException:
         # nobody else knows it yet, and the first error is the one to tell

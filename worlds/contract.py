@@ -6,6 +6,8 @@ import reprlib
 import numpy as np
 from PIL import Image
 
+from extras.check_rows import MAX_CHARACTERS
+
 # Rewards become float32 tensors, and those of an episode are summed.
 LARGEST_REWARD = 1e30
 # An episode must end: this is the highest max_turns.
@@ -58,6 +60,8 @@ def check_text(what, text):
     """Return a text; BrokenContract if it is none, or holds half a character, which no file can hold."""
     if not isinstance(text, str):
         raise BrokenContract(what, text, "a text")
+    if len(text) > MAX_CHARACTERS:
+        raise BrokenContract(what, text, f"at most {MAX_CHARACTERS:,} characters")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -84,6 +88,15 @@ def check_max_turns(env):
     limit = env.max_turns
     if not isinstance(limit, (int, np.integer)) or not 1 <= limit <= MOST_TURNS:
         raise BrokenContract("max_turns", limit, f"a whole number from 1 to {MOST_TURNS:,}")
+    return int(limit)
+
+def check_max_parallel(env):
+    """Return how many environments may be alive at once, None for any number; BrokenContract for neither."""
+    limit = env.max_parallel
+    if limit is None or limit == 0:
+        return None
+    if not isinstance(limit, (int, np.integer)) or limit < 1:
+        raise BrokenContract("max_parallel", limit, "a whole number above 0, or None")
     return int(limit)
 
 def check_info(info):
