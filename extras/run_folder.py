@@ -196,7 +196,11 @@ def claim(cfg, recipe):
         check_no_links(run)
         check_same_settings(run, cfg)
         checkpoint = find_checkpoint(run)
-        check_play(run, cfg.data, read_state(checkpoint))
+        state = read_state(checkpoint)
+        if 0 < cfg.stop_at <= state["step"]:
+            raise SystemExit(f"stop_at={cfg.stop_at}, and the run in {run!r} is at update {state['step']} "
+                             "already: name a later update, or leave stop_at out.")
+        check_play(run, cfg.data, state)
         return checkpoint
 
     found = existing_files(run)

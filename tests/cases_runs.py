@@ -427,6 +427,13 @@ def log_cases():
         ),
         damaged("lr changed; resume", "lr was 0.004, and is 0.001 from here on", nothing, go_on, lr=1e-3),
         damaged(
+            "stop_at is behind the run; resume",
+            "stop_at=2, and the run in 'run' is at update 4 already: name a later update",
+            nothing,
+            go_on,
+            stop_at=2,
+        ),
+        damaged(
             "gamma changed; resume", "gamma=0.5 but the run in 'run' has gamma=0.9", nothing, go_on, gamma=0.5
         ),
     ]
