@@ -65,7 +65,8 @@ if hasattr(os, "register_at_fork"):
     # a forked process, a worker of an environment, ends by the signals that its parent sends
     os.register_at_fork(after_in_child=STOP.rest)
 
-# What the system says about a disk that cannot be written. Other errors may be mistakes of this program.
+# What the system says about a disk that cannot be written, where it does not name the file. Other errors may
+# be those of a connection, or mistakes of this program.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
 def explain_error(error, way_on):
@@ -90,7 +91,7 @@ def explained(rank=0, way_on=run_folder.way_on):
             raise SystemExit(1)
         raise SystemExit(f"Interrupted: {way_on()}.")
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if not error.filename and error.errno not in DISK_ERRORS:
             raise
         raise SystemExit(explain_error(error, way_on))
     except FloatingPointError as error:
