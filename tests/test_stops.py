@@ -1,7 +1,7 @@
 """
 What ends a run early: signals, a full disk, numbers that are not finite, a second process.
 """
-import os, signal, subprocess, sys
+import os, shutil, signal, subprocess, sys
 
 import pytest
 import torch
@@ -64,6 +64,26 @@ def test_a_signal_before_the_first_update(straight, tiny, tmp_path, monkeypatch)
         one_sentence(lambda: run(out, tiny), "there is no checkpoint yet", "starts again")
     run(out, tiny)
     assert metrics(out) == metrics(straight)
+
+def test_environments_that_fail_do_not_cost_what_was_learned(straight, tiny, tmp_path, monkeypatch):
+    """A rollout in which all fails is broken off as by a signal: the run saves, and can go on later."""
+    out = str(tmp_path / "run")
+    play = train.play
+    calls = []
+
+    def failing_play(*args, **options):
+        calls.append(args)
+        if len(calls) == 3:
+            raise SystemExit("NumberLine: it fails all the time: correct the environment first.")
+        return play(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "play", failing_play)
+        words = ("correct the environment first; the last checkpoint is that of update 6, --resume=True",)
+        one_sentence(lambda: run(out, tiny), *words)
+    run(out, tiny, resume=True)
+    assert metrics(out) == metrics(straight)
+    assert weights(out) == weights(straight)
 
 def test_the_second_ctrl_c_does_not_wait():
     """The first one lets the update finish; whoever presses it again means it."""
@@ -192,6 +212,19 @@ def test_a_huge_reward_is_named_as_the_cause(tiny, tmp_path, monkeypatch):
         run(tmp_path / "run", tiny, penalty=-1e12, data_mix={"malformed": 1.0})
 
     one_sentence(call, "the reward 1e+12 in data-", "reward_clip")
+
+def test_a_policy_that_has_diverged_is_named(straight, tiny, tmp_path, monkeypatch):
+    """Its probabilities are not finite; the story: the replay was said to take no such row."""
+    out = str(tmp_path / "run")
+    shutil.copytree(straight, out)
+    log_softmax = torch.Tensor.log_softmax
+
+    def diverged(logits, *args):
+        return log_softmax(logits, *args) * float("nan")
+
+    monkeypatch.setattr(torch.Tensor, "log_softmax", diverged)
+    words = ("probabilities that are not finite", "lower lr", "update 8", "--resume=True")
+    one_sentence(lambda: run(out, tiny, resume=True, online_updates=7), *words)
 
 def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path, monkeypatch):
     """A checkpoint that cannot be used would replace one that can."""
