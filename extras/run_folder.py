@@ -124,11 +124,15 @@ def remove(run, names):
             os.remove(path)
 
 def delete_run(run, found):
-    """Delete an earlier run's files; a marker stands until all are gone, so that a crash is noticed."""
-    marker = os.path.join(run, ".overwrite")
+    """Delete an earlier run's files; a marker stays until `begin`, so that a crash is noticed."""
     if found:
-        write_whole(marker, "")
+        write_whole(os.path.join(run, ".overwrite"), "")
     remove(run, found)
+
+def begin(run, cfg):
+    """Make a folder that of a new run: from here on its config.json tells that it is one."""
+    write_json(os.path.join(run, "config.json"), vars(cfg))
+    marker = os.path.join(run, ".overwrite")
     if os.path.exists(marker):
         os.remove(marker)
 
@@ -181,6 +185,36 @@ def check_play(run, data, state):
     for rank, noted in enumerate(state["replay"]):
         check_replay(replay_folder(run, rank), noted)
 
+def check_resumed(run, cfg):
+    """Find the checkpoint from which a run goes on; SystemExit with one sentence for what does not fit it."""
+    check_not_deleted(run)
+    check_no_links(run)
+    check_same_settings(run, cfg)
+    checkpoint = find_checkpoint(run)
+    state = read_state(checkpoint)
+    if 0 < cfg.stop_at <= state["step"]:
+        raise SystemExit(f"stop_at={cfg.stop_at}, and the run in {run!r} is at update {state['step']} "
+                         "already: name a later update, or leave stop_at out.")
+    check_play(run, cfg.data, state)
+    return checkpoint
+
+def clear(run, cfg, recipe):
+    """Make room for a new run: check all that is there, then delete what an earlier one has left."""
+    found = existing_files(run)
+    if cfg.overwrite:
+        check_deletable(run, found, dict(data=cfg.data, model=cfg.model))
+    else:
+        check_new(run, found)
+    if not cfg.data:
+        check_room_for_data(run, found)
+    if cfg.overwrite:
+        delete_run(run, found)
+        return
+    if not cfg.data and "data" in found:
+        check_recipe(os.path.join(run, "data"), recipe)
+    # a start that came to no checkpoint: this one begins again, and what was played is kept
+    remove(run, [name for name in found if not name.startswith(("data", "replay", "config"))])
+
 def claim(cfg, recipe):
     """Make out_dir and become its only writer -> the checkpoint to go on from, None for a new run.
 
@@ -192,31 +226,9 @@ def claim(cfg, recipe):
     os.makedirs(run, exist_ok=True)
     lock(run)
     if cfg.resume:
-        check_not_deleted(run)
-        check_no_links(run)
-        check_same_settings(run, cfg)
-        checkpoint = find_checkpoint(run)
-        state = read_state(checkpoint)
-        if 0 < cfg.stop_at <= state["step"]:
-            raise SystemExit(f"stop_at={cfg.stop_at}, and the run in {run!r} is at update {state['step']} "
-                             "already: name a later update, or leave stop_at out.")
-        check_play(run, cfg.data, state)
-        return checkpoint
-
-    found = existing_files(run)
-    if cfg.overwrite:
-        check_deletable(run, found, dict(data=cfg.data, model=cfg.model))
-    else:
-        check_new(run, found)
-    if not cfg.data:
-        check_room_for_data(run, found)
-    if cfg.overwrite:
-        delete_run(run, found)
-        return None
-    if not cfg.data and "data" in found:
-        check_recipe(os.path.join(run, "data"), recipe)
-    # a start that came to no checkpoint: this one begins again, and what was played is kept
-    remove(run, [name for name in found if not name.startswith(("data", "replay"))])
+        return check_resumed(run, cfg)
+    clear(run, cfg, recipe)
+    begin(run, cfg)
     return None
 
 def way_on():
