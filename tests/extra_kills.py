@@ -30,6 +30,8 @@ def child(words, log, fault):
     with open(log, "w") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
+    # a shell's background jobs ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     code = 1
     try:
         with fault:

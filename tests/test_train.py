@@ -630,7 +630,7 @@ def test_a_gradient_that_is_not_finite(tiny, tmp_path, monkeypatch):
         return loss * float("inf"), info
 
     monkeypatch.setattr(train, "compute_loss", infinite_loss)
-    one_sentence(lambda: run(tmp_path / "run", tiny), "up to update 5", "not finite", "lr", "checkpoint")
+    one_sentence(lambda: run(tmp_path / "run", tiny), "up to update 5", "not finite", "a lower lr")
 
 
 # ---- the keys ----
