@@ -12,8 +12,9 @@ earlier one as a whole; dicts and lists are not merged. A mistake ends the run w
 import ast, glob, io, operator, os, textwrap, tokenize, types, warnings
 from typing import Any, NamedTuple
 
-from extras.flag_mistakes import DASHES, LARGEST, ConfigError, check_file_word, check_path, check_secrets
-from extras.flag_mistakes import check_ranges, check_tasks, missing_value, nearest, show, unknown_key
+from extras.flag_mistakes import DASHES, ConfigError, check_file_word, missing_value, nearest, show
+from extras.flag_mistakes import unknown_key
+from extras.value_checks import LARGEST, check_path, check_ranges, check_secrets, check_tasks
 
 BEGIN = "# --- config ---"
 END = "# --- end of config ---"
@@ -427,8 +428,11 @@ def check_data_mix(data_mix, must_play):
         example = "{'expert': 0.3, 'random': 0.7}"
         raise ConfigError(f"data_mix has no share above 0: name the players, for instance {example}.")
 
-def check_values(cfg):
-    """Check the value of each of train.py's keys alone; a run's settings pass here, too."""
+def check_config(cfg):
+    """Check the values of train.py's keys, alone and together, and return the settings.
+
+    Raises a ConfigError for the first mistake, before anything is read or written.
+    """
     for name, allowed in CHOICES.items():
         value = getattr(cfg, name)
         if value not in allowed:
@@ -439,13 +443,6 @@ def check_values(cfg):
     check_tasks(cfg.env)
     for name in ("model", "data"):
         check_path(name, getattr(cfg, name))
-
-def check_config(cfg):
-    """Check the values of train.py's keys, alone and together, and return the settings.
-
-    Raises a ConfigError for the first mistake, before anything is read or written.
-    """
-    check_values(cfg)
     for is_wrong, sentence in CONFLICTS:
         if is_wrong(cfg):
             raise ConfigError(sentence.format(**vars(cfg)))

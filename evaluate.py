@@ -12,20 +12,20 @@ Another player plays the same starts, or with --save training starts, and is rec
     python evaluate.py --env=NumberLine --agent=human --save=data/me
     python evaluate.py --env=NumberLine --agent=openai --base_url=http://localhost:8000/v1 --model=NAME
 """
-import functools, json, math, os, sys, tempfile
+import functools, math, os, sys, tempfile
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL import Image
 
 from buffer import Buffer
-from configurator import PLAYERS, ConfigError, check_config, configure, parse_block
-from extras.flag_mistakes import check_out_dir, check_path, check_ranges, check_secrets, show
+from configurator import PLAYERS, ConfigError, check_config, configure
 from extras.checkpoints import find_checkpoint, has_checkpoint
+from extras.flag_mistakes import show
 from extras.read_run import TRAIN, distrust, offline_results, read_run_config, write_eval
 from extras.stopping import explained
+from extras.value_checks import check_out_dir, check_path, check_ranges, check_secrets
 from extras.whole_files import lock
 from model import build, gather, ranks
 from worlds.calls import check_environment, close_env, deal, draw_reply, make_or_refuse, must

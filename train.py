@@ -25,14 +25,14 @@ from evaluate import episode_summary, format_table, gather_episodes, recorded_su
 from evaluate import exploring_agent, model_agent, play, record, scripted_agent
 from extras import checkpoints, run_folder
 from extras.check_rows import check_prompts
-from extras.flag_mistakes import check_out_dir
 from extras.read_run import offline_results
 from extras.stopping import STOP, explained
 from extras.unlogged import Unlogged
+from extras.value_checks import check_out_dir
 from extras.whole_files import replacing, write_json
 from extras.wandb_log import import_wandb, start_wandb
 from model import build, gather, load_base
-from worlds.calls import check_environment
+from worlds.calls import check_environment, make_or_refuse
 from worlds.players import NEED_EXPERT, has_expert
 from worlds.registry import is_file, make, reading_names
 
@@ -662,7 +662,7 @@ def final_evaluation(cfg, argv, vlm, make_env, data, clock):
             vlm.net.half().save_pretrained(aside)
             vlm.processor.save_pretrained(aside)
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in clock.items())
-    starts = "held-out starts" if make_env().split else "starts that training also draws"
+    starts = "held-out starts" if make_or_refuse(make_env).split else "starts that training also draws"
     print(f"\n{cfg.env}, {cfg.actor_loss}, seed {cfg.seed}: {sum(clock.values()):.0f} s ({seconds}); "
           f"{starts}, Wilson 95 % intervals")
     print(format_table({"the recorded data": recorded_summary(data.stats()), **results}))
@@ -729,7 +729,7 @@ def main(argv):
             looked = look(cfg, done, vlm, make_env)
 
         # log: a line of metrics.jsonl, now and then one on the console
-        if done % cfg.log_interval == 0 or played or looked or done in (total, cfg.stop_at):
+        if done % cfg.log_interval == 0 or played or looked or done == total:
             log(cfg, done, unlogged.take() | step_row | played | looked, clock, wandb)
 
         # save: a checkpoint, from which the run can be resumed exactly

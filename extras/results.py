@@ -20,6 +20,7 @@ from buffer import Buffer
 from configurator import configure
 from evaluate import wilson
 from extras.flag_mistakes import ConfigError, nearest
+from extras.whole_files import read_json
 
 # --- config ---
 check = False    # compare only
@@ -71,11 +72,6 @@ DATA = ("experiment", "env", "method", "seed", "n", "goal", "valid")
 
 
 # ---------------------------------------------------------------------------------------------------- records
-def load_json(path):
-    """Read a JSON file."""
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
-
 def read_records(root=ROOT):
     """Read runs.jsonl: a list of dictionaries, in the order in which they were added."""
     with open(os.path.join(root, RUNS), encoding="utf-8") as f:
@@ -84,9 +80,9 @@ def read_records(root=ROOT):
 def read_store(root=ROOT):
     """Read all that the tables are made of: (records, headline, literal tables by name)."""
     folder = os.path.join(root, "docs", "results")
-    literal = load_json(os.path.join(folder, "measurements.json"))
-    literal |= load_json(os.path.join(folder, "published.json"))
-    return read_records(root), load_json(os.path.join(folder, "headline.json")), literal
+    literal = read_json(os.path.join(folder, "measurements.json"))
+    literal |= read_json(os.path.join(folder, "published.json"))
+    return read_records(root), read_json(os.path.join(folder, "headline.json")), literal
 
 def key_of(record, names):
     """Return what identifies a record, or the player that it belongs to."""
@@ -390,12 +386,12 @@ def read_evaluations(run):
     final = os.path.join(run, "eval.json")
     results = {}
     if os.path.exists(offline):
-        results |= load_json(offline)
+        results |= read_json(offline)
     if not os.path.exists(final):
         if results:
             return results, None
         raise ConfigError(f"{run!r} has no eval.json: finish the run, or use python evaluate.py {run}")
-    evaluation = load_json(final)
+    evaluation = read_json(final)
     return results | evaluation["results"], evaluation["q_weight"]
 
 def minutes_of(run):
@@ -431,8 +427,8 @@ def records_of(summary, shared, own):
 
 def run_records(run, cfg):
     """Make the records of a finished run from its eval.json, config.json, meta.json and recorded data."""
-    settings = load_json(os.path.join(run, "config.json"))
-    meta = load_json(os.path.join(run, "meta.json"))
+    settings = read_json(os.path.join(run, "config.json"))
+    meta = read_json(os.path.join(run, "meta.json"))
     results, q_weight = read_evaluations(run)
     config = [word for word in meta["argv"] if word.endswith(".py")]
     names = settings["env"].split(",")

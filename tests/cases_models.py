@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import evaluate, train
 from failure_cases import Case
 from model import VLM, load_model
-from small_runs import FEW, content, flags, make_tiny, run
+from small_runs import FEW, content, flags, make_tiny, read_json, run
 
 # every case trains only if nothing is wrong: then it would end quickly
 QUICK = dict(
@@ -38,11 +38,6 @@ def trained(**changes):
     """Train a tiny run once for all cases -> its folder."""
     out = os.path.join(tempfile.mkdtemp(), "run")
     return run(out, tiny(), **QUICK | changes)
-
-def read_json(*path):
-    """Read a JSON file."""
-    with open(os.path.join(*path)) as f:
-        return json.load(f)
 
 def write_json(content, *path):
     """Write a JSON file."""

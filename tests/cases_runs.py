@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import train
+from extras.run_folder import remove
 from extras.whole_files import write_json
 from failure_cases import Case
 from small_runs import FEW, content, flags, make_tiny, read_json
@@ -110,16 +111,7 @@ def flip(name):
 
 def without(*names):
     """Return what deletes files or folders."""
-
-    def damage(run):
-        for name in names:
-            path = os.path.join(run, name)
-            if os.path.isdir(path):
-                shutil.rmtree(path)
-            else:
-                os.remove(path)
-
-    return damage
+    return lambda run: remove(run, names)
 
 
 def keys(name, **changes):

@@ -17,7 +17,7 @@ from PIL import Image
 
 import model
 from buffer import Buffer, image_name, make_row, reply_text
-from test_model import TOLERANCE, encoded, every_family, gap, logit_gap
+from test_model import TOLERANCE, encoded, every_family, logit_gap
 from test_model import folder, make, opened  # noqa: F401  (fixtures)
 
 @every_family

@@ -16,7 +16,8 @@ from configurator import (
     configure,
     parse_block,
 )
-from extras.flag_mistakes import REMOVED, SYNONYMS, check_secrets
+from extras.flag_mistakes import REMOVED, SYNONYMS
+from extras.value_checks import check_secrets
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TRAIN = os.path.join(ROOT, "train.py")

@@ -56,6 +56,13 @@ def test_a_stop_inside_a_line_of_metrics(tiny, tmp_path, stop):
     run(out, tiny, log_interval=4, resume=True)
     assert metrics(out) == metrics(one)
 
+def test_stop_at_inside_a_line_of_metrics(tiny, tmp_path):
+    """So does a stop by stop_at: it once wrote a line of its own, which the undisturbed run has not."""
+    one = run(tmp_path / "one", tiny, log_interval=4)
+    out = run(tmp_path / "run", tiny, log_interval=4, stop_at=5)
+    run(out, tiny, log_interval=4, resume=True)
+    assert metrics(out) == metrics(one)
+
 def test_a_signal_before_the_first_update(straight, tiny, tmp_path, monkeypatch):
     """There is no checkpoint yet, and the sentence says so; the same command starts again and just works."""
     out = str(tmp_path / "run")
