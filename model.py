@@ -27,6 +27,7 @@ from extras.feature_cache import FeatureCache, Inputs, LRUCache
 from extras.model_folders import find_end_of_turn, find_folder, find_image_token
 from extras.model_folders import first_sentence, matching, open_folder, read_trained, rehearse
 from extras.model_folders import special_tokens, try_turn
+from extras.saved_modules import SavedModules, find_saved_modules
 from extras.sharding import shard_layers
 from pretrain.tiny_nets import llava
 
@@ -105,10 +106,12 @@ def find_targets(net, targets):
                          f"layers have names like {', '.join(list(layers)[:3])}.")
     return {path: layers[path] for path in matches}
 
-def add_lora(net, r, alpha, targets):
-    """Put LoRA on the layers that `find_targets` finds -> {path: LoRALinear}."""
+def add_lora(net, r, alpha, targets, trained=()):
+    """Put LoRA on the layers that `find_targets` finds, but for `trained` ones -> {path: LoRALinear}."""
     lora = {}
     for path, layer in find_targets(net, targets).items():
+        if path in trained:
+            continue
         parent, _, leaf = path.rpartition(".")
         lora[path] = LoRALinear(layer, r, alpha)
         setattr(net.get_submodule(parent), leaf, lora[path])
@@ -287,6 +290,7 @@ class VLM(nn.Module):
 
         self.lora = {}
         self.lora_config = {}
+        self.saved = SavedModules()
         self.heads = nn.ModuleList()
         self.targets = nn.ModuleList()
         self.q_init = 0.0
@@ -320,10 +324,13 @@ class VLM(nn.Module):
         self.encoded_prompts = LRUCache(prompt_cache_mb)
         self.features = FeatureCache(net, vision_cache_mb, name)
 
-    def add_adapters(self, lora_r=16, lora_targets=".*", lora_alpha=LORA_ALPHA):
-        """Freeze the net and put LoRA of rank `lora_r` on its language model, see `add_lora`."""
+    def add_adapters(self, lora_r=16, lora_targets=".*", lora_alpha=LORA_ALPHA, modules_to_save=""):
+        """Freeze the net, but for `modules_to_save`, and put LoRA of rank `lora_r` on its language model."""
         self.net.requires_grad_(False)
-        self.lora = add_lora(self.net, lora_r, lora_alpha, lora_targets)
+        self.saved = SavedModules(find_saved_modules(self.net, modules_to_save))
+        if not lora_r:
+            return
+        self.lora = add_lora(self.net, lora_r, lora_alpha, lora_targets, self.saved)
         # The names and the order in which PEFT writes them.
         self.lora_config = dict(r=lora_r, lora_alpha=lora_alpha, lora_dropout=0.0)
 
@@ -578,11 +585,13 @@ class VLM(nn.Module):
     @contextlib.contextmanager
     def reference(self):
         """Switch the adapters off within a `with` block: the policy before training."""
+        self.saved.use_originals()
         for layer in self.lora.values():
             layer.enabled = False
         try:
             yield self
         finally:
+            self.saved.use_trained()
             for layer in self.lora.values():
                 layer.enabled = True
 
@@ -645,7 +654,7 @@ class VLM(nn.Module):
 
     def adapter_tensors(self):
         """Return the adapters' parameters by the names that PEFT gives them."""
-        tensors = {}
+        tensors = self.saved.tensors()
         for path, layer in self.lora.items():
             tensors[f"base_model.model.{path}.lora_A.weight"] = layer.lora_A
             tensors[f"base_model.model.{path}.lora_B.weight"] = layer.lora_B
@@ -665,6 +674,7 @@ class VLM(nn.Module):
             config = dict(peft_type="LORA", task_type="CAUSAL_LM", bias="none", inference_mode=True)
             config["base_model_name_or_path"] = self.name
             config["target_modules"] = list(self.lora)
+            config["modules_to_save"] = list(self.saved.paths) or None
             config |= self.lora_config
             with open(os.path.join(folder, "adapter_config.json"), "w") as f:
                 json.dump(config, f, indent=1)
@@ -718,6 +728,7 @@ def check_base(cfg, net, processor, forward=True):
     trial = VLM(net, processor, cfg.model)
     try_turn(trial, cfg.size, forward)
     trial.hook.remove()
+    find_saved_modules(net, cfg.modules_to_save, cfg.vision_cache_mb)
     if cfg.lora_r:
         find_targets(net, cfg.lora_targets)
 
@@ -751,9 +762,10 @@ def build(cfg, base=None, q_init=0.0):
     """
     net, processor = base or load_base(cfg)
     vlm = VLM(net, processor, cfg.model, vision_cache_mb=cfg.vision_cache_mb)
-    if cfg.lora_r:
+    if cfg.lora_r or cfg.modules_to_save:
         # lora_alpha was a key once: the config of an old run has a value of its own.
-        vlm.add_adapters(cfg.lora_r, cfg.lora_targets, getattr(cfg, "lora_alpha", LORA_ALPHA))
+        alpha = getattr(cfg, "lora_alpha", LORA_ALPHA)
+        vlm.add_adapters(cfg.lora_r, cfg.lora_targets, alpha, cfg.modules_to_save)
     if cfg.actor_loss in WITH_CRITIC:
         vlm.add_critics(cfg.n_critics, cfg.q_head, q_init)
     vlm.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and choose_device(cfg) == "cuda")

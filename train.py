@@ -83,6 +83,7 @@ rollout_episodes = 64  # whole episodes per rollout
 updates_per_rollout = 20  # online updates between two rollouts
 lora_r = 16  # rank of the adapters; 0: train all weights
 lora_targets = '.*'  # regex over full module paths of the language model's linear layers
+modules_to_save = ''  # regex of modules trained in full beside LoRA; with lora_r = 0: nothing else is
 critic_lr = 2e-3  # peak learning rate of the Q heads
 min_lr = 0.1  # the cosine schedule ends at min_lr * lr
 warmup_updates = 20  # updates of linear warm-up
@@ -250,6 +251,8 @@ def describe(cfg, argv, vlm, data, start):
     if vlm.lora:
         layers = sorted({path.rpartition(".")[2] for path in vlm.lora})
         trained += f" by LoRA r={cfg.lora_r} on {len(vlm.lora)} layers ({', '.join(layers)})"
+    if vlm.saved.paths:
+        trained += f", in full {', '.join(vlm.saved.paths)}"
     precision = "bfloat16 autocast" if vlm.bf16 else "float32"
     print(f"model    {cfg.model}: {count(vlm.net.parameters()):,} parameters, {trained}; {len(vlm.heads)} x "
           f"Q head {count(critic):,}, {precision} on {vlm.device}")

@@ -39,7 +39,7 @@ def peak_bytes(function, device):
 
 def weight_bytes(vlm):
     """Return the bytes of the weights on this rank: {"weights", "adapters", "heads"}."""
-    net = tensor_bytes([*vlm.net.parameters(), *vlm.net.buffers()])
+    net = tensor_bytes([*vlm.net.parameters(), *vlm.net.buffers(), *vlm.saved.parameters()])
     adapters = 0
     if vlm.lora:
         adapters = tensor_bytes(p for p in vlm.net.parameters() if p.requires_grad)

@@ -271,7 +271,7 @@ print(json.dumps([path for path in paths if re.fullmatch(pattern, path)]))
 """
 MATCH_SECONDS = 10
 
-def matching(targets, paths):
+def matching(targets, paths, key="lora_targets", example=r"'.*\.(q|v)_proj'"):
     """Return the paths that the regex `targets` matches in full; SystemExit if it is none, or never ends.
 
     The regex may be a stranger's, from the config.json of a run: a process of its own can be stopped.
@@ -288,8 +288,8 @@ def matching(targets, paths):
         reason = f"it takes more than {MATCH_SECONDS} s to match"
     except (re.error, RecursionError, OverflowError, ValueError) as error:
         reason = first_sentence(error)
-    raise SystemExit(f"lora_targets={targets!r} is no regular expression that can be used ({reason}): write "
-                     r"for instance '.*\.(q|v)_proj'.")
+    raise SystemExit(f"{key}={targets!r} is no regular expression that can be used ({reason}): write "
+                     f"for instance {example}.")
 
 
 # -- rehearsal ----------------------------------------------------------------------------------------------
@@ -351,7 +351,8 @@ def play_and_replay(vlm):
     vlm.banned[vlm.eos] = True
     (ids,), (rollout_logps,) = vlm.generate([prompt], 4, temperature=0)
     inputs, P, reply_ids, _ = vlm.collate([prompt], [ids])
-    logits, _ = vlm(inputs, P, len(reply_ids[0]))
+    with torch.autocast(vlm.device.type, torch.bfloat16, enabled=vlm.bf16):
+        logits, _ = vlm(inputs, P, len(reply_ids[0]))
     logps = logits.log_softmax(-1).gather(2, reply_ids[..., None])
     vlm.banned[vlm.eos] = False
     return rollout_logps, logps[0, :, 0].tolist()

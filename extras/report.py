@@ -67,7 +67,10 @@ def judge_tokens(vlm, batch, run_cfg, top):
     Without a critic there is only p: (B, R, 1) and (B, R, top, 1).
     """
     actions = batch["reply_ids"]
-    logits, hidden = vlm(batch["inputs"], batch["P"], actions.shape[1])
+    # as in training: beside a bfloat16 base there may be float32 weights
+    with torch.autocast(vlm.device.type, torch.bfloat16, enabled=vlm.bf16):
+        logits, hidden = vlm(batch["inputs"], batch["P"], actions.shape[1])
+    logits = logits.float()
     pi = logits.softmax(-1)
     alternatives = pi.topk(top).indices
     is_listed = (alternatives == actions[..., None]).any(-1)

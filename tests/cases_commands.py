@@ -185,6 +185,8 @@ MODELS = [
     with_model("lora_targets", "vision.*",
                "lora_targets='vision.*' matches no linear layer of the language model..."),
     with_model("lora_targets", "", "lora_targets='' matches no linear layer of the language model..."),
+    with_model("modules_to_save", "projector", "modules_to_save='projector' matches no module..."),
+    with_model("modules_to_save", ".*", "modules_to_save='.*' matches ..., which holds the embeddings..."),
     training("config/x.py", "config/x.py:1: trust_remote_code = True: a file cannot give this permission, "
              "only the flag --trust_remote_code=True can; delete the line.",
              what="a config file with `trust_remote_code = True`",

@@ -17,6 +17,7 @@ from PIL import Image
 
 import model
 from buffer import Buffer, image_name, make_row, reply_text
+from test_saved_modules import outside_language
 from test_model import TOLERANCE, encoded, every_family, logit_gap
 from test_model import folder, make, opened  # noqa: F401  (fixtures)
 
@@ -46,6 +47,29 @@ def test_peft_opens_our_adapter(make, folder, tmp_path, family, targets):
             reference, _ = vlm(inputs, P, 4)
     assert logit_gap(vlm, ours, theirs) < TOLERANCE
     assert logit_gap(vlm, reference, ours) > 100 * TOLERANCE
+
+@every_family
+def test_peft_opens_trained_modules(make, folder, opened, tmp_path, family):
+    """A projector that is trained in full: PEFT gives the same logits, and the base's without the adapter."""
+    pattern = outside_language(opened(family)[0])
+    vlm = make(family, modules_to_save=pattern)
+    vlm.save(tmp_path)
+    base, _ = model.load_model(folder(family), device="cpu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peft = PeftModel.from_pretrained(base, tmp_path).eval()
+    for warning in caught:
+        assert warning.category is FutureWarning, str(warning.message)
+    inputs, P, _, _ = vlm.collate(encoded(vlm), [[vlm.eos] * 4] * 3)
+    with torch.no_grad():
+        ours, _ = vlm(inputs, P, 4)
+        theirs = peft(**inputs).logits[:, P - 1 : P + 3]
+        with vlm.reference(), peft.disable_adapter():
+            our_base, _ = vlm(inputs, P, 4)
+            their_base = peft(**inputs).logits[:, P - 1 : P + 3]
+    assert logit_gap(vlm, ours, theirs) < TOLERANCE
+    assert logit_gap(vlm, our_base, their_base) < TOLERANCE
+    assert logit_gap(vlm, our_base, ours) > 100 * TOLERANCE
 
 def record_episode(buffer, number):
     """Append an episode of two turns; number 2 is cut off by a limit, so its last row has no reply."""

@@ -500,9 +500,10 @@ def widen_weights(net):
 def make_vlm(net, processor, **settings):
     """Build a VLM with settings as in a config; by default with small adapters and one full critic.
 
-    settings: lora_r, lora_targets, lora_alpha; n_critics, q_head, q_init; the others go to VLM.
+    settings: lora_r, lora_targets, lora_alpha, modules_to_save; n_critics, q_head, q_init. The others go to
+    VLM.
     """
-    adapters = dict(lora_r=4, lora_targets=".*", lora_alpha=8)
+    adapters = dict(lora_r=4, lora_targets=".*", lora_alpha=8, modules_to_save="")
     critics = dict(n_critics=1, q_head="full", q_init=0.0)
     options = {}
     for key, value in settings.items():
@@ -510,7 +511,7 @@ def make_vlm(net, processor, **settings):
         group[key] = value
     torch.manual_seed(0)
     vlm = VLM(net, processor, **options)
-    if adapters["lora_r"]:
+    if adapters["lora_r"] or adapters["modules_to_save"]:
         vlm.add_adapters(**adapters)
     if critics["n_critics"]:
         vlm.add_critics(**critics)
@@ -518,8 +519,13 @@ def make_vlm(net, processor, **settings):
 
 @torch.no_grad()
 def randomise(vlm):
-    """Draw random weights for all that starts as zero: the adapters' B, heads and targets. Return the VLM."""
+    """Draw random weights for all that starts as zero: the adapters' B, heads and targets. Return the VLM.
+
+    Modules that are trained in full move away from the base, too.
+    """
     up_projections = [layer.lora_B for layer in vlm.lora.values()]
+    for _, _, param in vlm.saved.trained:
+        param.add_(torch.randn_like(param), alpha=0.1)
     for param in [*up_projections, *vlm.heads.parameters(), *vlm.targets.parameters()]:
         param.normal_(std=0.3)
     return vlm
