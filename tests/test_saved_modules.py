@@ -95,11 +95,13 @@ def test_small_steps_on_a_bfloat16_base(opened):
     prompts = encoded(vlm)
     replies = [[vlm.eos]] * len(prompts)
     inputs, P, ids, _ = vlm.collate(prompts, replies)
+    R = ids.shape[1]
     optimizer = torch.optim.SGD([weight], lr=1e-6)
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
-            logits, _ = vlm(inputs, P, ids.shape[1])
-        logits.log_softmax(-1)[..., vlm.eos].sum().backward()
+            logits, _ = vlm(inputs, P, R)
+        logps = logits.log_softmax(-1)
+        logps[..., vlm.eos].sum().backward()
         optimizer.step()
     moved = (weight - before).abs().max()
     # bfloat16 has eight bits: it does not tell such a weight from the next
@@ -117,7 +119,7 @@ def test_small_steps_on_a_bfloat16_base(opened):
         (PROJECTOR, 64, ["vision_cache_mb=64", "modules_to_save=", "set vision_cache_mb=0"]),
     ],
 )
-def test_mistakes(opened, pattern, cache, words):
+def test_patterns_that_cannot_be_meant(opened, pattern, cache, words):
     """A regex that cannot be meant is refused before anything is recorded."""
     keys = dict(model="m", size=32, lora_r=0)
     cfg = types.SimpleNamespace(**keys, modules_to_save=pattern, vision_cache_mb=cache)

