@@ -674,7 +674,8 @@ class VLM(nn.Module):
             config = dict(peft_type="LORA", task_type="CAUSAL_LM", bias="none", inference_mode=True)
             config["base_model_name_or_path"] = self.name
             config["target_modules"] = list(self.lora)
-            config["modules_to_save"] = list(self.saved.paths) or None
+            if self.saved.paths:
+                config["modules_to_save"] = list(self.saved.paths)
             config |= self.lora_config
             with open(os.path.join(folder, "adapter_config.json"), "w") as f:
                 json.dump(config, f, indent=1)

@@ -72,20 +72,23 @@ def find_prompt(processor):
     ids = processor.tokenizer(begin, add_special_tokens=False).input_ids
     return Prompt(ids, before, end)
 
-def draw_questions(game, rng):
+def draw_questions(game, rng, only_caption=False):
     """Draw a state of a game -> its picture and some different questions with their answers."""
     asked = {question: str(answer) for _, question, answer in GAME_QUESTIONS[game.name](game, rng)}
     pairs = list(asked.items())
+    if only_caption:
+        # the caption comes first
+        return game.picture(), pairs[:1]
     chosen = rng.permutation(len(asked))[:QUESTIONS]
     return game.picture(), [pairs[i] for i in chosen]
 
-def draw_batch(processor, prompt, names, rng):
+def draw_sequences(processor, prompt, names, rng, only_captions=False):
     """Draw a picture of each named game and questions about it -> Sequences."""
     tokenizer = processor.tokenizer
     pictures = []
     rows = []
     for name in names:
-        picture, asked = draw_questions(GAMES[name](80), rng)
+        picture, asked = draw_questions(GAMES[name](80), rng, only_captions)
         pictures.append(picture)
         row = []
         for segment, (question, answer) in enumerate(asked):
@@ -222,16 +225,20 @@ def progress_line(update, loss, right, seconds):
         shares.append(f"{game} {100 * np.mean(hits or [0]):.0f}")
     return f"{update}  loss {loss:.3f}  right, %: {', '.join(shares)}  {seconds:.0f} s"
 
-def draw_names(update, first, pictures):
-    """List the games of an update's pictures: in the `first` updates NumberLine alone.
+def draw_for(update, captions, pictures, processor, prompt):
+    """Draw the sequences of an update: the first ones ask for captions only, of three times the pictures.
 
-    Its pictures have 36 states, so it is where a new projector learns soonest what the features mean.
+    A model has to see what a picture holds before it can be asked about it.
     """
-    if update < first:
-        return ["NumberLine"] * pictures
-    return [DRAWN[(update * pictures + i) % len(DRAWN)] for i in range(pictures)]
+    # the draws of an update depend on its number only
+    rng = np.random.default_rng([0, update])
+    is_early = update < captions
+    if is_early:
+        pictures = 3 * pictures
+    names = [DRAWN[(update * pictures + i) % len(DRAWN)] for i in range(pictures)]
+    return draw_sequences(processor, prompt, names, rng, is_early)
 
-def teach_to_read(folder, out, updates=600, first=150, pictures=4):
+def teach_to_read(folder, out, updates=600, captions=200, pictures=4):
     """Train tower and projector of a composed folder, and write them to the folder `out`."""
     net, processor = load_model(folder)
     reader = Reader(net, processor)
@@ -245,10 +252,8 @@ def teach_to_read(folder, out, updates=600, first=150, pictures=4):
     for update in range(load_training(out, reader, optimizer), updates):
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * schedule_at(update, updates)
-        # the draws of an update depend on its number only
-        rng = np.random.default_rng([0, update])
-        names = draw_names(update, first, pictures)
-        loss, hits = reader.loss(draw_batch(processor, reader.prompt, names, rng))
+        batch = draw_for(update, captions, pictures, processor, reader.prompt)
+        loss, hits = reader.loss(batch)
         loss.backward()
         for group in optimizer.param_groups:
             torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
@@ -268,14 +273,14 @@ def teach_to_read(folder, out, updates=600, first=150, pictures=4):
 
 USAGE = (
     "Name the folder that extras/compose.py wrote and a new folder: python -m pretrain.train_smollm2 "
-    "out/smollm2-blind FOLDER [--updates=600 --first=150 --pictures=4]"
+    "out/smollm2-blind FOLDER [--updates=600 --captions=200 --pictures=4]"
 )
 
 def main(argv):
     """Read the command line and train."""
     if len(argv) < 2:
         raise SystemExit(USAGE)
-    numbers = read_numbers(argv[2:], {"updates", "first", "pictures"}, USAGE)
+    numbers = read_numbers(argv[2:], {"updates", "captions", "pictures"}, USAGE)
     teach_to_read(argv[0], argv[1], **numbers)
 
 
