@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AddedToken,
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -30,6 +29,8 @@ from transformers import (
     LlavaProcessor,
     SiglipVisionModel,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from configurator import configure
 from extras.minigpt4 import check_complete, load_or_exit
@@ -138,8 +139,8 @@ def load_tower(folder, dtype):
     whole = config
     loader = TOWERS.get(config.model_type)
     if loader is None:
-        kind = getattr(getattr(config, "vision_config", None), "model_type", None)
-        if kind not in TOWERS:
+        part = getattr(getattr(config, "vision_config", None), "model_type", None)
+        if part not in TOWERS:
             raise SystemExit(f"{where} is a {config.model_type!r} model without a CLIP or SigLIP tower: "
                              f"{remedy}.")
         loader = AutoModelForImageTextToText
@@ -147,10 +148,12 @@ def load_tower(folder, dtype):
     net, report = load_or_exit(where, remedy, loader.from_pretrained, path, **options)
     check_complete("tower", folder, report["missing_keys"])
     if loader is AutoModelForImageTextToText:
-        net = next(part for part in net.modules() if isinstance(part, TOWERS[kind]))
+        net = next(module for module in net.modules() if isinstance(module, TOWERS[part]))
     remedy = "it needs its preprocessor_config.json or processor_config.json"
-    image_processor = load_or_exit(where, remedy, AutoImageProcessor.from_pretrained, path)
     is_clip = isinstance(net, CLIPVisionModel)
+    # The library's AutoImageProcessor up to 5.17 needs torchvision.
+    kind = CLIPImageProcessorPil if is_clip else SiglipImageProcessorPil
+    image_processor = load_or_exit(where, remedy, kind.from_pretrained, path)
     projector, metadata = read_projector_file(path)
     # LLaVA takes CLIP's last but one layer, without its class token. SigLIP has no class token.
     layer = getattr(whole, "vision_feature_layer", -2 if is_clip else -1)
