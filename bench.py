@@ -5,6 +5,7 @@ Measure speed and memory as ratios within one run: absolute times belong to a ma
     python bench.py --model=/path/to/a/vlm --env=Blackjack
     python bench.py vocabulary                           # memory of AFSFT against SFT with 151,936 words
     python bench.py sizes --micro_batch=1                # published models, computed without their weights
+    python bench.py peer                                 # an update against TRL and PEFT
     python bench.py envs --env=NumberLine,BabyAI-GoToLocal-v0,miniwob/click-test-2-v1
 
 All keys are train.py's.
@@ -16,10 +17,12 @@ import numpy as np
 import torch
 
 import envs
+import train
 from agent_rl import compute_loss
 from buffer import Buffer, make_batch
 from configurator import check_config, configure
 from evaluate import env_factory, model_agent, play, record, scripted_agent
+from extras.bench_peer import compare_with_trl
 from extras.memory import measure_memory
 from extras.sizes import print_sizes
 from model import build
@@ -103,6 +106,13 @@ def vocabulary(cfg, words=151_936, hidden=1024):
     ratio = peaks["afsft"] / peaks["sft"]
     print(f"\nmemory of an update, AFSFT / SFT  {ratio:.2f}")
     return ratio
+
+def peer(cfg, episodes=100):
+    """Print whole updates of ours beside TRL's and PEFT's, see extras/bench_peer.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Buffer(folder, create=True)
+        record(play_mix(env_factory(cfg), cfg.data_mix, np.random.default_rng(0), episodes), data)
+        return compare_with_trl(cfg, train, data)
 
 
 # ---- the table ----
@@ -211,6 +221,7 @@ def print_table(cfg):
 
 BENCHMARKS = {
     "envs": turns_a_second,
+    "peer": peer,
     "vocabulary": vocabulary,
     "sizes": print_sizes,
 }

@@ -1,0 +1,139 @@
+"""
+A tiny MiniGPT-4 with random weights: BLIP-2's parts, a projection and a LLaMA, 1.6 M parameters.
+
+    python -m pretrain.make_minigpt4 out/minigpt4    # the three sources in out/minigpt4-parts, and the model
+    python train.py pretrain/config_minigpt4.py      # it learns to read, see there
+
+The sources are what a user downloads: a BLIP-2 folder, a LLaMA folder, the file with the projection.
+extras/minigpt4.py puts them together by its own command line, as it does the published ones.
+"""
+import inspect, os, subprocess, sys
+
+import torch
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from pretrain.questions import corpus
+from pretrain.tiny_nets import (
+    llama_settings,
+    read_numbers,
+    rescale_weights,
+    train_tokenizer,
+    vision_settings,
+)
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# the words of MiniGPT-4's prompt, which no question has
+PROMPT = "###Human: <Img></Img> ###Assistant: "
+
+def vision_config(hidden, layers, image_size, patch):
+    """Return the settings of the vision tower."""
+    return Blip2VisionConfig(**vision_settings(hidden, layers, image_size, patch))
+
+def qformer_config(hidden, layers, vision_hidden):
+    """Return the settings of the Q-Former: every layer looks at the picture."""
+    return Blip2QFormerConfig(
+        vocab_size=8,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        encoder_hidden_size=vision_hidden,
+        cross_attention_frequency=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+def blip2_net(vision, qformer, queries):
+    """Build a BLIP-2 with random weights; its language model is a stub that the converter leaves out."""
+    stub = LlamaConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=0,
+        num_attention_heads=1,
+    )
+    config = Blip2Config(
+        vision_config=vision,
+        qformer_config=qformer,
+        text_config=stub,
+        num_query_tokens=queries,
+    )
+    net = rescale_weights(Blip2ForConditionalGeneration(config))
+    with torch.no_grad():
+        # the library's standard deviation for this tower is 1e-10: no picture would matter
+        net.vision_model.embeddings.patch_embedding.weight.normal_(0, 0.02)
+        net.vision_model.embeddings.position_embedding.normal_(0, 0.7)
+        # the library starts with queries of zeros, which a published folder overwrites
+        net.query_tokens.normal_()
+    return net
+
+def save_parts(
+    folder,
+    vocab_size=768,
+    hidden=128,
+    layers=4,
+    vision_hidden=96,
+    vision_layers=3,
+    image_size=80,
+    patch=16,
+    qformer_hidden=128,
+    qformer_layers=2,
+    queries=25,
+):
+    """Write BLIP-2, LLaMA and the projection with random weights -> their three paths."""
+    blip2 = os.path.join(folder, "blip2")
+    llama = os.path.join(folder, "llama")
+    projection = os.path.join(folder, "projection.pth")
+
+    vision = vision_config(vision_hidden, vision_layers, image_size, patch)
+    qformer = qformer_config(qformer_hidden, qformer_layers, vision_hidden)
+    blip2_net(vision, qformer, queries).save_pretrained(blip2)
+    square = {"height": image_size, "width": image_size}
+    BlipImageProcessorPil(size=square).save_pretrained(blip2)
+
+    texts = [PROMPT + text for text in corpus(20_000)]
+    tokenizer = train_tokenizer(texts, vocab_size, ["<|pad|>", "<|end|>"])
+    config = LlamaConfig(**llama_settings(len(tokenizer), hidden, layers))
+    rescale_weights(LlamaForCausalLM(config)).save_pretrained(llama)
+    tokenizer.save_pretrained(llama)
+
+    weight = torch.randn(hidden, qformer_hidden) * qformer_hidden**-0.5
+    tensors = {"llama_proj.weight": weight, "llama_proj.bias": torch.zeros(hidden)}
+    torch.save({"model": tensors}, projection)
+    return blip2, llama, projection
+
+
+USAGE = "Name a new folder: python -m pretrain.make_minigpt4 FOLDER [--queries=25 --qformer_layers=2 ...]"
+
+def main(argv):
+    """Write the parts beside the folder and let the converter make the model: main(["out/minigpt4"])."""
+    if not argv or argv[0].startswith("-"):
+        raise SystemExit(USAGE)
+    folder = argv[0]
+    known = set(inspect.signature(save_parts).parameters) - {"folder"}
+    sizes = read_numbers(argv[1:], known, USAGE)
+    parts = f"{folder.rstrip('/')}-parts"
+    for path in (folder, parts):
+        if os.path.exists(path):
+            raise SystemExit(f"{path!r} exists already: name a new folder.")
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    blip2, llama, projection = save_parts(os.path.abspath(parts), **sizes)
+    command = [sys.executable, "-m", "extras.minigpt4"]
+    command += [f"--blip2={blip2}", f"--llama={llama}", f"--minigpt4={projection}"]
+    command += [f"--out={os.path.abspath(folder)}"]
+    sys.exit(subprocess.run(command, cwd=ROOT).returncode)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
