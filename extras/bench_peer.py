@@ -7,8 +7,8 @@ Measure an update against TRL's SFTTrainer with PEFT: the same folder, turns, ad
 
 TRL, our SFT and our AFSFT take turns update by update in one process, so that a machine that slows down slows
 all of them. A time is that of a whole update: batch from recorded turns, forward, backward, clipping, AdamW.
-PEFT starts from the adapters that our SFT starts from, and its losses are shown beside ours: they are equal
-but for rounding if both compute the same.
+PEFT starts from the adapters that our SFT starts from, and its losses are shown beside ours. They agree if
+both compute the same; ours are lower by what the model gives to placeholders, which no reply may contain.
 """
 import contextlib, importlib, statistics, tempfile, time
 
@@ -23,8 +23,8 @@ from model import build, load_base
 PACKAGES = ("trl", "peft", "datasets", "accelerate")
 WARM_UP = 3  # updates that are not timed
 UPDATES = 12  # updates that are timed
-SIDE = {"cpu": 2048, "cuda": 8192}  # of the square product that measures the matrix peak
-
+# side of the square product that measures the matrix peak
+SIDE = {"cpu": 2048, "cuda": 8192}
 
 def import_peer():
     """Import the optional packages -> {name: module}; SystemExit with one sentence if one is missing."""
@@ -40,7 +40,8 @@ def import_peer():
 def check_settings(cfg):
     """End with one sentence if the peer cannot do what the settings ask for."""
     if not cfg.lora_r:
-        raise SystemExit("lora_r=0 trains all weights, and `bench.py peer` compares adapters: leave lora_r out.")
+        raise SystemExit("lora_r=0 trains all weights, and `bench.py peer` compares adapters: leave lora_r "
+                         "out.")
     if cfg.batch_size % cfg.micro_batch:
         raise SystemExit(f"batch_size={cfg.batch_size} is no multiple of micro_batch={cfg.micro_batch}, and "
                          "TRL's batches have one size: set a micro_batch that divides it.")
@@ -256,8 +257,9 @@ def compare_with_trl(cfg, trainer, data):
 
     peak = product.rate()
     print(f"{'update':<22}{'seconds':>8} {'of peak':>7}    {'nll of updates 1, 2 ... last':<30}{'tokens':>8}")
-    # its batches are prepared one ahead
-    medians = {"trl": print_row("TRL SFTTrainer + PEFT", seconds, 0, peak, losses, tokens[: len(seconds)])}
+    # one more batch may have been prepared than was used
+    del tokens[len(seconds) * (cfg.batch_size // cfg.micro_batch) :]
+    medians = {"trl": print_row("TRL SFTTrainer + PEFT", seconds, 0, peak, losses, tokens)}
     for loss, side in sides.items():
         row = (f"our {loss.upper()}", side.seconds, side.count_flops(), peak, side.losses, side.tokens)
         medians[loss] = print_row(*row)

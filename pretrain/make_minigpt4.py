@@ -33,11 +33,11 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # the words of MiniGPT-4's prompt, which no question has
 PROMPT = "###Human: <Img></Img> ###Assistant: "
 
-def vision_config(hidden, layers, image_size, patch):
-    """Return the settings of the vision tower."""
-    return Blip2VisionConfig(**vision_settings(hidden, layers, image_size, patch))
+# the pictures, and the tower of bases/tiny-vlm
+IMAGE_SIZE = 80
+VISION = dict(hidden=96, layers=3, image_size=IMAGE_SIZE, patch=16)
 
-def qformer_config(hidden, layers, vision_hidden):
+def qformer_settings(hidden, layers):
     """Return the settings of the Q-Former: every layer looks at the picture."""
     return Blip2QFormerConfig(
         vocab_size=8,
@@ -45,13 +45,41 @@ def qformer_config(hidden, layers, vision_hidden):
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 32,
-        encoder_hidden_size=vision_hidden,
+        encoder_hidden_size=VISION["hidden"],
         cross_attention_frequency=1,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
 
-def blip2_net(vision, qformer, queries):
+@torch.no_grad()
+def draw_tower(net):
+    """Draw the weights of the vision tower's input.
+
+    The library's standard deviation for this tower is 1e-10, so no picture would matter.
+    """
+    embeddings = net.vision_model.embeddings
+    embeddings.patch_embedding.weight.normal_(0, 0.02)
+    embeddings.position_embedding.normal_(0, 0.7)
+
+@torch.no_grad()
+def point_at_patches(net):
+    """Let each query start out looking at a patch of its own, in every layer of the Q-Former.
+
+    A query is the key of its patch's place, and is compared with the keys as it is. With queries at random
+    all of them see the same average of the picture at first.
+    """
+    layers = net.qformer.encoder.layer
+    key = layers[0].crossattention.attention.key.weight
+    places = net.vision_model.embeddings.position_embedding[0, 1:]
+    count = net.query_tokens.shape[1]
+    patch = torch.arange(count) % len(places)
+    net.query_tokens[0] = places[patch] @ key.T
+    for layer in layers:
+        attention = layer.crossattention.attention
+        attention.key.weight.copy_(key)
+        attention.query.weight.copy_(2 * torch.eye(len(key)))
+
+def blip2_net(queries, qformer):
     """Build a BLIP-2 with random weights; its language model is a stub that the converter leaves out."""
     stub = LlamaConfig(
         vocab_size=8,
@@ -61,50 +89,33 @@ def blip2_net(vision, qformer, queries):
         num_attention_heads=1,
     )
     config = Blip2Config(
-        vision_config=vision,
+        vision_config=Blip2VisionConfig(**vision_settings(**VISION)),
         qformer_config=qformer,
         text_config=stub,
         num_query_tokens=queries,
     )
     net = rescale_weights(Blip2ForConditionalGeneration(config))
-    with torch.no_grad():
-        # the library's standard deviation for this tower is 1e-10: no picture would matter
-        net.vision_model.embeddings.patch_embedding.weight.normal_(0, 0.02)
-        net.vision_model.embeddings.position_embedding.normal_(0, 0.7)
-        # the library starts with queries of zeros, which a published folder overwrites
-        net.query_tokens.normal_()
+    draw_tower(net)
+    point_at_patches(net)
     return net
 
-def save_parts(
-    folder,
-    vocab_size=768,
-    hidden=128,
-    layers=4,
-    vision_hidden=96,
-    vision_layers=3,
-    image_size=80,
-    patch=16,
-    qformer_hidden=128,
-    qformer_layers=2,
-    queries=25,
-):
+def save_llama(folder, hidden, layers):
+    """Write a LLaMA with random weights, and a tokenizer that knows the words of MiniGPT-4's prompt."""
+    texts = [PROMPT + text for text in corpus(20_000)]
+    tokenizer = train_tokenizer(texts, 768, ["<|pad|>", "<|end|>"])
+    config = LlamaConfig(**llama_settings(len(tokenizer), hidden, layers))
+    rescale_weights(LlamaForCausalLM(config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+def save_parts(folder, hidden=128, layers=4, qformer_hidden=128, qformer_layers=2, queries=25):
     """Write BLIP-2, LLaMA and the projection with random weights -> their three paths."""
     blip2 = os.path.join(folder, "blip2")
     llama = os.path.join(folder, "llama")
     projection = os.path.join(folder, "projection.pth")
 
-    vision = vision_config(vision_hidden, vision_layers, image_size, patch)
-    qformer = qformer_config(qformer_hidden, qformer_layers, vision_hidden)
-    blip2_net(vision, qformer, queries).save_pretrained(blip2)
-    square = {"height": image_size, "width": image_size}
-    BlipImageProcessorPil(size=square).save_pretrained(blip2)
-
-    texts = [PROMPT + text for text in corpus(20_000)]
-    tokenizer = train_tokenizer(texts, vocab_size, ["<|pad|>", "<|end|>"])
-    config = LlamaConfig(**llama_settings(len(tokenizer), hidden, layers))
-    rescale_weights(LlamaForCausalLM(config)).save_pretrained(llama)
-    tokenizer.save_pretrained(llama)
-
+    blip2_net(queries, qformer_settings(qformer_hidden, qformer_layers)).save_pretrained(blip2)
+    BlipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(blip2)
+    save_llama(llama, hidden, layers)
     weight = torch.randn(hidden, qformer_hidden) * qformer_hidden**-0.5
     tensors = {"llama_proj.weight": weight, "llama_proj.bias": torch.zeros(hidden)}
     torch.save({"model": tensors}, projection)
