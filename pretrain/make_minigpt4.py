@@ -1,5 +1,5 @@
 """
-A tiny MiniGPT-4 with random weights: BLIP-2's parts, a projection and a LLaMA, 1.6 M parameters.
+A tiny MiniGPT-4 with random weights: BLIP-2's parts, a projection and a LLaMA, 1.9 M parameters.
 
     python -m pretrain.make_minigpt4 out/minigpt4    # the three sources in out/minigpt4-parts, and the model
     python train.py pretrain/config_minigpt4.py      # it learns to read, see there
@@ -32,6 +32,7 @@ from pretrain.tiny_nets import (
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # the words of MiniGPT-4's prompt, which no question has
 PROMPT = "###Human: <Img></Img> ###Assistant: "
+N_TEXTS = 20_000
 
 # the pictures, and the tower of bases/tiny-vlm
 IMAGE_SIZE = 80
@@ -101,11 +102,11 @@ def blip2_net(queries, qformer):
     net = rescale_weights(Blip2ForConditionalGeneration(config))
     draw_tower(net)
     point_at_patches(net)
-    return net
+    return net.eval()
 
 def save_llama(folder, hidden, layers):
     """Write a LLaMA with random weights, and a tokenizer that knows the words of MiniGPT-4's prompt."""
-    texts = [PROMPT + text for text in corpus(20_000)]
+    texts = [PROMPT + text for text in corpus(N_TEXTS)]
     tokenizer = train_tokenizer(texts, 768, ["<|pad|>", "<|end|>"])
     config = LlamaConfig(**llama_settings(len(tokenizer), hidden, layers))
     rescale_weights(LlamaForCausalLM(config)).save_pretrained(folder)
@@ -126,7 +127,10 @@ def save_parts(folder, hidden=128, layers=4, qformer_hidden=128, qformer_layers=
     return blip2, llama, projection
 
 
-USAGE = "Name a new folder: python -m pretrain.make_minigpt4 FOLDER [--queries=25 --qformer_layers=2 ...]"
+USAGE = (
+    "Name a new folder and, if you like, sizes: python -m pretrain.make_minigpt4 FOLDER "
+    "[--hidden=128 --layers=4 --qformer_hidden=128 --qformer_layers=2 --queries=25]."
+)
 
 def main(argv):
     """Write the parts beside the folder and let the converter make the model: main(["out/minigpt4"])."""

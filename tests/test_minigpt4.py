@@ -20,7 +20,9 @@ from transformers import (
 )
 
 import families, model
+from envs import NumberLine
 from extras import minigpt4
+from pretrain import make_minigpt4
 from test_model import ask, picture, refuses
 
 PAGES = ["3 + 4 = ?", "Possible actions: + - stop."]
@@ -426,3 +428,57 @@ def test_from_the_command_line(sources, tmp_path, monkeypatch, capsys):
     assert "note: this BLIP-2 was trained with a " in capsys.readouterr().out
     assert (tmp_path / "out" / "model.safetensors").exists()
     refuses("--minigpt4", lambda: start(*flags[:2]))
+
+
+# ---- the tiny one ----
+
+@pytest.fixture(scope="module")
+def tiny_parts(tmp_path_factory):
+    """The three sources of the tiny MiniGPT-4, with a tokenizer of a few texts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make_minigpt4, "N_TEXTS", 100)
+        torch.manual_seed(0)
+        return make_minigpt4.save_parts(str(tmp_path_factory.mktemp("tiny")), queries=25)
+
+def test_the_tiny_one_opens_like_any_other(tiny_parts, tmp_path):
+    """Its prompt is MiniGPT-4's, and a picture is as many tokens as there are queries."""
+    out = str(tmp_path / "out")
+    minigpt4.convert(*tiny_parts, out)
+    vlm = model.VLM(*model.load_model(out))
+    assert vlm.render(ask("a")) == "###Human: <Img><image></Img> a ###Assistant: "
+    encoded = vlm.encode(ask("a"), [picture(0)])
+    placeholder = vlm.tokenizer.convert_tokens_to_ids("<image>")
+    assert (encoded["input_ids"] == placeholder).sum() == 25
+    assert vlm.tokenizer.convert_ids_to_tokens(vlm.eos) == "###"
+
+@torch.no_grad()
+def test_queries_start_out_at_patches_of_their_own(tiny_parts):
+    """At random they all saw the same average; and of 100 parts of a feature's variance a picture made one.
+
+    The library draws a tower with a standard deviation of 1e-10: then no picture matters at all.
+    """
+    net = Blip2ForConditionalGeneration.from_pretrained(tiny_parts[0]).eval()
+    net.qformer.set_attn_implementation("eager")
+    _, processor = model.load_model("bases/tiny-vlm")
+    game = NumberLine()
+    pictures = []
+    for game.current in range(6):
+        for game.target in range(6):
+            pictures.append(game.picture())
+    pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    patches = net.vision_model(pixels).last_hidden_state
+    queries = net.query_tokens.expand(len(pixels), -1, -1)
+    found = net.qformer(query_embeds=queries, encoder_hidden_states=patches, output_attentions=True)
+    # patch 0 is the class token; without a preference each has a share of 1 / 26
+    own = found.cross_attentions[0].mean((0, 1)).diagonal(1)
+    assert own.mean() > 0.12
+    features = found.last_hidden_state
+    share = features.var(0).mean() / features.flatten(0, 1).var(0).mean()
+    assert share > 0.02
+
+def test_the_command_of_the_tiny_one(tmp_path):
+    """A wrong word is one sentence, and nothing that exists is touched."""
+    refuses("make_minigpt4 FOLDER", lambda: make_minigpt4.main([]))
+    refuses("make_minigpt4 FOLDER", lambda: make_minigpt4.main([str(tmp_path / "new"), "--querys=3"]))
+    refuses(tmp_path, lambda: make_minigpt4.main([str(tmp_path)]))
+    assert not list(tmp_path.iterdir())
