@@ -27,6 +27,7 @@ from extras.feature_cache import FeatureCache, Inputs, LRUCache
 from extras.model_folders import find_end_of_turn, find_folder, find_image_token
 from extras.model_folders import first_sentence, matching, open_folder, read_trained, rehearse
 from extras.model_folders import special_tokens, try_turn
+from extras.published_names import publish_names
 from extras.saved_modules import SavedModules, find_saved_modules
 from extras.sharding import shard_layers
 from pretrain.tiny_nets import llava
@@ -280,7 +281,8 @@ class VLM(nn.Module):
 
     def __init__(self, net, processor, name="", prompt_cache_mb=PROMPT_CACHE_MB, vision_cache_mb=0):
         super().__init__()
-        self.net = net
+        # What is saved can be opened by other programs.
+        self.net = publish_names(net)
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.name = name

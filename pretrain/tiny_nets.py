@@ -223,12 +223,13 @@ def main(argv):
         raise SystemExit(f"{folder!r} exists already: name a new folder.")
     import transformers
 
+    from extras.published_names import publish_names
     from pretrain.questions import corpus
 
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     net, processor = build_net(corpus(20_000), **sizes)
-    net.save_pretrained(folder)
+    publish_names(net).save_pretrained(folder)
     processor.save_pretrained(folder)
     count = sum(weight.numel() for weight in net.parameters())
     print(f"{folder}: {count:,} parameters, {len(processor.tokenizer)} words")
