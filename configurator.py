@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from extras.flag_mistakes import DASHES, ConfigError, check_file_word, missing_value, nearest, show
 from extras.flag_mistakes import unknown_key
-from extras.value_checks import LARGEST, check_path, check_ranges, check_secrets, check_tasks
+from extras.value_checks import LARGEST, check_address, check_path, check_ranges, check_secrets
+from extras.value_checks import check_tasks
 
 BEGIN = "# --- config ---"
 END = "# --- end of config ---"
@@ -413,6 +414,15 @@ CONFLICTS = [
     (lambda cfg: cfg.stop_at > cfg.offline_updates + cfg.online_updates,
      "stop_at={stop_at} is behind the last update, {offline_updates} + {online_updates}: set stop_at=0 to "
      "run to the end."),
+    (lambda cfg: cfg.rollout_url and cfg.lora_r == 0,
+     "rollout_url={rollout_url!r} gives a server the adapters of every rollout, and lora_r=0 has none: set "
+     "lora_r above 0, or leave rollout_url out."),
+    (lambda cfg: cfg.rollout_url and cfg.q_weight,
+     "q_weight={q_weight} lets the critic correct each token, which a server cannot: set q_weight=0, or "
+     "leave rollout_url out."),
+    (lambda cfg: cfg.rollout_url and getattr(cfg, "modules_to_save", ""),
+     "modules_to_save={modules_to_save!r} trains layers that a server's adapters do not have: leave "
+     "rollout_url out, or modules_to_save."),
     (lambda cfg: not cfg.model.strip(),
      "model={model!r} names no model: write --model=bases/tiny-vlm, another folder, or a hub id."),
 ]
@@ -443,6 +453,7 @@ def check_config(cfg):
     check_tasks(cfg.env)
     for name in ("model", "data"):
         check_path(name, getattr(cfg, name))
+    check_address("rollout_url", cfg.rollout_url)
     for is_wrong, sentence in CONFLICTS:
         if is_wrong(cfg):
             raise ConfigError(sentence.format(**vars(cfg)))

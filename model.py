@@ -668,19 +668,23 @@ class VLM(nn.Module):
         targets = {f"targets.{name}": tensor for name, tensor in self.targets.state_dict().items()}
         return heads | targets
 
-    def save(self, folder):
-        """Write the adapters in PEFT's layout, or without adapters the whole net, and the critics."""
+    def save_adapters(self, folder):
+        """Write the adapters in PEFT's layout."""
         os.makedirs(folder, exist_ok=True)
+        write_tensors(self.adapter_tensors(), os.path.join(folder, "adapter_model.safetensors"))
+        config = dict(peft_type="LORA", task_type="CAUSAL_LM", bias="none", inference_mode=True)
+        config["base_model_name_or_path"] = self.name
+        config["target_modules"] = list(self.lora)
+        if self.saved.paths:
+            config["modules_to_save"] = list(self.saved.paths)
+        config |= self.lora_config
+        with open(os.path.join(folder, "adapter_config.json"), "w") as f:
+            json.dump(config, f, indent=1)
+
+    def save(self, folder):
+        """Write the adapters, or without adapters the whole net, and the critics."""
         if self.lora:
-            write_tensors(self.adapter_tensors(), os.path.join(folder, "adapter_model.safetensors"))
-            config = dict(peft_type="LORA", task_type="CAUSAL_LM", bias="none", inference_mode=True)
-            config["base_model_name_or_path"] = self.name
-            config["target_modules"] = list(self.lora)
-            if self.saved.paths:
-                config["modules_to_save"] = list(self.saved.paths)
-            config |= self.lora_config
-            with open(os.path.join(folder, "adapter_config.json"), "w") as f:
-                json.dump(config, f, indent=1)
+            self.save_adapters(folder)
         else:
             self.net.save_pretrained(folder)
             self.processor.save_pretrained(folder)

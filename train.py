@@ -26,6 +26,7 @@ from evaluate import exploring_agent, model_agent, play, record, scripted_agent
 from extras import checkpoints, run_folder
 from extras.check_rows import check_prompts
 from extras.read_run import offline_results
+from extras.serving import collect, open_server
 from extras.stopping import STOP, explained
 from extras.unlogged import Unlogged
 from extras.value_checks import check_out_dir
@@ -93,6 +94,7 @@ device = 'auto'  # auto | cpu | cuda
 dtype = 'auto'  # auto | float32 | bfloat16 (autocast); auto: bfloat16 on cuda, float32 on the cpu
 micro_batch = 32  # windows on the device at once
 num_envs = 32  # environments that play at once
+rollout_url = ''  # play rollouts on this vLLM server, see docs/serving.md; '': here
 env_timeout = 120.0  # seconds that one call of an environment may take, then it is made anew; 0: any
 grad_checkpointing = False  # less memory for about a third more time
 shard = False  # with torchrun: spread the frozen layers over the ranks (FSDP2)
@@ -352,21 +354,24 @@ def take_in(replay, other, limit):
         names = [name for row in rows for name in row["images_file_names"]]
         replay.append(rows, {name: other.image(name) for name in names})
 
-def rollout(cfg, step, vlm, make_env, replay):
+def rollout(cfg, step, vlm, make_env, replay, server=None):
     """Play rollout_episodes with the present policy, append them to the replay -> numbers for the log.
 
+    server: plays instead of the network here, see extras/serving.py; what it fails to play is left out.
     An exception if a signal or the environments broke it off: then nothing has been appended, and a resumed
     run plays it again.
     """
     seeds = stream(cfg, ROLLOUT, step).integers(2**31, size=cfg.rollout_episodes).tolist()
     generator = torch.Generator(vlm.device).manual_seed(seeds[RANK])
     act = model_agent(vlm, cfg.max_new_tokens, 1.0, generator, cfg.q_weight)
+    if server:
+        act = server.take_policy(vlm, step)
     if cfg.explore:
         act = exploring_agent(act, cfg.explore, np.random.default_rng(seeds[RANK]))
     options = dict(split="train", prefix=f"{step}-", share=(RANK, WORLD))
     try:
         with STOP.at_once():
-            played = list(play(make_env, act, seeds, cfg.num_envs // WORLD, **options))
+            played = collect(play(make_env, act, seeds, cfg.num_envs // WORLD, **options))
     except (KeyboardInterrupt, SystemExit) as error:
         if WORLD > 1:
             raise
@@ -376,7 +381,12 @@ def rollout(cfg, step, vlm, make_env, replay):
     if not len(replay):
         # all episodes of this rank were lost
         print(f"Rank {RANK} has no episode of its own yet: it learns from recorded ones.")
-    return logged("rollout", episode_summary(gather_episodes(played)))
+    played = gather_episodes(played)
+    if not server:
+        return logged("rollout", episode_summary(played))
+    server.release()
+    summary = logged("rollout", episode_summary(played)) if played else {}
+    return summary | server.numbers()
 
 def broken_off(error):
     """Return what ends the run: an interrupt, or a sentence about environments and how to go on."""
@@ -442,10 +452,15 @@ def make_optimizer(vlm, cfg):
     decay = 0.0 if cfg.lora_r else 0.01
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=decay)
 
-def build_agent(cfg, base, data):
-    """Put adapters and critics on the base -> (vlm, optimizer); end if it cannot read the data's prompts."""
+def build_agent(cfg, base, data, server=None):
+    """Put adapters and critics on the base -> (vlm, optimizer).
+
+    End if it cannot read the data's prompts, or the server that will play does not take such adapters.
+    """
     vlm = build(cfg, base, first_value(cfg, data))
     check_prompts(data, vlm)
+    if server:
+        server.try_adapters(vlm)
     return vlm, make_optimizer(vlm, cfg)
 
 def autocast(vlm):
@@ -695,11 +710,12 @@ def main(argv):
     data = given_data(cfg)
     if cfg.dry_run:
         return measure(cfg, argv, base, make_env, data)
+    server = open_server(cfg, base, make_env)
     checkpoint = open_run(cfg)
 
     # recorded play; adapters and critics on the base; the last checkpoint of a resumed run
     data = data or scripted_data(cfg, make_env)
-    vlm, optimizer = build_agent(cfg, base, data)
+    vlm, optimizer = build_agent(cfg, base, data, server)
     start, replay, unlogged = restore(cfg, checkpoint, vlm, optimizer, data)
     check_ranks_agree(data, vlm)
     describe(cfg, argv, vlm, data, start)
@@ -716,7 +732,7 @@ def main(argv):
         # play: the agent's own episodes, once every updates_per_rollout online updates
         if online >= 0 and online % cfg.updates_per_rollout == 0:
             with timed(clock, "rollout"):
-                played = rollout(cfg, step, vlm, make_env, replay)
+                played = rollout(cfg, step, vlm, make_env, replay, server)
             if isinstance(played, BaseException):
                 save_checkpoint(cfg, step, vlm, optimizer, data, replay, unlogged)
                 raise broken_off(played)

@@ -19,14 +19,14 @@ from extras.whole_files import lock, read_json, sync_folder, write_json, write_w
 # What a run writes into its folder, and what `overwrite` may delete; replay-1, ... are those of other ranks.
 RUN_FILES = ("config.json", "metrics.jsonl", "eval.json", "eval_offline.json", "meta.json")
 RUN_FILES += ("ckpt", "ckpt.old", "ckpt.tmp", "ckpt.damaged", "data", "data.tmp")
-RUN_FILES += ("replay", "model", "model.tmp", "report.html", "curves.svg")
+RUN_FILES += ("replay", "served", "model", "model.tmp", "report.html", "curves.svg")
 MORE_RUN_FILES = re.compile(r"replay-\d+|data\.partial-\d+|[\w.]+\.(json|jsonl)\.tmp")
 # A folder of recorded play has these files, and what a report on it adds.
 DATA_FILES = re.compile(r"metadata\.jsonl(\.tmp)?|rewound\.jsonl|images|complete|\.lock|.+\.(html|svg|gif)")
 # With one of these a run has come so far that it is not begun anew by accident.
 TRAINED = ("ckpt", "ckpt.old", "eval.json", "model")
 # Settings that a resumed run may change, because they do not alter what is learned, ...
-FREE_KEYS = ("out_dir", "resume", "overwrite", "stop_at", "device", "shard", "env_timeout")
+FREE_KEYS = ("out_dir", "resume", "overwrite", "stop_at", "device", "shard", "env_timeout", "rollout_url")
 FREE_KEYS += ("log_interval", "eval_interval", "eval_episodes", "trust_remote_code")
 # ... or because they are the remedy for a run that does not learn.
 REMEDY_KEYS = ("lr", "critic_lr", "grad_clip")

@@ -17,6 +17,7 @@ from PIL import Image
 
 import envs
 from extras.flag_mistakes import ConfigError, show
+from extras.value_checks import ADDRESS
 
 # seconds before the second try of a request; doubled for each further one
 BACKOFF = 1.0
@@ -159,8 +160,7 @@ class OpenAIAgent:
 
     def __init__(self, cfg, counts):
         # an address with a password in it would be printed
-        is_address = re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", cfg.base_url)
-        if not cfg.model or not is_address:
+        if not cfg.model or not ADDRESS.fullmatch(cfg.base_url):
             raise ConfigError("--agent=openai needs a server's address and a model's name, for instance "
                               "--base_url=http://localhost:8000/v1 --model=NAME; a key goes into "
                               "OPENAI_API_KEY.")
@@ -231,16 +231,20 @@ class OpenAIAgent:
     # ---- one request ----
 
     def post(self, content):
-        """Send one request -> (HTTP status, body, headers).
+        """Ask about one prompt, once -> (HTTP status, body, headers), see `send`."""
+        body = self.settings | dict(messages=[dict(role="user", content=content)])
+        return self.send("chat/completions", body)
+
+    def send(self, path, body=None):
+        """Send one request, a GET where there is no body -> (HTTP status, body, headers).
 
         Without an answer: (NO_ANSWER, reason, {}), or (NO_CONNECTION, reason, {}) if there is no server.
         """
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
-        body = self.settings | dict(messages=[dict(role="user", content=content)])
-        url = f"{self.cfg.base_url.rstrip('/')}/chat/completions"
-        data = json.dumps(body).encode()
+        url = f"{self.cfg.base_url.rstrip('/')}/{path}"
+        data = None if body is None else json.dumps(body).encode()
         end = time.monotonic() + self.cfg.timeout
         try:
             request = urllib.request.Request(url, data, headers)
@@ -265,11 +269,14 @@ class OpenAIAgent:
             return None, "no text"
         if len(reply) > 64 * self.cfg.max_tokens:
             return None, "longer than asked for"
+        return self.clean(reply), ""
+
+    def clean(self, reply):
+        """Take the key out of a reply, and half a character (a lone surrogate), which cannot be tokenised."""
         # A short key may well be a word of the reply.
         if len(self.key) >= SHORT_KEY:
             reply = hide_parts(reply, self.key, max(PART_IN_REPLY, len(self.key) // 3))
-        # Half a character (a lone surrogate) cannot be tokenised.
-        return reply.encode("utf-8", "replace").decode(), ""
+        return reply.encode("utf-8", "replace").decode()
 
     def answer(self, reply, **lost):
         """Make an answer for `play`."""

@@ -18,6 +18,8 @@ SECRET_VALUE = re.compile(r"(sk|pk|rk|gsk|ghp|gho|github_pat|xai|nvapi|glpat)[-_
                           r"|.*[?&](api_?key|key|token)=.+", re.I)
 # An address with a user and a password in it.
 SECRET_ADDRESS = re.compile(r".*://[^/\s]*@.*")
+# The address of a server.
+ADDRESS = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
 # Flags of other programs that take the key itself.
 SECRET_NAME = re.compile(r"(.*_)?(api_?key|secret|secret_key|password)|key"
                          r"|(hf_|api_|auth_|access_)?token", re.I)
@@ -61,6 +63,15 @@ def check_path(key, path):
                           "full, or use $HOME.")
     if any(len(name.encode()) > LONGEST_NAME for name in path.split("/")) or len(path) > 4000:
         raise ConfigError(f"{key}={show(path)!r} is too long for a path: write a shorter one.")
+
+def check_address(key, url):
+    """Refuse what is no server's address; '' means that there is no server."""
+    if SECRET_ADDRESS.fullmatch(url):
+        raise ConfigError(f"{key}: a user and a password in an address would be printed and stored: put the "
+                          "server's key into the environment variable OPENAI_API_KEY.")
+    if url and not ADDRESS.fullmatch(url):
+        raise ConfigError(f"{key}={show(url)!r} is no address of a server: write for instance "
+                          f"{key}=http://localhost:8000/v1.")
 
 def check_out_dir(path, key="out_dir"):
     """Refuse a path at which no folder can be made or written, before any work is done."""

@@ -194,6 +194,30 @@ MODELS = [
              what="a config file with `trust_remote_code = True`",
              prepare=config_file("trust_remote_code = True")),
 ]
+def without_server():
+    """Make the case of a run whose server has not been started."""
+
+    def make(folder):
+        keys = QUICK | dict(model=tiny(), online_updates=1, rollout_url="http://127.0.0.1:9/v1")
+        return refused(train, flags(**keys))(folder)
+
+    return Case("`train.py --rollout_url=...`, no server there",
+                "rollout_url='http://127.0.0.1:9/v1' does not answer (...): start the server first...", make)
+
+SERVERS = [
+    training("--rollout_url=localhost:8000",
+             "rollout_url='localhost:8000' is no address of a server: write for instance..."),
+    training("--rollout_url=http://me:secret@host/v1", f"--rollout_url: {LOOKS_LIKE_A_KEY}",
+             what="`train.py --rollout_url=`, a password in it"),
+    training("config/x.py", "rollout_url: a user and a password in an address would be printed and stored...",
+             what="a config with a password in its `rollout_url`",
+             prepare=config_file("rollout_url = 'http://me:secret@host/v1'\n")),
+    training("--rollout_url=http://host/v1 --lora_r=0",
+             "rollout_url='http://host/v1' gives a server the adapters of every rollout, and lora_r=0..."),
+    training("--rollout_url=http://host/v1 --q_weight=5",
+             "q_weight=5.0 lets the critic correct each token, which a server cannot: set q_weight=0..."),
+    without_server(),
+]
 SECRETS = [
     evaluating(" ".join([*TEACHER, f"--api_key_env={SECRET}"]), f"--api_key_env: {LOOKS_LIKE_A_KEY}",
                what="`evaluate.py --api_key_env=`, the key itself"),
@@ -251,4 +275,4 @@ PLAYING = [
                f"--report_episodes=0{RANGE}at least 1.", prepare=some_play),
 ]
 
-CASES = NAMES + VALUES + PLACES + GAMES + MODELS + SECRETS + PLAYING
+CASES = NAMES + VALUES + PLACES + GAMES + MODELS + SERVERS + SECRETS + PLAYING
