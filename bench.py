@@ -6,6 +6,7 @@ Measure speed and memory as ratios within one run: absolute times belong to a ma
     python bench.py vocabulary                           # memory of AFSFT against SFT with 151,936 words
     python bench.py sizes --micro_batch=1                # published models, computed without their weights
     python bench.py peer                                 # an update against TRL and PEFT
+    python bench.py scale                                # recorded play of 1,000 to 1,000,000 turns
     python bench.py envs --env=NumberLine,BabyAI-GoToLocal-v0,miniwob/click-test-2-v1
 
 All keys are train.py's.
@@ -23,6 +24,7 @@ from buffer import Buffer, make_batch
 from configurator import check_config, configure
 from evaluate import env_factory, model_agent, play, record, scripted_agent
 from extras.bench_peer import compare_with_trl
+from extras.bench_scale import print_scale
 from extras.memory import measure_memory
 from extras.sizes import print_sizes
 from model import build
@@ -224,6 +226,7 @@ BENCHMARKS = {
     "peer": peer,
     "vocabulary": vocabulary,
     "sizes": print_sizes,
+    "scale": print_scale,
 }
 
 def main(argv):

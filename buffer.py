@@ -20,8 +20,8 @@ A row is one turn of an episode:
     success                       whether the goal is reached
 
 A truncated episode has one more row: its last observation, without a reply. The value of that state is the
-bootstrap. The index of all rows is in memory, the pictures are not. `datasets.load_dataset(folder)` opens the
-folder as it is.
+bootstrap. A compact index of all rows is in memory, rows and pictures are read when they are needed.
+`datasets.load_dataset(folder)` opens the folder as it is.
 """
 import functools, hashlib, json, os
 
@@ -30,9 +30,10 @@ import torch
 
 # readers of the format import KEYS from here
 from extras.check_rows import KEYS, VERSION  # noqa: F401
-from extras.check_rows import EpisodeOrder, check_pictures, find_picture, list_pictures, parse_row
-from extras.check_rows import read_content
+from extras.check_rows import EpisodeOrder, check_pictures, find_picture, list_pictures, outline_lines
+from extras.check_rows import read_blocks
 from extras.pictures import PictureError, open_picture, verify_picture
+from extras.row_index import EpisodeRows, RowIndex, RowsOnDisk
 
 
 # ---- rows ----
@@ -87,12 +88,42 @@ def prompt_texts(row):
 
 # ---- the folder ----
 
+def open_row_picture(file, name):
+    """Open a picture that a row of this metadata.jsonl names, as RGB."""
+    folder = os.path.dirname(file)
+    try:
+        return open_picture(find_picture(folder, name))
+    except PictureError as error:
+        raise SystemExit(f"{os.path.join(folder, name)} {error}.")
+    except ValueError as error:
+        raise SystemExit(f"{file} {error}.")
+
+def store_picture(path, image, sync):
+    """Write a picture as PNG, whole or not at all; sync=True waits until it is on the disk."""
+    with open(path + ".tmp", "wb") as f:
+        image.save(f, format="PNG", compress_level=1)
+        if sync:
+            f.flush()
+            os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+def measure_play(turns, won, returns, valid, env):
+    """Measure episodes from arrays with one item per episode, see RowIndex.columns."""
+    return dict(
+        episodes=len(turns),
+        turns=int(turns.sum()),
+        success=float(np.mean(won)),
+        success_return=float(np.mean(returns > 0)),
+        episode_return=float(np.mean(returns)),
+        valid=float(valid.sum() / turns.sum()),
+    )
+
 class Buffer:
     """A folder of episodes: Buffer(folder) opens it, create=True starts an empty one if there is none.
 
     rows          list of rows, in file order; `i` below is a number in this list
     episodes      {name of an episode: list of its row numbers, in turn order}
-    positions     for each row: (name of its episode, its index in that episode)
+    index         numbers of all rows and episodes, see extras/row_index.py
     torn_bytes    size of an incomplete last episode (a crash while writing) that was left out
     reward_fn     what the critic sees of a reward, such as a clipped one; statistics use the rewards as paid
 
@@ -104,7 +135,8 @@ class Buffer:
         self.folder = folder
         self.file = os.path.join(folder, "metadata.jsonl")
         self.reward_fn = reward_fn
-        self.image = functools.lru_cache(maxsize=4096)(self._open_image)
+        # opens a picture that a row names, as RGB, and remembers the last 4096
+        self.image = functools.lru_cache(maxsize=4096)(functools.partial(open_row_picture, self.file))
         if create:
             self._make_folder()
         elif not os.path.exists(self.file):
@@ -124,107 +156,94 @@ class Buffer:
 
     def _read(self):
         """Read the file and build the index. A torn last episode is left out and reported."""
-        self.rows = []
-        self.episodes = {}
-        self.positions = []
-        self.torn_bytes = 0
-        content = read_content(self.file)
+        self.index = RowIndex()
+        self.rows = RowsOnDisk(self.file, self.index)
+        self.episodes = EpisodeRows(self.index)
         pictures = list_pictures(self.folder)
         order = EpisodeOrder()
-        # The rows of an episode wait for its end.
-        waiting = []
-        position = 0
+        number = 1
         end = 0
-        for number, line in enumerate(content.split(b"\n")[:-1], 1):
-            position += len(line) + 1
-            try:
-                row = parse_row(line)
-                order.add(row)
-                check_pictures(row["images_file_names"], self.folder, pictures)
-            except ValueError as error:
-                raise SystemExit(f"{self.file}, line {number}, {error}.")
-            waiting.append(row)
-            if order.name is None:
-                self._index(waiting)
-                waiting = []
-                end = position
-        self.torn_bytes = len(content) - end
-        if self.torn_bytes:
-            what = f"{self.torn_bytes} bytes without its end, a crash while writing"
-            print(f"{self.file}: the last episode is torn ({what}) and is left out.")
-
-    def _index(self, rows):
-        for row in rows:
-            row_numbers = self.episodes.setdefault(row["episode"], [])
-            self.positions.append((row["episode"], len(row_numbers)))
-            row_numbers.append(len(self.rows))
-            self.rows.append(row)
-
-    def _open_image(self, name):
-        """Open a picture of the folder as RGB. Called as `image(name)`, which remembers the last 4096."""
         try:
-            return open_picture(find_picture(self.folder, name))
-        except PictureError as error:
-            raise SystemExit(f"{os.path.join(self.folder, name)} {error}.")
+            for row in self._outline_rows():
+                order.add(row)
+                check_pictures(row.names, self.folder, pictures)
+                if order.name is None:
+                    end = self.index.add(order.rows, end)
+                number += 1
         except ValueError as error:
-            raise SystemExit(f"{self.file} {error}.")
+            raise SystemExit(f"{self.file}, line {number}, {error}.")
+        self._leave_out(self.n_bytes - end)
+
+    def _outline_rows(self):
+        """Outline all rows of the file, and count its bytes."""
+        self.n_bytes = 0
+        for block in read_blocks(self.file):
+            self.n_bytes += len(block)
+            yield from outline_lines(block)
+
+    def _leave_out(self, torn_bytes):
+        """Leave out the last bytes of the file, and say so."""
+        self.torn_bytes = torn_bytes
+        if torn_bytes:
+            what = f"{torn_bytes} bytes without its end, a crash while writing"
+            print(f"{self.file}: the last episode is torn ({what}) and is left out.")
 
     def check_images(self):
         """Check once that every picture opens; SystemExit names the first one that does not, and its line."""
-        lines = {}
-        for number, row in enumerate(self.rows, 1):
-            for name in row["images_file_names"]:
-                lines.setdefault(name, number)
-        for name, number in lines.items():
+        for name, i in self.index.pictures.items():
             try:
                 verify_picture(find_picture(self.folder, name))
             except ValueError as error:
-                raise SystemExit(f"{self.file}, line {number}, shows {name}, which {error}.")
+                raise SystemExit(f"{self.file}, line {i + 1}, shows {name}, which {error}.")
 
-    def append(self, rows, images):
-        """Add whole episodes: their rows, and their pictures as {name: PIL image}."""
-        lines = [json.dumps(row) + "\n" for row in rows]
-        self._check_new(rows, lines, images)
+    def append(self, rows, images, sync=True):
+        """Add whole episodes: their rows, and their pictures as {name: PIL image}.
+
+        sync=False: the caller syncs the pictures, and a crash before that may leave half a picture.
+        """
+        lines = [json.dumps(row).encode() + b"\n" for row in rows]
+        episodes = self._check_new(rows, lines, images)
         # A picture is on disk, whole, before a row names it.
         for name, image in images.items():
             path = os.path.join(self.folder, name)
             if not os.path.exists(path):
-                with open(path + ".tmp", "wb") as f:
-                    image.save(f, format="PNG", compress_level=1)
-                    f.flush()
-                    os.fsync(f.fileno())
-                os.replace(path + ".tmp", path)
+                store_picture(path, image, sync)
         self._cut_torn_line()
         with open(self.file, "ab") as f:
             before = f.tell()
             try:
-                f.write("".join(lines).encode())
+                f.write(b"".join(lines))
                 f.flush()
                 os.fsync(f.fileno())
             except BaseException:
                 # a full disk or Ctrl-C: all of the rows are there, or none
                 os.truncate(self.file, before)
                 raise
-        self._index(rows)
+        for episode in episodes:
+            before = self.index.add(episode, before)
 
     def _check_new(self, rows, lines, images):
-        """Check rows before they are written: what is written here can be read again."""
+        """Check rows before they are written -> their episodes: what is written here can be read again."""
         order = EpisodeOrder()
         pictures = set(images)
+        episodes = []
         for row, line in zip(rows, lines):
             # two episodes of one name would be read as one
             if row["episode"] in self.episodes:
                 raise SystemExit(f"{self.folder!r} holds an episode {row['episode']!r} already: record into "
                                  "another folder, or with another seed.")
             try:
-                row = parse_row(line.encode())
-                order.add(row)
-                check_pictures(row["images_file_names"], self.folder, pictures)
+                [outline] = outline_lines(line)
+                order.add(outline)
+                check_pictures(outline.names, self.folder, pictures)
             except ValueError as error:
                 where = f"episode {row['episode']!r}, turn {row['turn']},"
                 raise SystemExit(f"{self.folder!r} takes no row that cannot be read again: {where} {error}.")
+            if order.name is None:
+                episodes.append(order.rows)
         if order.name is not None:
             raise SystemExit(f"{self.folder!r} takes whole episodes: {order.name!r} has no end.")
+        return episodes
 
     def _cut_torn_line(self):
         """Remove what a crash left of a line, so that the next line starts on its own."""
@@ -240,14 +259,13 @@ class Buffer:
         """
         if n >= len(self.rows):
             return
-        with open(os.path.join(self.folder, "rewound.jsonl"), "a") as f:
-            f.writelines(json.dumps(row) + "\n" for row in self.rows[n:])
-        with open(self.file + ".tmp", "w") as f:
-            f.writelines(json.dumps(row) + "\n" for row in self.rows[:n])
+        with open(os.path.join(self.folder, "rewound.jsonl"), "ab") as f:
+            f.writelines(self.rows.read_bytes(i) for i in range(n, len(self)))
             f.flush()
             os.fsync(f.fileno())
-        os.replace(self.file + ".tmp", self.file)
-        self._read()
+        os.truncate(self.file, self.index.starts[n])
+        self.rows.cache.clear()
+        self._leave_out(self.index.cut(n))
 
     # ---- statistics ----
 
@@ -256,61 +274,45 @@ class Buffer:
 
     def episode_return(self, episode):
         """Sum the rewards of an episode, as they were paid."""
-        return sum(self.rows[i]["reward"] for i in self.episodes[episode])
+        return self.index.returns[self.index.numbers[episode]]
 
     def return_to_go(self, i, gamma):
         """Sum the discounted rewards from row i to the end of its episode, as the critic sees them."""
-        episode, position = self.positions[i]
+        end = self.index.first_rows[self.index.episode_of(i) + 1]
         total = 0
-        for k, j in enumerate(self.episodes[episode][position:]):
-            total += gamma**k * self.reward_fn(self.rows[j]["reward"])
+        for k, reward in enumerate(self.index.rewards[i:end]):
+            total += gamma**k * self.reward_fn(reward)
         return total
 
     def lowest_return(self, gamma):
         """Return the lowest discounted return of any recorded turn: where a pessimistic critic starts."""
-        return min(self.return_to_go(i, gamma) for i in range(len(self.rows)))
+        return self.index.lowest_to_go(gamma, self.reward_fn)
 
     def return_quantile(self, share):
         """Return the quantile of the episodes' returns at this share."""
-        return float(np.quantile([self.episode_return(episode) for episode in self.episodes], share))
+        return float(np.quantile(np.array(self.index.returns), share))
 
-    def stats(self, episodes=None):
+    def stats(self):
         """Measure how good the recorded play is -> {name: number}, by_env too if several games were played.
 
         Success follows both rules: the goal was reached, and the summed reward is above 0. `valid` is the
         share of turns whose reply could be parsed.
         """
-        if episodes is None:
-            episodes = list(self.episodes)
-        last_rows = [self.rows[self.episodes[episode][-1]] for episode in episodes]
-        rows = [self.rows[i] for episode in episodes for i in self.episodes[episode]]
-        turns = [row for row in rows if reply_text(row) is not None]
-        returns = [self.episode_return(episode) for episode in episodes]
-        result = dict(
-            episodes=len(episodes),
-            turns=len(turns),
-            success=float(np.mean([row["success"] for row in last_rows])),
-            success_return=float(np.mean([total > 0 for total in returns])),
-            episode_return=float(np.mean(returns)),
-            valid=float(np.mean([row["valid"] for row in turns])),
-        )
-        groups = {}
-        for episode, row in zip(episodes, last_rows):
-            groups.setdefault(row.get("env", ""), []).append(episode)
-        if len(groups) > 1:
-            result["by_env"] = {env: self.stats(group) for env, group in groups.items()}
+        columns = self.index.columns()
+        result = measure_play(**columns)
+        if len(self.index.envs) > 1:
+            result["by_env"] = {}
+            for env, number in self.index.envs.items():
+                is_env = columns["env"] == number
+                result["by_env"][env] = measure_play(**{name: x[is_env] for name, x in columns.items()})
         return result
 
     # ---- windows: what an update draws ----
 
-    def _count_turns(self, row_numbers):
-        """Count the turns of an episode: all its rows but a last observation."""
-        has_last_observation = reply_text(self.rows[row_numbers[-1]]) is None
-        return len(row_numbers) - has_last_observation
-
-    def _cut_window(self, row_numbers, end, window):
-        """Return the turns of an episode before `end`, at most `window` of them."""
-        n_turns = self._count_turns(row_numbers)
+    def _cut_window(self, episode, end, window):
+        """Return the turns of an episode before `end`, at most `window` of them. episode: its number."""
+        n_turns = self.index.n_turns(episode)
+        row_numbers = self.index.rows_of(episode)
         turns = row_numbers[max(0, end - window) : min(end, n_turns)]
         if end >= n_turns:
             # the last observation, if there is one
@@ -337,26 +339,17 @@ class Buffer:
         that did not. None, or if all episodes are of one kind: as they come.
         last: draw from this many latest episodes only; 0: from all.
         """
-        episodes = list(self.episodes.values())[-last:]
-        n_turns = np.array([self._count_turns(row_numbers) for row_numbers in episodes])
-        reached = np.array([self.rows[row_numbers[-1]]["success"] for row_numbers in episodes])
-
-        if won is None or reached.all() or not reached.any():
-            quotas = [(np.ones_like(reached), n)]
-        else:
+        oldest = max(0, len(self.episodes) - last) if last else 0
+        lost, won_group = self.index.groups
+        groups = [(self.index.everything, n)]
+        if won is not None and lost.count(oldest) and won_group.count(oldest):
             n_won = round(won * n)
-            quotas = [(reached, n_won), (~reached, n - n_won)]
+            groups = [(won_group, n_won), (lost, n - n_won)]
 
         windows = []
-        for is_in_group, count in quotas:
-            # Number the windows of the group from episode to episode, and draw numbers.
-            n_windows = np.where(is_in_group, n_turns + window - 1, 0)
-            ends = np.cumsum(n_windows)
-            for number in rng.integers(ends[-1], size=count):
-                k = int(np.searchsorted(ends, number, side="right"))
-                # 1 .. n_turns + window - 1
-                end = int(ends[k] - number)
-                windows.append(self._cut_window(episodes[k], end, window))
+        for group, count in groups:
+            drawn = group.draw(rng, count, window, oldest)
+            windows += [self._cut_window(episode, end, window) for episode, end in drawn]
         return windows
 
     # ---- prompts ----

@@ -23,8 +23,10 @@ def describe_play(buffer):
         end = os.path.getsize(buffer.file) - buffer.torn_bytes
         with open(buffer.file, "rb") as f:
             f.seek(size)
-            digest.update(f.read(end - size))
-            size = f.tell()
+            # in blocks: the file may be larger than the memory
+            while block := f.read(min(end - size, 2**22)):
+                digest.update(block)
+                size = f.tell()
     READ_SO_FAR[buffer] = (size, digest)
     return dict(rows=len(buffer), digest=digest.hexdigest())
 

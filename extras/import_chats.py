@@ -281,12 +281,14 @@ def import_conversations(file, folder, pictures=""):
             rows += new_rows
             images |= new_images
             pixels += sum(image.width * image.height for image in new_images.values())
-            # Each append waits for the disk.
+            # Each append waits for the disk, once.
             if len(rows) >= CHUNK_ROWS or pixels >= CHUNK_PIXELS or n == len(chats):
-                buffer.append(rows, images)
+                buffer.append(rows, images, sync=False)
                 rows = []
                 images = {}
                 pixels = 0
+        # the pictures, before the folder gets its name
+        os.sync()
     return Buffer(folder)
 
 def main(argv):

@@ -76,8 +76,8 @@ def windows_from(data, row_numbers, window):
     """Return the window that starts at each of these rows."""
     windows = []
     for i in row_numbers:
-        episode, position = data.positions[i]
-        windows.append(data.episodes[episode][position:][:window])
+        row = data.rows[i]
+        windows.append(data.episodes[row["episode"]][row["turn"] :][:window])
     return windows
 
 def run_update(vlm, data, windows, cfg, autocast):

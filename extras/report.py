@@ -44,9 +44,7 @@ def choose_episodes(buf, n, start=0):
     kinds = {}
     for name, turns in buf.episodes.items():
         if turns[0] >= start:
-            game = buf.rows[turns[0]].get("env", "")
-            success = buf.rows[turns[-1]]["success"]
-            kinds.setdefault((game, success), []).append(name)
+            kinds.setdefault(buf.index.outcome(name), []).append(name)
     chosen = {}
     # the smallest kind first: what it cannot fill of its share is left to the larger ones
     for done, names in enumerate(sorted(kinds.values(), key=len)):

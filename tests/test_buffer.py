@@ -359,9 +359,8 @@ def test_windows(tmp_path):
 
 def test_windows_of_won_episodes(tmp_path):
     """`won` is the share of windows from episodes that reached the goal, if there are two kinds."""
-    buf = filled(tmp_path)
-    first = next(iter(buf.episodes.values()))
-    buf.rows[first[-1]]["success"] = True
+    others = [episode("b", 3, cut=True), episode("c", 1), episode("d", 6)]
+    buf = filled(tmp_path / "won", episode("a", 4, success=True), *others)
 
     def won_share(n, *share):
         windows = buf.sample(np.random.default_rng(0), n, 2, *share)
@@ -372,8 +371,8 @@ def test_windows_of_won_episodes(tmp_path):
     assert 0 < won_share(2000) < 0.6
     for share in (0.0, 0.25, 1.0):
         assert won_share(400, share) == share
-    for row in buf.rows:
-        row["success"] = False
+    # all are of one kind
+    buf = filled(tmp_path / "lost", episode("a", 4), *others)
     plain = buf.sample(np.random.default_rng(0), 9, 2)
     assert buf.sample(np.random.default_rng(0), 9, 2, 0.5) == plain
 
@@ -522,10 +521,12 @@ def test_what_a_model_cannot_have_sampled_is_encoded_anew(vlm):
 
 def test_prompts_of_the_same_text_are_told_apart(tmp_path, vlm):
     """The story: a picture before a question and one behind it were one prompt in the cache."""
-    buf = filled(tmp_path, episode("a", 1), episode("b", 1))
-    part, text = buf.rows[0]["messages"][0]["content"]
-    buf.rows[1] |= dict(images_file_names=buf.rows[0]["images_file_names"])
-    buf.rows[1]["messages"][0]["content"] = [text, part]
+    [first], images = episode("a", 1)
+    [second], _ = episode("b", 1)
+    part, text = first["messages"][0]["content"]
+    second["images_file_names"] = first["images_file_names"]
+    second["messages"][0]["content"] = [text, part]
+    buf = filled(tmp_path, ([first], images), ([second], images))
     before, behind = [buf.encode_prompt(i, vlm)["input_ids"].tolist() for i in (0, 1)]
     assert before != behind
     assert sorted(before[0]) == sorted(behind[0])
