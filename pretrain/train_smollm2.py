@@ -182,7 +182,7 @@ def schedule_at(update, updates):
     cosine = 0.05 + 0.475 * (1 + math.cos(math.pi * update / updates))
     return min(1.0, (update + 1) / WARMUP) * cosine
 
-def save_parts(net, processor, folder):
+def save_trained(net, processor, folder):
     """Write tower, image processor and projector, two bytes a weight: what extras/compose.py reads."""
     with replacing(folder) as aside:
         tower = net.model.vision_tower
@@ -268,7 +268,7 @@ def teach_to_read(folder, out, updates=600, captions=200, pictures=4):
             right = []
         if done % SAVE_EVERY == 0 or done == updates:
             save_training(out, done, reader, optimizer)
-            save_parts(net, processor, out)
+            save_trained(net, processor, out)
 
 
 USAGE = (

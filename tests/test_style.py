@@ -595,7 +595,7 @@ def docs_faults(name, text):
 def layout_faults(names):
     """Yield the top-level entries outside of the agreed layout."""
     for entry in sorted({name.partition("/")[0] for name in names}):
-        if entry not in TOP_LEVEL and not re.fullmatch(r"requirements[a-z-]*\.txt", entry):
+        if entry not in TOP_LEVEL and not re.fullmatch(r"requirements[a-z0-9-]*\.txt", entry):
             yield f"{entry} does not belong at the top level: move it to a folder, or delete it"
 
 def size_faults(sizes):

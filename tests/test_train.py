@@ -251,7 +251,7 @@ def make_old(out):
     """Rewrite a run's config.json and state.json as an old version of train.py wrote them."""
     saved = read_json(out, "config.json") | OLD_KEYS | dict(model="tiny-vlm")
     # these keys are younger
-    for key in ("env_timeout", "rollout_url"):
+    for key in ("env_timeout", "rollout_url", "modules_to_save"):
         del saved[key]
     assert len(saved) == 80
     with open(os.path.join(out, "config.json"), "w") as f:
