@@ -420,7 +420,7 @@ CONFLICTS = [
     (lambda cfg: cfg.rollout_url and cfg.q_weight,
      "q_weight={q_weight} lets the critic correct each token, which a server cannot: set q_weight=0, or "
      "leave rollout_url out."),
-    (lambda cfg: cfg.rollout_url and getattr(cfg, "modules_to_save", ""),
+    (lambda cfg: cfg.rollout_url and cfg.modules_to_save,
      "modules_to_save={modules_to_save!r} trains layers that a server's adapters do not have: leave "
      "rollout_url out, or modules_to_save."),
     (lambda cfg: not cfg.model.strip(),

@@ -349,6 +349,10 @@ class VLM(nn.Module):
     def device(self):
         return self.banned.device
 
+    def autocast(self):
+        """Make the context in which the net computes: bfloat16 autocast, or nothing."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
     def shard(self, device):
         """Spread the frozen layers over the ranks, see extras/sharding.py; return the VLM on its device."""
         shard_layers(self.net, device, ranks()[1])
@@ -619,10 +623,9 @@ class VLM(nn.Module):
         end = dict(eos_token_id=self.eos, pad_token_id=self.eos)
         config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, **end)
         options = dict(generation_config=config, logits_processor=[sampler], synced_gpus=self.sharded)
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         self.critic_guides = q_weight != 0
         try:
-            with autocast, self.features.serving(inputs):
+            with self.autocast(), self.features.serving(inputs):
                 out = self.net.generate(**inputs, **options)
         finally:
             self.critic_guides = False

@@ -463,10 +463,6 @@ def build_agent(cfg, base, data, server=None):
         server.try_adapters(vlm)
     return vlm, make_optimizer(vlm, cfg)
 
-def autocast(vlm):
-    """Make the context in which the loss is computed: bfloat16 autocast, or nothing."""
-    return torch.autocast(vlm.device.type, torch.bfloat16, enabled=vlm.bf16)
-
 def count_tokens(batches):
     """Count the reply tokens of an update, and those whose target is known, over all ranks."""
     tokens = sum(b["mask"].sum() for b in batches)
@@ -484,7 +480,7 @@ def backward(cfg, step, vlm, batches, quantile):
     warm = step < cfg.filter_warmup
     infos = []
     for b in batches:
-        with autocast(vlm):
+        with vlm.autocast():
             loss, info = compute_loss(vlm, b, cfg, warm, quantile, tokens, critic_tokens)
         loss.backward()
         infos.append(info | dict(loss=loss.detach()))
@@ -698,7 +694,7 @@ def measure(cfg, argv, base, make_env, data):
         cfg.batch_size = cfg.batch_size // WORLD
         cfg.num_envs = max(1, cfg.num_envs // WORLD)
         with contextlib.redirect_stdout(sys.stdout if RANK == 0 else None):
-            return measure_memory(vlm, optimizer, data, cfg, lambda: autocast(vlm))
+            return measure_memory(vlm, optimizer, data, cfg, vlm.autocast)
 
 @explained(RANK)
 def main(argv):

