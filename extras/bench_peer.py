@@ -9,12 +9,18 @@ TRL, our SFT and our AFSFT take turns update by update in one process, so that a
 all of them. A time is that of a whole update: batch from recorded turns, forward, backward, clipping, AdamW.
 PEFT starts from the adapters that our SFT starts from, and its losses are shown beside ours. They agree if
 both compute the same; ours are lower by what the model gives to placeholders, which no reply may contain.
+
+Two figures say how much of the machine is used. The rate is compared with that of a large square product. And
+the update's own products (linear layers, attention, convolutions) are run alone, with numbers at random: the
+share of an update's time that they take. Small layers have thin products, which are slower than square ones.
 """
 import contextlib, importlib, statistics, tempfile, time
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from buffer import prompt_messages, reply_text
 from extras.unlogged import Unlogged
@@ -111,6 +117,47 @@ class Ours:
         with FlopCounterMode(display=False) as counter:
             self.update(len(self.updates) - 1)
         return counter.get_total_flops()
+
+    def products(self):
+        """Record the products of one more update -> Products."""
+        products = Products(self.vlm.device)
+        with products:
+            self.update(len(self.updates) - 1)
+        return products
+
+class Products(TorchDispatchMode):
+    """The products of an update, recorded while it runs as a context, and run again without the rest."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+        self.calls = []
+        self.tensors = {}
+        self.seconds = []
+
+    def stand_in(self, tensor):
+        """Return a tensor like this one with numbers at random, the same one for all of its shape."""
+        key = (tensor.shape, tensor.stride(), tensor.dtype)
+        if key not in self.tensors:
+            self.tensors[key] = torch.randn_like(tensor) if tensor.is_floating_point() else tensor.clone()
+        return self.tensors[key]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Note a call if the counter of operations knows it as a product."""
+        kwargs = kwargs or {}
+        if function.overloadpacket in flop_registry:
+            inputs = tree_map_only(torch.Tensor, self.stand_in, (args, kwargs))
+            self.calls.append((function, *inputs))
+        return function(*args, **kwargs)
+
+    @torch.no_grad()
+    def run(self):
+        """Run all recorded products once."""
+        for function, args, kwargs in self.calls:
+            function(*args, **kwargs)
+
+    def timed_update(self, step):
+        self.seconds.append(seconds_of(self.run, self.device))
 
 class SquareProduct:
     """A product of two square matrices in the dtype of the matrix products: the peak of this machine."""
@@ -245,6 +292,8 @@ def compare_with_trl(cfg, trainer, data):
         sides[loss] = Ours(settings, trainer, data, updates)
     sft = sides["sft"]
     product = SquareProduct(sft.vlm)
+    # by a model of their own: the others have not made an update yet
+    own_products = Ours(sft.cfg, trainer, data, updates).products()
     turns = cfg.batch_size * cfg.window
     versions = ", ".join(f"{name} {modules[name].__version__}" for name in PACKAGES[:2])
     print(f"{cfg.model} on {sft.vlm.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
@@ -252,7 +301,7 @@ def compare_with_trl(cfg, trainer, data):
           f"{len(sft.vlm.lora)} layers")
     with tempfile.TemporaryDirectory() as folder:
         peer, tokens = make_peer(cfg, modules, data, updates, sft, folder)
-        seconds = run_interleaved(peer, [*sides.values(), product], sft.vlm.device)
+        seconds = run_interleaved(peer, [*sides.values(), product, own_products], sft.vlm.device)
     losses = [row["loss"] for row in peer.state.log_history if "loss" in row]
 
     peak = product.rate()
@@ -264,6 +313,8 @@ def compare_with_trl(cfg, trainer, data):
         row = (f"our {loss.upper()}", side.seconds, side.count_flops(), peak, side.losses, side.tokens)
         medians[loss] = print_row(*row)
     print(f"matrix peak {peak / 1e9:,.0f} GFLOP/s: a product of {product.side} x {product.side}, same run")
+    alone = statistics.median(own_products.seconds[WARM_UP:])
+    print(f"our SFT's own products alone take {alone:.3f} s, {100 * alone / medians['sft']:.0f} % of its update")
     print(f"TRL / our SFT  {medians['trl'] / medians['sft']:.2f}")
     print(f"AFSFT / SFT    {medians['afsft'] / medians['sft']:.2f}")
     return medians

@@ -7,6 +7,7 @@ import importlib.util, sys
 
 import numpy as np
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import train
@@ -66,6 +67,17 @@ def test_our_side_makes_the_updates_that_it_times(tiny, data):  # noqa: F811
     assert min(side.seconds) > 0
     with_critic = bench_peer.Ours(settings(tiny), train, data, [windows])
     assert with_critic.count_flops() > side.count_flops() > 0
+
+def test_products_of_an_update_are_run_alone(tiny, data):  # noqa: F811
+    """They have the operations of a whole update, and run again without the model."""
+    cfg = settings(tiny, actor_loss="sft")
+    side = bench_peer.Ours(cfg, train, data, [draw(data, cfg)])
+    products = side.products()
+    with FlopCounterMode(display=False) as counter:
+        products.run()
+    assert counter.get_total_flops() == side.count_flops() > 0
+    products.timed_update(0)
+    assert min(products.seconds) > 0
 
 def test_rows_for_the_peer_are_the_same_turns(data):
     """In the same order, with the pictures, the whole prompt and the reply alone."""
