@@ -214,6 +214,8 @@ SERVERS = [
              "rollout_url='http://host/v1' gives a server the adapters of every rollout, and lora_r=0..."),
     training("--rollout_url=http://host/v1 --q_weight=5",
              "q_weight=5.0 lets the critic correct each token, which a server cannot: set q_weight=0..."),
+    training("--rollout_url=http://host/v1 --modules_to_save=.*projector.*",
+             "modules_to_save='.*projector.*' trains layers that a server's adapters do not have: leave..."),
     without_server(),
 ]
 SECRETS = [

@@ -3,7 +3,7 @@ Check models that bring their own Python files.
 
 A folder with configuration, modeling and processing code of its own is opened, trained, played and saved.
 """
-import builtins, json, os
+import builtins, json, os, sys
 
 import pytest
 import torch
@@ -104,7 +104,13 @@ PROCESSOR_CONFIG = dict(
 def quiet(tmp_path_factory):
     """Give the library a code cache of these tests' own, and fail if it asks a question on stdin."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        cache = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(dynamic, "HF_MODULES_CACHE", cache)
+        # Python would look into the cache that an earlier file's tests used.
+        patch.syspath_prepend(cache)
+        for name in list(sys.modules):
+            if name.partition(".")[0] == "transformers_modules":
+                patch.delitem(sys.modules, name)
         patch.setattr(builtins, "input", lambda *args: pytest.fail("the library asked on stdin"))
         yield
 
