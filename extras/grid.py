@@ -1,0 +1,169 @@
+"""
+Make the runs behind the tables of comparison: each method on the same data, windows, updates and base.
+
+    python -m extras.grid                              # what is recorded, begun and missing
+    python -m extras.grid run                          # make the missing ones, two at once, one thread each
+    python -m extras.grid run --only=biased --jobs=1   # those whose name contains a text
+
+A run lies in out/grid and is named after its cell, such as biased_fbc_2. Its results go into
+docs/results/runs.jsonl, and the tables are written again (extras/results.py). A run that was stopped goes on
+from its last checkpoint, and one whose results are recorded is not made again: delete its lines to repeat it.
+"""
+import os, re, subprocess, sys, time
+from typing import NamedTuple
+
+from configurator import configure
+from extras import results
+from extras.flag_mistakes import ConfigError
+
+# --- config ---
+only = ''         # a text that a run's name must contain; '': all runs
+jobs = 2          # runs side by side, each with one thread
+hours = 0.0       # begin no run after so many hours; 0: until all are made
+out = 'out/grid'  # where the runs' folders lie
+# --- end of config ---
+
+METHODS = ("sft", "fbc", "awr", "afsft")
+SEEDS = (0, 1, 2)
+# What differs is cloned; play is the policy's own, without the critic's help.
+OFFLINE = "--online_updates=0 --q_weight=0"
+# What each table of comparison is about, and what is written behind train.py for it. Not every processor
+# computes in bfloat16, so none does here.
+WORLDS = {
+    "mixed": "config/numberline.py",
+    "random": "config/numberline_random.py",
+    "biased": "config/numberline_biased.py",
+    "ezpoints": "config/ezpoints.py --dtype=float32",
+    "blackjack": "config/blackjack.py --dtype=float32",
+}
+# Those that continue online by their config.
+ONLINE = ("mixed", "ezpoints", "blackjack")
+
+class Cell(NamedTuple):
+    """One run. name: of its folder. experiment, variant: its place in docs/results. flags: of train.py."""
+
+    name: str
+    experiment: str
+    variant: str
+    seed: int
+    flags: str
+
+def cells():
+    """Return all runs, in the order in which they are made: seed 0 of everything first."""
+    found = []
+    for seed in SEEDS:
+        for world, flags in WORLDS.items():
+            for method in METHODS:
+                own = f"{flags} --actor_loss={method} {OFFLINE} --seed={seed}"
+                found.append(Cell(f"{world}_{method}_{seed}", f"grid_{world}", "", seed, own))
+            if world in ONLINE:
+                own = f"{flags} --q_weight=0 --seed={seed}"
+                variant = "whole schedule"
+                found.append(Cell(f"{world}_online_{seed}", f"grid_{world}", variant, seed, own))
+    return found
+
+def method_of(cell):
+    """Return the actor_loss of a run."""
+    found = re.search(r"--actor_loss=(\w+)", cell.flags)
+    return found[1] if found else "afsft"
+
+def is_recorded(cell, records):
+    """Tell whether the results of a run are in docs/results/runs.jsonl."""
+    wanted = (cell.experiment, method_of(cell), cell.variant, cell.seed)
+    names = ("experiment", "method", "variant", "seed")
+    return any(results.key_of(record, names) == wanted for record in records)
+
+def folder_of(cell, cfg):
+    """Return the folder of a run."""
+    return os.path.join(cfg.out, cell.name)
+
+def state_of(cell, cfg, records):
+    """Tell what is there of a run: recorded, finished, begun or missing."""
+    folder = folder_of(cell, cfg)
+    if is_recorded(cell, records):
+        return "recorded"
+    if os.path.exists(os.path.join(folder, "eval.json")):
+        return "finished"
+    if os.path.exists(os.path.join(folder, "config.json")):
+        return "begun"
+    return "missing"
+
+def machine():
+    """Name the processor and how runs share it, for the records."""
+    name = "a CPU"
+    with open("/proc/cpuinfo", encoding="utf-8") as f:
+        for line in f:
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"one thread of {os.cpu_count()} of {name}, other runs beside it"
+
+# ---- making the runs ----
+def start(cell, cfg, is_begun):
+    """Begin a run or continue it, its output in a file beside its folder -> the process."""
+    folder = folder_of(cell, cfg)
+    argv = [sys.executable, "train.py", *cell.flags.split(), f"--out_dir={folder}"]
+    if is_begun:
+        has_checkpoint = os.path.isdir(os.path.join(folder, "ckpt"))
+        argv.append("--resume=True" if has_checkpoint else "--overwrite=True")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(f"{folder}.log", "a", encoding="utf-8") as log:
+        return subprocess.Popen(argv, cwd=results.ROOT, env=environment, stdout=log, stderr=log)
+
+def record(cell, cfg):
+    """Put a finished run into the tables."""
+    names = dict(experiment=cell.experiment, variant=cell.variant)
+    flags = [f"--{key}={value}" for key, value in names.items()]
+    results.main(["add", folder_of(cell, cfg), *flags, f"--hardware={machine()}"])
+
+def run(cfg, wanted):
+    """Make the runs that are missing, `jobs` at once; returns the names of those that failed."""
+    os.makedirs(cfg.out, exist_ok=True)
+    began = time.time()
+    waiting = list(wanted)
+    running = {}
+    failed = []
+    while waiting or running:
+        is_late = cfg.hours and time.time() - began > 3600 * cfg.hours
+        if is_late:
+            waiting = []
+        while waiting and len(running) < cfg.jobs:
+            cell = waiting.pop(0)
+            state = state_of(cell, cfg, results.read_records())
+            if state in ("begun", "missing"):
+                print(f"{time.strftime('%H:%M:%S')}  {cell.name}  {state}", flush=True)
+                running[cell] = start(cell, cfg, state == "begun")
+            elif state == "finished":
+                record(cell, cfg)
+        time.sleep(1)
+        for cell, process in list(running.items()):
+            if process.poll() is None:
+                continue
+            del running[cell]
+            if process.returncode or state_of(cell, cfg, []) != "finished":
+                failed.append(cell.name)
+                log = f"{folder_of(cell, cfg)}.log"
+                print(f"{cell.name} ended with {process.returncode}: see {log}", flush=True)
+            else:
+                record(cell, cfg)
+    return failed
+
+def main(argv):
+    """List the runs, or make those that are missing."""
+    is_run = argv[:1] == ["run"]
+    cfg = configure(__file__, argv[1:] if is_run else argv, files=False, quiet=True)
+    wanted = [cell for cell in cells() if cfg.only in cell.name]
+    if not wanted:
+        raise ConfigError(f"No run has {cfg.only!r} in its name: python -m extras.grid lists them.")
+    if cfg.jobs < 1:
+        raise ConfigError(f"jobs={cfg.jobs} would make no run: set 1 or more.")
+    if is_run:
+        failed = run(cfg, wanted)
+        sys.exit(f"Failed: {', '.join(failed)}." if failed else 0)
+    records = results.read_records()
+    for cell in wanted:
+        print(f"{state_of(cell, cfg, records):<9} {cell.name:<22} python train.py {cell.flags}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
