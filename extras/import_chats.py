@@ -293,7 +293,9 @@ def import_conversations(file, folder, pictures=""):
 
 def main(argv):
     """Import what the command line names, and say how to train on it."""
-    if len(argv) not in (2, 3):
+    # a word such as --out=data/chats would become the name of a folder
+    is_flag = any(word.startswith("-") for word in argv)
+    if is_flag or len(argv) not in (2, 3):
         raise SystemExit("Name the file and the new folder: python -m extras.import_chats chats.json "
                          "data/chats [folder of the pictures]")
     stats = import_conversations(*argv).stats()

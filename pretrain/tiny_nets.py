@@ -213,7 +213,7 @@ def read_numbers(words, known, usage):
 
 def main(argv):
     """Write the folder of a model with random weights: main(["llava", "out/x", "--hidden=64"])."""
-    if len(argv) < 2 or argv[0] not in FAMILIES:
+    if len(argv) < 2 or argv[0] not in FAMILIES or argv[1].startswith("-"):
         raise SystemExit(USAGE)
     build_net = FAMILIES[argv[0]]
     folder = argv[1]

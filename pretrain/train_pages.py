@@ -434,7 +434,7 @@ USAGE = (
 
 def main(argv):
     """Read the command line and train."""
-    if len(argv) < 2:
+    if len(argv) < 2 or any(word.startswith("-") for word in argv[:2]):
         raise SystemExit(USAGE)
     folder, out = argv[:2]
     numbers = read_numbers(argv[2:], {"text", "sight", "both", "batch"}, USAGE)

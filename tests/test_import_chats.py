@@ -134,6 +134,9 @@ def test_the_command_says_how_to_train(chats, tmp_path, capsys):
     assert f"--data={folder} --actor_loss=sft" in printed
     with pytest.raises(SystemExit, match="Name the file and the new folder"):
         main(["chats.json"])
+    # it became the name of a folder
+    with pytest.raises(SystemExit, match="Name the file and the new folder"):
+        main(["chats.json", f"--out={folder}"])
 
 
 REFUSED = [
