@@ -39,6 +39,14 @@ WORLDS = {
 # Those that continue online by their config.
 ONLINE = ("mixed", "ezpoints", "blackjack")
 
+# One key at a time from the best setting: the keys, with seeds and worlds.
+ABLATIONS = """
+    beta=0.0 beta=-0.2 beta=0.2 pess_coef=0.0 pess_coef=2.0 q_init=0.0 critic_coef=1.0 critic_coef=50.0
+    trace=plain trace=turn lam=0.0 lam=0.8 filter_warmup=0 filter_warmup=150 bc_coef=0.1 gamma=0.9
+    q_head=full n_critics=2 lora_r=4 window=1 q_weight=5.0
+""".split()
+ABLATED = {"biased": (0, 1, 2), "ezpoints": (0, 1)}
+
 class Cell(NamedTuple):
     """One run. name: of its folder. experiment, variant: its place in docs/results. flags: of train.py."""
 
@@ -47,6 +55,17 @@ class Cell(NamedTuple):
     variant: str
     seed: int
     flags: str
+
+def ablation_cells():
+    """Return the runs with one key changed, offline."""
+    found = []
+    for world, seeds in ABLATED.items():
+        for seed in seeds:
+            for setting in ABLATIONS:
+                own = f"{WORLDS[world]} --online_updates=0 --{setting} --seed={seed}"
+                name = f"{world}_ablation_{setting}_{seed}"
+                found.append(Cell(name, f"ablation_{world}", setting, seed, own))
+    return found
 
 def cells():
     """Return all runs, in the order in which they are made: seed 0 of everything first."""
@@ -60,7 +79,7 @@ def cells():
                 own = f"{flags} --q_weight=0 --seed={seed}"
                 variant = "whole schedule"
                 found.append(Cell(f"{world}_online_{seed}", f"grid_{world}", variant, seed, own))
-    return found
+    return found + ablation_cells()
 
 def method_of(cell):
     """Return the actor_loss of a run."""
