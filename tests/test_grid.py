@@ -34,19 +34,23 @@ def test_methods_of_a_world_differ_in_nothing_else():
 
 def test_names_and_places_belong_to_one_run():
     """Two runs with one folder, or one place in the tables, would hide each other."""
-    found = grid.cells()
-    assert len({cell.name for cell in found}) == len(found)
-    places = {(cell.experiment, grid.method_of(cell), cell.variant, cell.seed) for cell in found}
-    assert len(places) == len(found)
-    for cell in found:
+    names = set()
+    places = set()
+    for cell in grid.cells():
         assert settings(cell).seed == cell.seed
+        place = (cell.experiment, grid.method_of(cell), cell.variant, cell.seed)
+        assert cell.name not in names
+        assert place not in places
+        names.add(cell.name)
+        places.add(place)
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """Three runs that a script stands in for: the second one fails. -> (settings, names in the tables)"""
     recorded = []
-    names = ("a", "b", "c")
-    made = [grid.Cell(name, "grid_small", name, 0, "config/numberline.py") for name in names]
+    made = []
+    for name in ("a", "b", "c"):
+        made.append(grid.Cell(name, "grid_small", name, 0, "config/numberline.py"))
     code = "import os, sys; os.makedirs(sys.argv[1]); sys.argv[2] == 'b' and sys.exit(3); "
     code += "open(sys.argv[1] + '/eval.json', 'w')"
 
