@@ -104,8 +104,15 @@ def list_files(folder):
         found += [os.path.relpath(os.path.join(place, name), folder) for name in names]
     return sorted(found)
 
+def let_read(folder):
+    """Let all who may read a folder read its files: the writer of safetensors keeps them to its owner."""
+    mode = os.stat(folder).st_mode & 0o666
+    for name in list_files(folder):
+        os.chmod(os.path.join(folder, name), mode)
+
 def sync_files(folder):
     """Flush the files of a folder to the disk."""
+    let_read(folder)
     for name in list_files(folder):
         with open(os.path.join(folder, name), "rb+") as f:
             os.fsync(f.fileno())

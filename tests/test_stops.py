@@ -5,6 +5,7 @@ import os, shutil, signal, subprocess, sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import train
 from extras import checkpoints, stopping, whole_files
@@ -263,6 +264,15 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
         whole_files.write_json(file, dict(a=2))
     assert read_json(file) == dict(a=1)
     assert os.listdir(tmp_path) == ["x.json"]
+
+def test_who_may_read_a_folder_may_read_its_weights(tmp_path):
+    """Weights were readable by their owner only: a colleague and a server of another user could not."""
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    with whole_files.replacing(str(tmp_path / "run")) as aside:
+        save_file({"w": torch.zeros(2)}, os.path.join(aside, "w.safetensors"))
+    mode = (tmp_path / "run" / "w.safetensors").stat().st_mode
+    assert mode & 0o666 == plain.stat().st_mode & 0o666
 
 def test_one_process_writes_into_a_folder(tmp_path):
     """A second process is refused; the lock of a dead one does not count."""
