@@ -314,7 +314,8 @@ def compare_with_trl(cfg, trainer, data):
         medians[loss] = print_row(*row)
     print(f"matrix peak {peak / 1e9:,.0f} GFLOP/s: a product of {product.side} x {product.side}, same run")
     alone = statistics.median(own_products.seconds[WARM_UP:])
-    print(f"our SFT's own products alone take {alone:.3f} s, {100 * alone / medians['sft']:.0f} % of its update")
+    share = 100 * alone / medians["sft"]
+    print(f"our SFT's own products alone take {alone:.3f} s, {share:.0f} % of its update")
     print(f"TRL / our SFT  {medians['trl'] / medians['sft']:.2f}")
     print(f"AFSFT / SFT    {medians['afsft'] / medians['sft']:.2f}")
     return medians

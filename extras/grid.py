@@ -86,7 +86,7 @@ def method_of(cell):
     found = re.search(r"--actor_loss=(\w+)", cell.flags)
     return found[1] if found else "afsft"
 
-def is_recorded(cell, records):
+def in_tables(cell, records):
     """Tell whether the results of a run are in docs/results/runs.jsonl."""
     wanted = (cell.experiment, method_of(cell), cell.variant, cell.seed)
     names = ("experiment", "method", "variant", "seed")
@@ -99,7 +99,7 @@ def folder_of(cell, cfg):
 def state_of(cell, cfg, records):
     """Tell what is there of a run: recorded, finished, begun or missing."""
     folder = folder_of(cell, cfg)
-    if is_recorded(cell, records):
+    if in_tables(cell, records):
         return "recorded"
     if os.path.exists(os.path.join(folder, "eval.json")):
         return "finished"
@@ -129,7 +129,7 @@ def start(cell, cfg, is_begun):
     with open(f"{folder}.log", "a", encoding="utf-8") as log:
         return subprocess.Popen(argv, cwd=results.ROOT, env=environment, stdout=log, stderr=log)
 
-def record(cell, cfg):
+def add_to_tables(cell, cfg):
     """Put a finished run into the tables."""
     names = dict(experiment=cell.experiment, variant=cell.variant)
     flags = [f"--{key}={value}" for key, value in names.items()]
@@ -153,7 +153,7 @@ def run(cfg, wanted):
                 print(f"{time.strftime('%H:%M:%S')}  {cell.name}  {state}", flush=True)
                 running[cell] = start(cell, cfg, state == "begun")
             elif state == "finished":
-                record(cell, cfg)
+                add_to_tables(cell, cfg)
         time.sleep(1)
         for cell, process in list(running.items()):
             if process.poll() is None:
@@ -164,7 +164,7 @@ def run(cfg, wanted):
                 log = f"{folder_of(cell, cfg)}.log"
                 print(f"{cell.name} ended with {process.returncode}: see {log}", flush=True)
             else:
-                record(cell, cfg)
+                add_to_tables(cell, cfg)
     return failed
 
 def main(argv):

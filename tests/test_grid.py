@@ -58,7 +58,7 @@ def small(tmp_path, monkeypatch):
         return subprocess.Popen([sys.executable, "-c", code, grid.folder_of(cell, cfg), cell.name])
 
     monkeypatch.setattr(grid, "start", start)
-    monkeypatch.setattr(grid, "record", lambda cell, cfg: recorded.append(cell.name))
+    monkeypatch.setattr(grid, "add_to_tables", lambda cell, cfg: recorded.append(cell.name))
     cfg = SimpleNamespace(out=str(tmp_path / "grid"), jobs=2, hours=0.0, only="")
     return cfg, made, recorded
 
