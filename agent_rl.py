@@ -110,15 +110,6 @@ def clip_reward(reward, cfg):
     limit = cfg.reward_clip or math.inf
     return max(-limit, min(limit, reward))
 
-def longest_chain(nexts):
-    """Count the turns in the longest run of consecutive turns. nexts (B,): the next turn's row, or -1."""
-    turns = 1
-    hop = nexts
-    while turns < len(nexts) and (hop >= 0).any():
-        hop = torch.where(hop >= 0, nexts[hop.clamp(min=0)], -1)
-        turns += 1
-    return turns
-
 def has_target(batch):
     """Tell which turns have a target: they terminate, or their next turn is in the batch -> (B,)."""
     return (batch["terminated"] > 0) | (batch["next"] >= 0)
@@ -162,7 +153,8 @@ def td_targets(v, batch, gamma, lam=1.0, q=None, pi=None):
 
     v (B, R): V' of the state before each token. q, pi (B, R): Q'(s,a) and pi(a|s) for the tree backup,
     which runs across the turns of a window; without them TD(lambda) inside each turn.
-    batch: mask (B, R), reward (B,), terminated (B,), next (B,) with the row of the following turn or -1.
+    batch: mask (B, R), reward (B,), terminated (B,), next (B,) with the row of the following turn or -1,
+    chain: how many turns at most follow each other.
     known is false where the window ends before the episode does, so that the bootstrap is missing.
     """
     mask = batch["mask"]
@@ -178,7 +170,7 @@ def td_targets(v, batch, gamma, lam=1.0, q=None, pi=None):
     # Nothing is known about what followed a window's last turn: its own Q' stands in.
     q_end = q.gather(1, last.clamp(min=0)[:, None])[:, 0]
     # Each pass carries what is known one turn further back.
-    for _ in range(longest_chain(batch["next"])):
+    for _ in range(batch["chain"]):
         y_end = torch.where(known, end_target(batch, gamma, v_next), q_end)
         y = tree_backup(y_end, last, lam, v, q, pi) * mask
         # v_0 of the next turn, now that its targets are known

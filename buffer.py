@@ -391,8 +391,8 @@ def tokenize_reply(row, vlm, marker):
         start = text.rfind(marker) + len(marker)
     return ids, vlm.span(ids, start)
 
-def make_batch(parts, vlm, marker, gamma):
-    """Turn windows into the tensors of one forward pass.
+def make_batch(parts, vlm, marker, gamma, device=None):
+    """Turn windows into the tensors of one forward pass, on the VLM's device or another one.
 
     parts: list of (buffer, windows). marker: the text before the action in a reply. gamma: discount per turn.
     Returns a dict, for B rows and replies of up to R tokens:
@@ -404,6 +404,7 @@ def make_batch(parts, vlm, marker, gamma):
         reward          (B,) as the critic sees it
         terminated      (B,)
         next            (B,) row of the batch that continues a turn; -1 if it is not in the batch
+        chain           turns in the longest window
         return_to_go    (B,) discounted, as the critic sees it
         ep_return       (B,) summed rewards of the whole episode, as they were paid
     """
@@ -425,7 +426,7 @@ def make_batch(parts, vlm, marker, gamma):
         ids, span = tokenize_reply(buf.rows[i], vlm, marker)
         replies.append(ids)
         spans.append(span)
-    inputs, P, reply_ids, mask = vlm.collate(prompts, replies)
+    inputs, P, reply_ids, mask = vlm.collate(prompts, replies, device)
     span_mask = torch.zeros_like(mask)
     for b, span in enumerate(spans):
         span_mask[b, : len(span)] = torch.tensor(span, dtype=mask.dtype)
@@ -444,6 +445,7 @@ def make_batch(parts, vlm, marker, gamma):
         reward=column([buf.reward_fn(buf.rows[i]["reward"]) for buf, i in turns]),
         terminated=column([row["terminated"] for row in rows]),
         next=torch.tensor(nexts, device=mask.device),
+        chain=max(len(window) for _, windows in parts for window in windows),
         return_to_go=column([buf.return_to_go(i, gamma) for buf, i in turns]),
         ep_return=column([buf.episode_return(buf.rows[i]["episode"]) for buf, i in turns]),
     )

@@ -81,10 +81,16 @@ class LoRALinear(nn.Linear):
         self.scale = alpha / r
 
     def forward(self, x):
+        """Map x (..., in) to (..., out), both products in the dtype of autocast where it is on."""
+        dtype = self.lora_A.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            # One cast for both products, and none where x is in half precision already.
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x = x.to(dtype)
         y = super().forward(x)
         if not self.enabled:
             return y
-        low_rank = F.linear(x.to(self.lora_A.dtype), self.lora_A)
+        low_rank = F.linear(x.to(dtype), self.lora_A)
         update = F.linear(low_rank * self.scale, self.lora_B)
         return y + update.to(y.dtype)
 
@@ -470,11 +476,13 @@ class VLM(nn.Module):
 
     # -- batch ----------------------------------------------------------------------------------------------
 
-    def collate(self, prompts, replies=None):
+    def collate(self, prompts, replies=None, device=None):
         """Join prompts and replies as one batch -> (inputs of the net, P, reply_ids (B, R), mask (B, R)).
 
         prompts: from `encode`. replies: a list of token ids per prompt; None: no replies, R = 0.
+        device: where to put the batch; None: on the VLM's own device.
         """
+        device = device or self.device
         P = round_up(max(prompt["input_ids"].shape[1] for prompt in prompts))
         per_token = self.find_per_token_keys(prompts[0])
         inputs = Inputs()
@@ -490,10 +498,10 @@ class VLM(nn.Module):
         if replies is not None:
             self.append_replies(inputs, per_token, reply_ids, mask)
         for key, tensor in inputs.items():
-            inputs[key] = tensor.to(self.device, non_blocking=True)
+            inputs[key] = tensor.to(device, non_blocking=True)
         self.features.tag_batch(inputs, prompts)
-        reply_ids = reply_ids.to(self.device, non_blocking=True)
-        mask = mask.to(self.device, non_blocking=True)
+        reply_ids = reply_ids.to(device, non_blocking=True)
+        mask = mask.to(device, non_blocking=True)
         return inputs, P, reply_ids, mask
 
     def find_per_token_keys(self, prompt):

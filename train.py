@@ -8,7 +8,7 @@ Train a vision-language model to act, off-policy: offline on recorded play, then
     torchrun --nproc_per_node=8 train.py config/numberline.py                # the same run on eight GPUs
     python train.py --help                                                   # every key
 """
-import contextlib, datetime, functools, json, math, os, pickle, platform, sys, tempfile, time
+import contextlib, datetime, functools, json, math, os, platform, sys, tempfile, time
 
 import numpy as np
 import torch
@@ -25,9 +25,10 @@ from evaluate import episode_summary, format_table, gather_episodes, recorded_su
 from evaluate import exploring_agent, model_agent, play, record, scripted_agent
 from extras import checkpoints, run_folder
 from extras.check_rows import check_prompts
+from extras.prefetch import Ahead, rollout_due, to_device
 from extras.read_run import offline_results
 from extras.serving import collect, open_server
-from extras.stopping import STOP, explained
+from extras.stopping import STOP, broken_off, explained
 from extras.unlogged import Unlogged
 from extras.value_checks import check_out_dir
 from extras.whole_files import replacing, write_json
@@ -206,19 +207,6 @@ def sum_over_ranks(tensors):
     for t, total in zip(tensors, flat.split(sizes)):
         t.copy_(total.view_as(t))
 
-def check_ranks_agree(data, vlm):
-    """End with one sentence if the ranks hold different data or weights."""
-    sums = []
-    if WORLD > 1:
-        for p in vlm.parameters():
-            # a sharded weight is a DTensor and not a plain Parameter
-            if type(p) is torch.nn.Parameter:
-                sums.append(float(p.detach().sum(dtype=torch.float64)))
-    own = (len(data), sums)
-    if any(other != own for other in gather(own)):
-        raise SystemExit("The ranks do not hold the same data and weights: give all machines the same "
-                         "model, data and versions; the last checkpoint is still there.")
-
 
 # ---- the run folder ----
 
@@ -388,12 +376,6 @@ def rollout(cfg, step, vlm, make_env, replay, server=None):
     summary = logged("rollout", episode_summary(played)) if played else {}
     return summary | server.numbers()
 
-def broken_off(error):
-    """Return what ends the run: an interrupt, or a sentence about environments and how to go on."""
-    if isinstance(error, SystemExit):
-        return SystemExit(f"{str(error).rstrip('.')}; {run_folder.way_on()}.")
-    return error
-
 def draw_windows(cfg, step, data, replay):
     """Draw this rank's windows of an update -> list of (buffer, window).
 
@@ -402,8 +384,8 @@ def draw_windows(cfg, step, data, replay):
     """
     online = step >= cfg.offline_updates
     rng = stream(cfg, SAMPLE, step)
-    # what is random inside the network, such as a dropout that you add, depends on (seed, step, rank) alone
-    torch.manual_seed(int(rng.integers(2**31)) + RANK)
+    # the first number seeds torch, see update
+    rng.integers(2**31)
 
     n_recorded = round(cfg.batch_size * cfg.offline_ratio) if online else cfg.batch_size
     windows = []
@@ -450,7 +432,9 @@ def make_optimizer(vlm, cfg):
     if critic:
         groups.append(dict(params=critic, lr=cfg.critic_lr, base=cfg.critic_lr))
     decay = 0.0 if cfg.lora_r else 0.01
-    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=decay)
+    # one kernel for all parameters on a GPU
+    fused = vlm.device.type == "cuda" or None
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=decay, fused=fused)
 
 def build_agent(cfg, base, data, server=None):
     """Put adapters and critics on the base -> (vlm, optimizer).
@@ -486,12 +470,22 @@ def backward(cfg, step, vlm, batches, quantile):
         infos.append(info | dict(loss=loss.detach()))
     return infos
 
-def update(cfg, step, vlm, optimizer, windows, quantile, unlogged):
-    """Make one optimizer step on the windows -> {grad_norm, lr}; the other metrics go to `unlogged`."""
+def build_batches(cfg, vlm, windows):
+    """Turn the windows of an update into its micro-batches, on the CPU."""
     batches = []
     for i in range(0, len(windows), cfg.micro_batch):
         parts = [(buffer, [window]) for buffer, window in windows[i : i + cfg.micro_batch]]
-        batches.append(make_batch(parts, vlm, envs.MARKER, cfg.gamma))
+        batches.append(make_batch(parts, vlm, envs.MARKER, cfg.gamma, "cpu"))
+    return batches
+
+def update(cfg, step, vlm, optimizer, windows, quantile, unlogged, batches=None):
+    """Make one optimizer step on the windows -> {grad_norm, lr}; the other metrics go to `unlogged`.
+
+    batches: the windows as micro-batches, if they are built already. The device is waited for once.
+    """
+    batches = [to_device(batch, vlm.device) for batch in batches or build_batches(cfg, vlm, windows)]
+    # what is random inside the network, such as a dropout that you add, depends on (seed, step, rank) alone
+    torch.manual_seed(int(stream(cfg, SAMPLE, step).integers(2**31)) + RANK)
 
     # determine and set the learning rate for this update
     for group in optimizer.param_groups:
@@ -511,13 +505,14 @@ def update(cfg, step, vlm, optimizer, windows, quantile, unlogged):
 
     # step, unless that would spoil the weights
     loss = sum(info["loss"] for info in infos)
-    if torch.isfinite(norm + loss):
+    norm, loss = torch.stack([norm, loss]).tolist()
+    if math.isfinite(norm + loss):
         optimizer.step()
         vlm.update_target(cfg.target_tau)
         unlogged.infos += infos
         unlogged.in_a_row = 0
         unlogged.learned = True
-        numbers = dict(grad_norm=float(norm), **numbers)
+        numbers = dict(grad_norm=norm, **numbers)
     else:
         unlogged.skip(cfg, step, windows)
     optimizer.zero_grad(set_to_none=True)
@@ -540,17 +535,6 @@ def save_checkpoint(cfg, step, vlm, optimizer, data, replay, unlogged):
         with open(os.path.join(folder, "optimizer.pt"), "wb") as f:
             torch.save(optimizer.state_dict(), f)
 
-def load_moments(file, vlm, optimizer):
-    """Load the state of AdamW; the learning rates stay those of the command line."""
-    bases = [group["base"] for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(torch.load(file, map_location=vlm.device, weights_only=True))
-    # a damaged zip archive has many errors, a stranger's pickle has its own
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise SystemExit(f"{file} does not load ({type(error).__name__}): copy the run again, or start anew.")
-    for group, base in zip(optimizer.param_groups, bases):
-        group["base"] = base
-
 def restore(cfg, checkpoint, vlm, optimizer, data):
     """Load a checkpoint, if there is one, into vlm and optimizer -> (first update, replay, unlogged)."""
     if checkpoint is None:
@@ -558,7 +542,7 @@ def restore(cfg, checkpoint, vlm, optimizer, data):
     state = checkpoints.read_state(checkpoint)
     checkpoints.check_data(data, state["data"])
     vlm.load(checkpoint)
-    load_moments(os.path.join(checkpoint, "optimizer.pt"), vlm, optimizer)
+    checkpoints.load_moments(os.path.join(checkpoint, "optimizer.pt"), vlm, optimizer)
     step = state["step"]
     if WORLD > 1:
         # every rank has read it: its folder may be renamed now
@@ -713,20 +697,20 @@ def main(argv):
     data = data or scripted_data(cfg, make_env)
     vlm, optimizer = build_agent(cfg, base, data, server)
     start, replay, unlogged = restore(cfg, checkpoint, vlm, optimizer, data)
-    check_ranks_agree(data, vlm)
+    checkpoints.check_ranks_agree(data, vlm)
     describe(cfg, argv, vlm, data, start)
     wandb = start_wandb(cfg, RANK)
 
     total = cfg.offline_updates + cfg.online_updates
     quantile = data.return_quantile(FBC_QUANTILE)
     clock = dict(rollout=0.0, update=0.0, eval=0.0)
+    ahead = Ahead(draw_windows, build_batches, cfg, vlm, data, replay)
     STOP.waits = True
     for step in tqdm(range(start, total), "updates", total, initial=start, disable=RANK > 0 or None):
-        online = step - cfg.offline_updates
         played = {}
 
-        # play: the agent's own episodes, once every updates_per_rollout online updates
-        if online >= 0 and online % cfg.updates_per_rollout == 0:
+        # play: the agent's own episodes
+        if rollout_due(cfg, step):
             with timed(clock, "rollout"):
                 played = rollout(cfg, step, vlm, make_env, replay, server)
             if isinstance(played, BaseException):
@@ -735,8 +719,8 @@ def main(argv):
 
         # learn: one optimizer step on windows of recorded and own play
         with timed(clock, "update"):
-            windows = draw_windows(cfg, step, data, replay)
-            step_row = update(cfg, step, vlm, optimizer, windows, quantile, unlogged)
+            with ahead.take(step) as (windows, batches):
+                step_row = update(cfg, step, vlm, optimizer, windows, quantile, unlogged, batches)
 
         # look: short evaluations on the way, a full one where the offline phase ends
         done = step + 1
@@ -750,7 +734,7 @@ def main(argv):
         # save: a checkpoint, from which the run can be resumed exactly
         reason = reason_to_stop(cfg, done)
         if reason or done == total or checkpoint_due(cfg, done) and not unlogged.in_a_row:
-            check_ranks_agree(data, vlm)
+            checkpoints.check_ranks_agree(data, vlm)
             save_checkpoint(cfg, done, vlm, optimizer, data, replay, unlogged)
         if reason:
             return leave(done, reason)

@@ -5,10 +5,13 @@ Checkpoints that can be trusted: whole, checked, and with what they saw of the r
     ckpt.old       the one before it, for the day on which the newest is damaged
     state.json     in a checkpoint: its update, digests of its files, what it saw of the play
 """
-import contextlib, hashlib, itertools, json, os, shutil, weakref
+import contextlib, hashlib, itertools, json, os, pickle, shutil, weakref
+
+import torch
 
 from configurator import ConfigError, is_number
 from extras.whole_files import list_files, read_json, sync_folder, write_whole, written_aside
+from model import gather, ranks
 
 # {buffer: (bytes of its file, their digest so far)}
 READ_SO_FAR = weakref.WeakKeyDictionary()
@@ -63,6 +66,19 @@ def check_replay(folder, noted):
 
 
 # ---- writing ----
+
+def check_ranks_agree(data, vlm):
+    """End with one sentence if the ranks hold different data or weights."""
+    sums = []
+    if ranks()[1] > 1:
+        for p in vlm.parameters():
+            # a sharded weight is a DTensor and not a plain Parameter
+            if type(p) is torch.nn.Parameter:
+                sums.append(float(p.detach().sum(dtype=torch.float64)))
+    own = (len(data), sums)
+    if any(other != own for other in gather(own)):
+        raise SystemExit("The ranks do not hold the same data and weights: give all machines the same "
+                         "model, data and versions; the last checkpoint is still there.")
 
 def check_finite(vlm, step):
     """End with one sentence rather than save weights that are not finite."""
@@ -194,3 +210,18 @@ def find_checkpoint(run, skip=()):
         raise SystemExit(f"{run!r} holds no good checkpoint ({'; '.join(faults)}): copy the run again, or "
                          "train it anew.")
     raise SystemExit(f"{run!r} holds no checkpoint: let its training reach one first.")
+
+def load_moments(file, vlm, optimizer):
+    """Load the state of AdamW; the learning rates stay those of the command line."""
+    bases = [group["base"] for group in optimizer.param_groups]
+    try:
+        state = torch.load(file, map_location=vlm.device, weights_only=True)
+        for group in state["param_groups"]:
+            # a choice of this device, not of the one that wrote the file
+            group["fused"] = optimizer.defaults["fused"]
+        optimizer.load_state_dict(state)
+    # a damaged zip archive has many errors, a stranger's pickle has its own
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise SystemExit(f"{file} does not load ({type(error).__name__}): copy the run again, or start anew.")
+    for group, base in zip(optimizer.param_groups, bases):
+        group["base"] = base

@@ -4,7 +4,7 @@ Index a folder of episodes: where each row lies in the file, and the numbers tha
 A million rows are some 5 GB as Python objects and 0.1 GB here. The rows stay on disk, and are read when they
 are needed. Sums are kept up to date as episodes are added, so that no question walks over all episodes.
 """
-import bisect, json, os, weakref
+import bisect, json, os, threading, weakref
 from array import array
 from collections.abc import Mapping, Sequence
 
@@ -217,6 +217,8 @@ class RowsOnDisk(Sequence):
         self.index = index
         self.descriptor = None
         self.cache = {}
+        # extras/prefetch.py reads in a thread, while a skipped update may name its rows
+        self.lock = threading.Lock()
 
     def __len__(self):
         return len(self.index.starts)
@@ -234,10 +236,12 @@ class RowsOnDisk(Sequence):
             raise IndexError(f"row {i} of {len(self)}")
         if i < 0:
             return self[len(self) + i]
-        if len(self.cache) >= CACHED_ROWS:
-            # the one that was read first
-            del self.cache[next(iter(self.cache))]
-        row = self.cache[i] = self._load(i)
+        row = self._load(i)
+        with self.lock:
+            if len(self.cache) >= CACHED_ROWS:
+                # the one that was read first
+                del self.cache[next(iter(self.cache))]
+            self.cache[i] = row
         return row
 
     def read_bytes(self, i):

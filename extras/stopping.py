@@ -78,6 +78,12 @@ def explain_error(error, way_on):
         remedy = "make room"
     return f"{error.strerror}{where}: {remedy}; {way_on()}."
 
+def broken_off(error):
+    """Return what ends the run: an interrupt, or a sentence about environments and how to go on."""
+    if isinstance(error, SystemExit):
+        return SystemExit(f"{str(error).rstrip('.')}; {run_folder.way_on()}.")
+    return error
+
 @contextlib.contextmanager
 def explained(rank=0, way_on=run_folder.way_on):
     """Turn what ends a program from outside, a signal or a full disk, into one sentence on how to go on.

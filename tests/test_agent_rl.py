@@ -15,7 +15,7 @@ import torch.nn as nn
 
 import agent_rl
 from agent_rl import AWR_MAX_WEIGHT, AWR_TEMPERATURE
-from agent_rl import clip_reward, compute_loss, filter_weight, longest_chain
+from agent_rl import clip_reward, compute_loss, filter_weight
 from agent_rl import state_value, summarise, td_targets
 
 VOCAB = 7
@@ -138,6 +138,7 @@ def random_batch(seed=0, windows=5):
         reward=floats(reward),
         terminated=floats(terminated),
         next=torch.tensor(nexts),
+        chain=rows,
         return_to_go=floats(rng.normal(size=rows)),
         ep_return=floats(rng.normal(size=rows)),
     )
@@ -155,6 +156,7 @@ def two_token_batch(replies, reward):
         reward=reward,
         terminated=torch.ones(turns),
         next=torch.full((turns,), -1),
+        chain=1,
         return_to_go=reward,
         ep_return=reward,
     )
@@ -434,6 +436,7 @@ def turns_by_hand(nexts, terminated=(0, 0, 0)):
         reward=floats([-1, 1, 0]),
         terminated=floats(terminated),
         next=torch.tensor(nexts),
+        chain=3,
     )
 
 
@@ -477,17 +480,15 @@ def test_tree_backup_by_hand():
     assert known.tolist() == [True, False, False]
     assert y[0, 1] == -1 + 0.5 * 3.0
 
-@pytest.mark.parametrize(
-    "nexts, turns",
-    [
-        ([-1, -1], 1),
-        ([-1, 2, 3, -1, 5, -1], 3),
-        ([1, 2, 3, -1], 4),
-    ],
-)
-def test_longest_chain(nexts, turns):
-    """Counts the turns of the longest window, wherever it begins."""
-    assert longest_chain(torch.tensor(nexts)) == turns
+def test_more_passes_than_turns_change_nothing():
+    """A batch may say that its windows are longer than they are."""
+    batch = random_batch(3)
+    shape = batch["mask"].shape
+    q = floats(np.random.default_rng(3).normal(size=shape))
+    tree = dict(q=q, pi=torch.full(shape, 0.5))
+    longest = td_targets(q, batch, 0.9, 0.8, **tree)
+    windows = td_targets(q, batch | dict(chain=4), 0.9, 0.8, **tree)
+    assert torch.equal(longest[0], windows[0])
 
 def test_clip_reward():
     """A reward is cut on both sides, or left alone."""
@@ -514,6 +515,7 @@ def test_certain_syntax_passes_the_value_back():
         reward=torch.zeros(2),
         terminated=torch.zeros(2),
         next=torch.tensor([1, -1]),
+        chain=2,
     )
     y, known = td_targets(v, batch, 0.5, q=q, pi=pi)
     assert known.tolist() == [True, False]
@@ -589,6 +591,7 @@ class TokenMDP:
             reward=torch.zeros(rows, dtype=torch.float64),
             terminated=torch.zeros(rows, dtype=torch.float64),
             next=torch.full((rows,), -1),
+            chain=rows,
         )
         batch["mask"][:turns] = 1
         for row, turn in enumerate(self.turns):

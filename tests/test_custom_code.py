@@ -204,6 +204,7 @@ def test_trains_plays_and_saves(tmp_path, auto, lora_r):
         reward=torch.ones(2),
         terminated=torch.ones(2),
         next=torch.tensor([-1, -1]),
+        chain=1,
         return_to_go=torch.zeros(2),
         ep_return=torch.zeros(2),
     )

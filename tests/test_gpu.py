@@ -2,6 +2,9 @@
 Check on a GPU what the other tests check on the CPU; without one these tests are skipped.
 
     python -m pytest -m gpu
+
+The other tests do not see the GPU, see conftest.py. A plain `python -m pytest` runs these in a process of
+their own, see tests/test_gpu_process.py.
 """
 import pytest
 import torch
@@ -9,7 +12,7 @@ import torch
 import evaluate, families, model
 from agent_rl import compute_loss
 from configurator import configure
-from extras import run_folder
+from extras.read_run import TRAIN
 from small_runs import all_finite, flags, metrics, results, run
 from small_runs import tiny  # noqa: F401  (fixture)
 from test_agent_rl import settings
@@ -53,6 +56,7 @@ def update_batch(vlm, replies):
         return_to_go=ones,
         ep_return=ones,
         next=torch.full((2,), -1, device=vlm.device),
+        chain=1,
     )
 
 def gradient(vlm, replies):
@@ -92,7 +96,7 @@ def test_a_generator_of_the_cpu_draws_for_the_gpu(pair):
 
 def test_auto_is_the_gpu_with_a_base_in_bfloat16(tiny):
     keys = flags(model=tiny, lora_r=2, device="auto")
-    vlm = model.build(configure(run_folder.TRAIN, keys, quiet=True))
+    vlm = model.build(configure(TRAIN, keys, quiet=True))
     assert vlm.device.type == "cuda"
     assert vlm.bf16
     for param in vlm.net.parameters():

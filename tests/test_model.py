@@ -716,6 +716,7 @@ def test_one_step_moves_adapters_and_heads(make, family):
         reward=torch.tensor([1.0, 0.0, -1.0]),
         terminated=torch.tensor([0.0, 1.0, 1.0]),
         next=torch.tensor([1, -1, -1]),
+        chain=2,
         return_to_go=torch.tensor([1.0, 0.0, -1.0]),
         ep_return=torch.tensor([1.0, 1.0, -1.0]),
     )

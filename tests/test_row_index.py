@@ -3,13 +3,15 @@ Test the index of a folder of episodes: the quick way gives what a walk over all
 
     python -m pytest tests/test_row_index.py
 """
-import json, os
+import json, os, sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from buffer import Buffer, make_message_row, reply_text
+from extras import row_index
 from extras.bench_scale import print_scale
 from extras.check_rows import outline_of, parse_row, read_blocks, recognise_row
 from extras.import_chats import import_conversations
@@ -181,6 +183,26 @@ def test_rows_are_a_list_that_is_read_when_needed(tmp_path):
     buf.append([one | dict(episode=f"e{k}") for k in range(CACHED_ROWS)], {})
     assert sum(1 for _ in buf.rows) == len(rows) + CACHED_ROWS
     assert len(buf.rows.cache) <= CACHED_ROWS
+
+def test_two_threads_read_the_same_rows(tmp_path, monkeypatch):
+    """Only one thread at a time changes what is in memory: it grew beyond its limit, or failed."""
+    monkeypatch.setattr(row_index, "CACHED_ROWS", 2)
+    buf = random_buffer(np.random.default_rng(0), tmp_path, 4)
+    rows = list(buf.rows)
+
+    def read():
+        return [list(buf.rows) == rows for _ in range(50)]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            readers = [pool.submit(read) for _ in range(4)]
+    finally:
+        sys.setswitchinterval(interval)
+    for reader in readers:
+        assert all(reader.result())
+    assert len(buf.rows.cache) <= 2
 
 def test_a_file_that_shrinks_while_it_is_used_is_one_sentence(tmp_path):
     """What is not in memory must be in the file: another program that cuts it is named."""

@@ -657,7 +657,7 @@ def test_every_key_is_read_and_every_read_is_a_key():
     """
     keys = set(parse_block(TRAIN))
     used = set()
-    for name in ("train", "agent_rl", "model", "extras/memory", "extras/run_folder"):
+    for name in ("train", "agent_rl", "model", "extras/memory", "extras/prefetch", "extras/run_folder"):
         used |= read_keys(name, "cfg")
     for name in ("evaluate", "extras/report"):
         used |= read_keys(name, "run_cfg")
