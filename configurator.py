@@ -411,6 +411,8 @@ CONFLICTS = [
      "that part too: set lora_r above 0, or vision_cache_mb=0."),
     (lambda cfg: cfg.shard and cfg.lora_r == 0,
      "shard=True shards frozen weights, and lora_r=0 trains them all: set lora_r above 0, or shard=False."),
+    (lambda cfg: cfg.compile and cfg.shard,
+     "compile and shard are both True: the hooks of sharded layers do not compile; choose one."),
     (lambda cfg: cfg.stop_at > cfg.offline_updates + cfg.online_updates,
      "stop_at={stop_at} is behind the last update, {offline_updates} + {online_updates}: set stop_at=0 to "
      "run to the end."),

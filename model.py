@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LogitsProcessor
 
 from configurator import WITH_CRITIC
+from extras.compiled import compile_layers, paused, try_layers
 from extras.feature_cache import FeatureCache, Inputs, LRUCache
 from extras.model_folders import find_end_of_turn, find_folder, find_image_token
 from extras.model_folders import first_sentence, matching, open_folder, read_trained, rehearse
@@ -194,9 +195,9 @@ class Sampler(LogitsProcessor):
         device = self.generator.device if self.generator else like.device
         return torch.rand(like.shape, generator=self.generator, device=device).to(like.device)
 
-def round_up(length):
-    """Round a length up to a multiple of 4, for fewer shapes: kernels are prepared again for each one."""
-    return -(-length // 4) * 4
+def round_up(length, multiple):
+    """Round a length up to a multiple, for fewer shapes: kernels are prepared again for each one."""
+    return -(-length // multiple) * multiple
 
 def pad_left(parts, length, value):
     """Join rows (1, T) of different lengths, padded on the left -> (B, length)."""
@@ -305,6 +306,9 @@ class VLM(nn.Module):
         # bf16: replies are generated under bfloat16 autocast, as they are trained.
         self.bf16 = False
         self.sharded = False
+        # compiled decoder layers; lengths of prompts and of replies are rounded up to these multiples
+        self.compiled = []
+        self.multiples = (4, 4)
         self.last_prompts = None
 
         # Special tokens are read, but never sampled: a placeholder would break the next forward pass.
@@ -483,7 +487,7 @@ class VLM(nn.Module):
         device: where to put the batch; None: on the VLM's own device.
         """
         device = device or self.device
-        P = round_up(max(prompt["input_ids"].shape[1] for prompt in prompts))
+        P = round_up(max(prompt["input_ids"].shape[1] for prompt in prompts), self.multiples[0])
         per_token = self.find_per_token_keys(prompts[0])
         inputs = Inputs()
         for key in dict.fromkeys(key for prompt in prompts for key in prompt):
@@ -518,7 +522,7 @@ class VLM(nn.Module):
         """Pad replies on the right with the end-of-turn token -> (reply_ids (B, R), mask (B, R))."""
         R = 0
         if replies is not None:
-            R = round_up(max([len(reply) for reply in replies] + [1]))
+            R = round_up(max([len(reply) for reply in replies] + [1]), self.multiples[1])
         reply_ids = torch.full((B, R), self.eos)
         mask = torch.zeros(B, R)
         for b, reply in enumerate(replies or []):
@@ -633,7 +637,7 @@ class VLM(nn.Module):
         options = dict(generation_config=config, logits_processor=[sampler], synced_gpus=self.sharded)
         self.critic_guides = q_weight != 0
         try:
-            with self.autocast(), self.features.serving(inputs):
+            with self.autocast(), paused(self.compiled), self.features.serving(inputs):
                 out = self.net.generate(**inputs, **options)
         finally:
             self.critic_guides = False
@@ -745,6 +749,8 @@ def check_base(cfg, net, processor, forward=True):
     """Refuse a model that cannot answer a prompt or take adapters, before anything is recorded."""
     trial = VLM(net, processor, cfg.model)
     try_turn(trial, cfg.size, forward)
+    if cfg.compile:
+        try_layers(trial, cfg.size)
     trial.hook.remove()
     find_saved_modules(net, cfg.modules_to_save, cfg.vision_cache_mb)
     if cfg.lora_r:
@@ -789,6 +795,8 @@ def build(cfg, base=None, q_init=0.0):
     vlm.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and choose_device(cfg) == "cuda")
     if cfg.trust_remote_code:
         rehearse(vlm)
+    if cfg.compile:
+        compile_layers(vlm)
     if cfg.shard and ranks()[1] > 1:
         return vlm.shard(choose_device(cfg))
     return vlm

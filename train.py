@@ -98,6 +98,7 @@ num_envs = 32  # environments that play at once
 rollout_url = ''  # play rollouts on this vLLM server, see docs/serving.md; '': here
 env_timeout = 120.0  # seconds that one call of an environment may take, then it is made anew; 0: any
 grad_checkpointing = False  # less memory for about a third more time
+compile = False  # compile the decoder layers for updates: minutes at the start, faster after that
 shard = False  # with torchrun: spread the frozen layers over the ranks (FSDP2)
 vision_cache_mb = 0  # MiB for features of the frozen vision tower; 0: compute them every time
 trust_remote_code = False  # run the Python files that come with the model folder

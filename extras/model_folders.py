@@ -321,6 +321,11 @@ def try_turn(vlm, size=80, forward=True):
     if reason:
         raise SystemExit(f"model={vlm.name!r} cannot answer a prompt with one picture: {reason}.")
 
+def trial_prompt(vlm, size):
+    """Encode a prompt with one picture, whose side is `size` pixels, and two numbers."""
+    content = [{"type": "image"}, {"type": "text", "text": "1 2"}]
+    return vlm.encode([{"role": "user", "content": content}], [Image.new("RGB", (size, size))])
+
 @torch.no_grad()
 def rehearse(vlm):
     """Check that the probabilities of a short rollout are those of the training path.
@@ -345,8 +350,7 @@ def rehearse(vlm):
 
 def play_and_replay(vlm):
     """Generate four tokens greedily -> their log-probabilities in the rollout and in the training path."""
-    content = [{"type": "image"}, {"type": "text", "text": "1 2"}]
-    prompt = vlm.encode([{"role": "user", "content": content}], [Image.new("RGB", (64, 64))])
+    prompt = trial_prompt(vlm, 64)
     # With the end of the turn banned, the reply is as long as it can be.
     vlm.banned[vlm.eos] = True
     (ids,), (rollout_logps,) = vlm.generate([prompt], 4, temperature=0)

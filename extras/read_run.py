@@ -37,6 +37,9 @@ def read_run_config(run, purpose="play"):
     if purpose != "resume" and settings["device"] == "cuda":
         # a run from a GPU can be looked at on a machine without one
         settings["device"] = "auto"
+    if purpose != "resume":
+        # only updates are compiled
+        settings["compile"] = False
     # an old run's adapter keeps its alpha
     alpha = saved.get("lora_alpha", LORA_ALPHA)
     if not is_number(alpha) or not 0 < alpha <= 1e6:

@@ -26,8 +26,8 @@ DATA_FILES = re.compile(r"metadata\.jsonl(\.tmp)?|rewound\.jsonl|images|complete
 # With one of these a run has come so far that it is not begun anew by accident.
 TRAINED = ("ckpt", "ckpt.old", "eval.json", "model")
 # Settings that a resumed run may change, because they do not alter what is learned, ...
-FREE_KEYS = ("out_dir", "resume", "overwrite", "stop_at", "device", "shard", "env_timeout", "rollout_url")
-FREE_KEYS += ("log_interval", "eval_interval", "eval_episodes", "trust_remote_code")
+FREE_KEYS = ("out_dir", "resume", "overwrite", "stop_at", "device", "shard", "compile", "env_timeout")
+FREE_KEYS += ("log_interval", "eval_interval", "eval_episodes", "trust_remote_code", "rollout_url")
 # ... or because they are the remedy for a run that does not learn.
 REMEDY_KEYS = ("lr", "critic_lr", "grad_clip")
 # the folder that this process writes, for the sentence that ends it

@@ -8,6 +8,7 @@ Stop a run in an orderly way: a signal, a full disk.
 import contextlib, errno, os, re, signal
 
 from extras import run_folder
+from extras.compiled import explain_compile_error, is_compile_error
 from extras.whole_files import unlock_all
 from model import ranks
 
@@ -103,6 +104,8 @@ def explained(rank=0, way_on=run_folder.way_on):
     except FloatingPointError as error:
         raise SystemExit(f"{error}; {way_on()}.")
     except RuntimeError as error:
+        if is_compile_error(error):
+            raise SystemExit(f"{explain_compile_error(error)}; {way_on()}.")
         if not re.search("out of memory|allocate memory", str(error)):
             raise
         raise SystemExit("There is not enough memory: lower micro_batch or num_envs, set "

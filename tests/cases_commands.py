@@ -141,6 +141,7 @@ VALUES = [
     training("--offline_updates=0 --online_updates=0", "offline_updates and online_updates are both 0..."),
     training("--resume=True --overwrite=True", "resume and overwrite are both True..."),
     training("--shard=True", "shard=True spreads a model over several ranks..."),
+    training("--compile=True --shard=True", "compile and shard are both True: the hooks of..."),
 ]
 PLACES = [
     training("--out_dir=", "out_dir='' names no folder: write for instance out_dir=out/run."),
@@ -173,6 +174,24 @@ GAMES = [
     training("--env=Reading",
              "env='Reading' asks questions with one right answer and has no online phase..."),
 ]
+def without_compiler():
+    """Make the case of compiled layers on a machine that cannot compile."""
+
+    def make(folder):
+        keys = QUICK | dict(model=tiny(), out_dir="out", compile=True)
+        call = refused(train, flags(**keys))(folder)
+
+        def patched():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("torch.cuda.is_available", lambda: False)
+                patch.setattr("extras.compiled.shutil.which", lambda name: None)
+                return call()
+
+        return patched
+
+    return Case("`train.py --compile=True`, no C++ compiler there",
+                "compile=True needs a C++ compiler, and there is none on this machine...", make)
+
 MODELS = [
     with_model("device", "cuda",
                "device='cuda', but torch finds no CUDA device on this machine: use --device=cpu."),
@@ -187,6 +206,7 @@ MODELS = [
     with_model("lora_targets", "", "lora_targets='' matches no linear layer of the language model..."),
     with_model("modules_to_save", "projector", "modules_to_save='projector' matches no module..."),
     with_model("modules_to_save", ".*", "modules_to_save='.*' matches ..., which holds the embeddings..."),
+    without_compiler(),
     training("config/x.py", "config/x.py:1: trust_remote_code = True: a file cannot give this permission, "
              "only the flag --trust_remote_code=True can; delete the line.",
              what="a config file with `trust_remote_code = True`",

@@ -30,7 +30,8 @@ transformers.generation.utils gymnasium minigrid miniwob selenium.webdriver"""
 # Keys of train.py that only one of the two has. A config.json may or may not name them.
 REMOVED = """v_support reward_scale gamma_token cql_coef critic_detach af_coef weights timeout lora_dropout
 lora_alpha rollout_temperature invalid reference eval_quick cache_mb fbc_quantile awr_temperature weight_decay
-wandb_project ckpt_interval mdp env_timeout rollout_url modules_to_save""".split()
+wandb_project ckpt_interval mdp env_timeout rollout_url modules_to_save
+compile""".split()
 
 # (files, lines in them or None for the whole file, reason)
 EXPECTED = [

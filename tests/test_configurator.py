@@ -545,6 +545,7 @@ CONFLICTING_FLAGS = [
     ("--model=scratch --lora_r=4", ["model='scratch'", "lora_r=4", "set lora_r=0"]),
     ("--vision_cache_mb=9 --lora_r=0", ["vision_cache_mb=9", "lora_r=0"]),
     ("--shard --lora_r=0", ["shard=True", "lora_r=0"]),
+    ("--shard --compile", ["compile and shard are both True"]),
     ("--stop_at=900", ["stop_at=900", "600 + 200", "stop_at=0"]),
     ("--lr=1e39", ["lr=1e+39", "+-1e+12"]),
     ("--env=NumberLine,", ["env='NumberLine,'", "without a name"]),

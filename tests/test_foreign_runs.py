@@ -61,8 +61,8 @@ def test_an_old_run_is_evaluated(tmp_path, monkeypatch):
     """Its config.json has 80 keys and model="tiny-vlm", the old name of the base; the table is the same."""
     out = run(tmp_path / "run", "bases/tiny-vlm", offline_updates=1, online_updates=0)
     rewrite(out, **OLD_KEYS, model="tiny-vlm")
-    # the keys of then, and three that are younger
-    assert len(read_json(out, "config.json")) == 83
+    # the keys of then, and four that are younger
+    assert len(read_json(out, "config.json")) == 84
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("envs.NumberLine.max_turns", 3)
         before = results(out)

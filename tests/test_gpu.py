@@ -121,3 +121,10 @@ def test_a_run_of_the_cpu_is_resumed_on_the_gpu(tiny, tmp_path):
     out = run(tmp_path / "run", tiny, stop_at=6)
     run(tmp_path / "run", tiny, resume=True, device=DEVICE, dtype="auto")
     assert all_finite(metrics(out))
+
+def test_a_run_with_compiled_layers_learns(tiny, tmp_path):
+    """It takes a minute: kernels are written and compiled."""
+    pytest.importorskip("triton")
+    out = run(tmp_path / "run", tiny, device=DEVICE, compile=True, stop_at=3)
+    assert len(metrics(out)) == 3
+    assert all_finite(metrics(out))

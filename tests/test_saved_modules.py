@@ -122,7 +122,7 @@ def test_small_steps_on_a_bfloat16_base(opened):
 def test_patterns_that_cannot_be_meant(opened, pattern, cache, words):
     """A regex that cannot be meant is refused before anything is recorded."""
     keys = dict(model="m", size=32, lora_r=0)
-    cfg = types.SimpleNamespace(**keys, modules_to_save=pattern, vision_cache_mb=cache)
+    cfg = types.SimpleNamespace(**keys, modules_to_save=pattern, vision_cache_mb=cache, compile=False)
     net, processor = opened("scratch")
     one_sentence(lambda: check_base(cfg, net, processor), *words)
 
