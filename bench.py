@@ -5,6 +5,7 @@ Measure speed and memory as ratios within one run: absolute times belong to a ma
     python bench.py --model=/path/to/a/vlm --env=Blackjack
     python bench.py vocabulary                           # memory of AFSFT against SFT with 151,936 words
     python bench.py sizes --micro_batch=1                # published models, computed without their weights
+    python bench.py gpu                                  # published shapes on a GPU, beside PEFT
     python bench.py peer                                 # an update against TRL and PEFT
     python bench.py scale                                # recorded play of 1,000 to 1,000,000 turns
     python bench.py envs --env=NumberLine,BabyAI-GoToLocal-v0,miniwob/click-test-2-v1
@@ -23,6 +24,7 @@ from agent_rl import compute_loss
 from buffer import Buffer, make_batch
 from configurator import check_config, configure
 from evaluate import env_factory, model_agent, play, record, scripted_agent
+from extras.bench_gpu import print_gpu
 from extras.bench_peer import compare_with_trl
 from extras.bench_scale import print_scale
 from extras.memory import measure_memory
@@ -222,6 +224,7 @@ def print_table(cfg):
 
 
 BENCHMARKS = {
+    "gpu": print_gpu,
     "envs": turns_a_second,
     "peer": peer,
     "vocabulary": vocabulary,

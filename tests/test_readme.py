@@ -96,7 +96,7 @@ def check_command(words):
         if argv and not argv[0].startswith("-"):
             del argv[0]
         configure(evaluate.__file__, argv, files=False, quiet=True)
-    if script == "bench.py" and argv and argv[0] in ("envs", "peer", "scale", "vocabulary", "sizes"):
+    if script == "bench.py" and argv and argv[0] in ("envs", "gpu", "peer", "scale", "vocabulary", "sizes"):
         del argv[0]
     if script in ("train.py", "bench.py"):
         check_config(configure(str(ROOT / "train.py"), argv, quiet=True))

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import agent_rl, model, train
-from extras import checkpoints, prefetch
+import agent_rl, bench, model, train
+from configurator import configure
+from extras import bench_gpu, checkpoints, prefetch
 from extras.feature_cache import Inputs
-from small_runs import metrics, replay, run, weights
+from small_runs import flags, metrics, replay, run, weights
 from small_runs import straight, tiny  # noqa: F401  (fixtures)
 
 CPU = torch.device("cpu")
@@ -224,3 +225,43 @@ def test_a_prompt_is_encoded_at_most_twice_a_run(tiny, tmp_path, monkeypatch):
     run(tmp_path / "run", tiny)
     assert len(seen) > 10
     assert max(seen.values()) <= 2
+
+
+# ---- the benchmark ----
+
+def bench_settings():
+    """Return short settings of the benchmark."""
+    return configure(bench.TRAIN, flags(device="cpu", max_new_tokens=2, lora_r=2), quiet=True)
+
+def test_the_gpu_benchmark_runs_on_tiny_shapes(capsys, monkeypatch):
+    """Without a GPU it counts what can be counted."""
+    monkeypatch.setattr(bench_gpu, "ROUNDS", 1)
+    [rows] = bench_gpu.print_gpu(bench_settings(), compiled=[False]).values()
+    updates = [row for row in rows if "seconds" in row]
+    assert [row["name"] for row in updates[:2]] == ["sft", "afsft"]
+    assert all(row["casts"] > 0 and row["operations"] > 0 for row in updates)
+    # PEFT, where it is installed, computes the same
+    assert {row["tokens"] for row in updates} == {4 * 8}
+    for row in updates:
+        assert row["loss"] == pytest.approx(updates[0]["loss"], rel=1e-4)
+        assert row["last_loss"] < row["loss"]
+    names = [row["name"] for row in rows if "turns_a_second_32" in row]
+    assert names == ["rollout, growing cache", "rollout, static cache"]
+    assert "bench_gpu.json" in capsys.readouterr().out
+
+def test_the_static_cache_gives_the_same_tokens():
+    shape = bench_gpu.ON_CPU["tiny"]
+    vlm = bench_gpu.make_vlm(shape, bench_settings(), CPU, "sft")
+    prompts = [bench_gpu.make_prompt(vlm, shape) for _ in range(3)]
+    layers = set()
+    replies = []
+
+    def note_cache(net, args, kwargs):
+        layers.add(type(kwargs["past_key_values"].layers[0]).__name__)
+
+    vlm.net.register_forward_pre_hook(note_cache, with_kwargs=True)
+    for cache in bench_gpu.CACHES:
+        vlm.net.generation_config.cache_implementation = cache
+        replies.append(vlm.generate(prompts, 6, temperature=0.0)[0])
+    assert replies[0] == replies[1]
+    assert layers == {"DynamicLayer", "StaticLayer"}
