@@ -6,7 +6,7 @@ Generate the tables of results in README.md and docs/ from the records in docs/r
     python -m extras.results add out/numberline --experiment=numberline_mixed
 
 A table is placed between the lines `<!-- results: NAME -->` and `<!-- end of results -->`. NAME is
-`headline`, an experiment of runs.jsonl, or a table of measurements.json or published.json.
+`headline`, `families`, an experiment of runs.jsonl, or a table of measurements.json or published.json.
 `add` records a finished run.
 
 runs.jsonl has one line for each run, phase and way of decoding. Rates are percentages: `goal` (goal
@@ -78,10 +78,11 @@ def read_records(root=ROOT):
         return [json.loads(line) for line in f]
 
 def read_store(root=ROOT):
-    """Read all that the tables are made of: (records, headline, literal tables by name)."""
+    """Read all that the tables are made of: (records, headline, other tables by name)."""
     folder = os.path.join(root, "docs", "results")
     literal = read_json(os.path.join(folder, "measurements.json"))
     literal |= read_json(os.path.join(folder, "published.json"))
+    literal["families"] = read_json(os.path.join(folder, "families.json"))
     return read_records(root), read_json(os.path.join(folder, "headline.json")), literal
 
 def key_of(record, names):
@@ -318,7 +319,7 @@ def headline_cell(records, row, column):
     return " ".join([" / ".join(texts), *filter(None, marks)])
 
 def headline_block(records, spec):
-    """Format the small table of README."""
+    """Format a small table, such as README's: a row for each experiment."""
     rows = [spec["columns"]]
     for row in spec["rows"]:
         wanted = dict(experiment=row["experiment"], method="data", variant="")
@@ -335,6 +336,9 @@ def render_text(name, store):
     records, headline, literal = store
     if name == "headline":
         return headline_block(records, headline)
+    if name == "families":
+        # like the headline, with a row for each model
+        return headline_block(records, literal[name])
     if name in literal:
         return literal_block(literal[name])
     own = [record for record in records if record["experiment"] == name]
