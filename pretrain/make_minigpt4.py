@@ -176,8 +176,8 @@ def project(blip2, projection, pixels):
 def teach_qformer(blip2, projection, pixels, features):
     """Teach Q-Former and projection to give these features (N, queries, width) of these pictures.
 
-    Through the language model they learn the same from far fewer hints, and hundreds of updates pass before
-    the first one. Features are learned at mean 0 and variance 1; the projection restores their size.
+    It takes a minute, because no language model takes part. Features are learned at mean 0 and variance 1;
+    the projection restores their size.
     """
     mean = features.mean((0, 1))
     scale = features.std()
