@@ -82,16 +82,14 @@ class LoRALinear(nn.Linear):
         self.scale = alpha / r
 
     def forward(self, x):
-        """Map x (..., in) to (..., out), both products in the dtype of autocast where it is on."""
-        dtype = self.lora_A.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            # One cast for both products, and none where x is in half precision already.
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x = x.to(dtype)
+        """Map x (..., in) to (..., out)."""
         y = super().forward(x)
         if not self.enabled:
             return y
-        low_rank = F.linear(x.to(dtype), self.lora_A)
+        if not torch.is_autocast_enabled(x.device.type):
+            # Autocast casts the weights to the dtype of x; without it, x takes that of the weights.
+            x = x.to(self.lora_A.dtype)
+        low_rank = F.linear(x, self.lora_A)
         update = F.linear(low_rank * self.scale, self.lora_B)
         return y + update.to(y.dtype)
 
@@ -487,7 +485,9 @@ class VLM(nn.Module):
         device: where to put the batch; None: on the VLM's own device.
         """
         device = device or self.device
-        P = round_up(max(prompt["input_ids"].shape[1] for prompt in prompts), self.multiples[0])
+        # rollouts run uncompiled layers, so they keep the shortest padding
+        multiple = self.multiples[0] if replies is not None else 4
+        P = round_up(max(prompt["input_ids"].shape[1] for prompt in prompts), multiple)
         per_token = self.find_per_token_keys(prompts[0])
         inputs = Inputs()
         for key in dict.fromkeys(key for prompt in prompts for key in prompt):

@@ -18,7 +18,7 @@ and prompts are not sorted by length: all are equally long here.
 Without a GPU what can be counted is what counts: casts, operations, graphs and graph breaks. The numbers go
 into a JSON file, too.
 """
-import json, os, tempfile, time
+import gc, json, os, tempfile, time
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ from extras.compiled import compile_layers, find_layers
 from extras.feature_cache import Inputs
 from extras.sharding import count_numbers
 from extras.sizes import CLIP_LARGE, language_config
-from model import VLM
+from model import VLM, choose_device
 from pretrain.questions import corpus
 from pretrain.tiny_nets import llava
 
@@ -204,6 +204,7 @@ class OurUpdate:
         self.vlm = make_vlm(shape, cfg, device, loss)
         self.name = f"{loss}, compiled" if is_compiled else loss
         if is_compiled:
+            torch._dynamo.reset()
             counters.clear()
             compile_layers(self.vlm)
         self.batch = make_update_batch(self.vlm, shape)
@@ -243,6 +244,7 @@ class PeftUpdate:
         with tempfile.TemporaryDirectory() as folder:
             vlm.save(folder)
             del vlm
+            gc.collect()
             net = make_net(shape, image_token, device)
             net = PeftModel.from_pretrained(net, folder, is_trainable=True).train()
 
@@ -277,6 +279,8 @@ def list_makers(shape, cfg, device, compiled):
 
 def measure_updates(makers, shape, device, peak):
     """Measure rows of the table at once -> list of rows."""
+    # a VLM and its hook hold each other: what the rows before have used is free after this only
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -290,7 +294,8 @@ def measure_updates(makers, shape, device, peak):
         row = dict(name=side.name, seconds=best, loss=loss, last_loss=float(side.update()))
         row["tokens"] = side.tokens * (shape.turns // shape.at_once)
         if isinstance(side, OurUpdate):
-            positions = shape.turns * side.batch["inputs"]["input_ids"].shape[1]
+            # without what lengths are rounded up by
+            positions = shape.turns // shape.at_once * int(side.batch["inputs"]["attention_mask"].sum())
             frozen = sum(count_numbers(layer) for layer in find_layers(side.vlm.net))
             row["share"] = 4 * frozen * positions / best / peak
         if device.type == "cuda":
@@ -330,7 +335,10 @@ def measure_shape(shape, cfg, device, peak, compiled):
 
 def print_gpu(cfg, compiled=(False, True)):
     """Print the table for this device, and write it as JSON -> {shape: rows}."""
-    device = torch.device("cuda" if torch.cuda.is_available() and cfg.device != "cpu" else "cpu")
+    if not cfg.lora_r:
+        raise SystemExit("lora_r=0 trains all weights, and `bench.py gpu` measures adapters: leave lora_r "
+                         "out.")
+    device = torch.device(choose_device(cfg))
     peak = matrix_peak(device)
     print(f"{device}, matrix products {peak / 1e12:.2f} TFLOP/s")
     table = {}

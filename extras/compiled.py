@@ -9,7 +9,7 @@ Compile the decoder layers of a model for updates: `--compile=True`.
 One layer is one graph without breaks, and all layers share it. Lengths are rounded up, so that few shapes
 appear. A second number of rows or a second length is compiled once more, then it is a symbol.
 """
-import contextlib, shutil
+import contextlib
 
 import torch
 import torch.nn as nn
@@ -42,7 +42,13 @@ def check_compiler(device):
         except ImportError:
             raise SystemExit("compile=True needs the package triton on a GPU, which comes with torch for "
                              "CUDA: install it, or set compile=False.")
-    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        if not is_compile_error(error):
+            raise
         raise SystemExit("compile=True needs a C++ compiler, and there is none on this machine: install g++, "
                          "or set compile=False.")
 
@@ -89,6 +95,8 @@ def try_layers(vlm, size):
         raise SystemExit(f"{explain_compile_error(error)}.")
     finally:
         set_calls(vlm.compiled, [None] * len(vlm.compiled))
+        # its graphs would count against MAX_GRAPHS
+        torch._dynamo.reset()
 
 def is_compile_error(error):
     """Tell whether an exception comes from the compiler."""

@@ -9,7 +9,7 @@ A run lies in out/grid and is named after its cell, such as biased_fbc_2. Its re
 docs/results/runs.jsonl, and the tables are written again (extras/results.py). A run that was stopped goes on
 from its last checkpoint, and one whose results are recorded is not made again: delete its lines to repeat it.
 """
-import os, re, subprocess, sys, time
+import os, platform, re, subprocess, sys, time
 from typing import NamedTuple
 
 from configurator import configure
@@ -109,12 +109,11 @@ def state_of(cell, cfg, records):
 
 def machine():
     """Name the processor and how runs share it, for the records."""
-    name = "a CPU"
-    with open("/proc/cpuinfo", encoding="utf-8") as f:
-        for line in f:
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
+    name = platform.processor() or "a CPU"
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            names = [line.partition(":")[2].strip() for line in f if line.startswith("model name")]
+        name = (names or [name])[0]
     return f"one thread of {os.cpu_count()} of {name}, other runs beside it"
 
 # ---- making the runs ----
@@ -176,6 +175,10 @@ def main(argv):
         raise ConfigError(f"No run has {cfg.only!r} in its name: python -m extras.grid lists them.")
     if cfg.jobs < 1:
         raise ConfigError(f"jobs={cfg.jobs} would make no run: set 1 or more.")
+    if cfg.hours < 0:
+        raise ConfigError(f"hours={cfg.hours} is over already: set a number above 0, or 0 for no limit.")
+    if os.path.exists(cfg.out) and not os.path.isdir(cfg.out):
+        raise ConfigError(f"out={cfg.out!r} is a file: name a folder.")
     if is_run:
         failed = run(cfg, wanted)
         sys.exit(f"Failed: {', '.join(failed)}." if failed else 0)

@@ -103,13 +103,13 @@ def explained(rank=0, way_on=run_folder.way_on):
         raise SystemExit(explain_error(error, way_on))
     except FloatingPointError as error:
         raise SystemExit(f"{error}; {way_on()}.")
-    except RuntimeError as error:
-        if is_compile_error(error):
-            raise SystemExit(f"{explain_compile_error(error)}; {way_on()}.")
-        if not re.search("out of memory|allocate memory", str(error)):
+    except Exception as error:
+        if re.search("out of memory|allocate memory", str(error)) and isinstance(error, RuntimeError):
+            raise SystemExit("There is not enough memory: lower micro_batch or num_envs, set "
+                             f"grad_checkpointing=True, or shorten the texts; {way_on()}.")
+        if not is_compile_error(error):
             raise
-        raise SystemExit("There is not enough memory: lower micro_batch or num_envs, set "
-                         f"grad_checkpointing=True, or shorten the texts; {way_on()}.")
+        raise SystemExit(f"{explain_compile_error(error)}; {way_on()}.")
     finally:
         unlock_all()
         run_folder.CLAIMED.run = ""

@@ -108,7 +108,11 @@ def let_read(folder):
     """Let all who may read a folder read its files: the writer of safetensors keeps them to its owner."""
     mode = os.stat(folder).st_mode & 0o666
     for name in list_files(folder):
-        os.chmod(os.path.join(folder, name), mode)
+        file = os.path.join(folder, name)
+        # a file system without modes has nothing to change
+        if mode & ~os.stat(file).st_mode:
+            with contextlib.suppress(OSError):
+                os.chmod(file, mode)
 
 def sync_files(folder):
     """Flush the files of a folder to the disk."""

@@ -8,11 +8,12 @@ import json
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.exc import InvalidCxxCompiler
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import families, model
 from configurator import configure
-from extras import compiled
+from extras import compiled, stopping
 from extras.read_run import TRAIN, read_run_config
 from small_runs import flags, make_tiny, metrics, one_sentence, run, weights
 from small_runs import straight, tiny  # noqa: F401  (fixtures)
@@ -169,6 +170,18 @@ def test_an_evaluation_compiles_nothing(tmp_path):
     assert not read_run_config(str(tmp_path)).compile
     assert read_run_config(str(tmp_path), "resume").compile
 
+def test_a_compiler_that_gives_up_during_an_update_is_explained():
+    """Too many shapes raised an error of another kind than the others, and ended in a traceback."""
+
+    def give_up():
+        with stopping.explained():
+            raise torch._dynamo.exc.FailOnRecompileLimitHit("too many graphs")
+
+    one_sentence(give_up, "does not compile (too many graphs)", "compile=False")
+
 def test_a_machine_without_a_compiler_is_told_so(monkeypatch):
-    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    def missing():
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(torch._inductor.cpp_builder, "get_cpp_compiler", missing)
     one_sentence(lambda: compiled.check_compiler(torch.device("cpu")), "g++", "compile=False")
