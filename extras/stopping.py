@@ -5,7 +5,7 @@ Stop a run in an orderly way: a signal, a full disk.
     a rollout                           is broken off, and played again after the resume
     before the first update             the run ends at once: there is nothing to save yet
 """
-import contextlib, errno, os, re, signal
+import contextlib, errno, os, re, signal, sys
 
 from extras import run_folder
 from extras.compiled import explain_compile_error, is_compile_error
@@ -22,6 +22,7 @@ class Stop:
         self.signal = ""
         self.waits = False
         self.numbers = []
+        self.hook = sys.unraisablehook
 
     def listen(self):
         """Take the signals from now on."""
@@ -31,14 +32,25 @@ class Stop:
             if number and signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.hear)
                 self.numbers.append(number)
+        self.hook = sys.unraisablehook
+        sys.unraisablehook = self.report
 
     def rest(self):
         """Forget what was heard, and let signals end the process by themselves."""
         for number in self.numbers:
             signal.signal(number, signal.SIG_DFL)
+        sys.unraisablehook = self.hook
         self.numbers = []
         self.signal = ""
         self.waits = False
+
+    def report(self, unraisable):
+        """Report an exception that Python cannot raise, but not an interrupt: in a __del__ it gets lost.
+
+        The signal is noted, so the run stops after its update.
+        """
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            self.hook(unraisable)
 
     def hear(self, number, frame):
         """Note a signal; the second Ctrl-C does not wait."""

@@ -6,6 +6,7 @@ Every case is refused before anything is written, and most before a model is ope
 import os, shutil
 
 import pytest
+from torch._inductor.exc import InvalidCxxCompiler
 
 import evaluate, train
 from cases_models import QUICK, tiny, trained
@@ -177,6 +178,9 @@ GAMES = [
 def without_compiler():
     """Make the case of compiled layers on a machine that cannot compile."""
 
+    def missing():
+        raise InvalidCxxCompiler
+
     def make(folder):
         keys = QUICK | dict(model=tiny(), out_dir="out", compile=True)
         call = refused(train, flags(**keys))(folder)
@@ -184,7 +188,7 @@ def without_compiler():
         def patched():
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("torch.cuda.is_available", lambda: False)
-                patch.setattr("extras.compiled.shutil.which", lambda name: None)
+                patch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
                 return call()
 
         return patched

@@ -93,6 +93,22 @@ def test_environments_that_fail_do_not_cost_what_was_learned(straight, tiny, tmp
     assert metrics(out) == metrics(straight)
     assert weights(out) == weights(straight)
 
+def test_a_signal_in_a_destructor_is_not_lost(capfd):
+    """Python cannot raise there: it printed a traceback."""
+    stop = stopping.Stop()
+
+    class Falling:
+        def __del__(self):
+            stop.hear(signal.SIGINT, None)
+
+    stop.listen()
+    try:
+        Falling()
+        assert stop.signal == "SIGINT"
+    finally:
+        stop.rest()
+    assert capfd.readouterr().err == ""
+
 def test_the_second_ctrl_c_does_not_wait():
     """The first one lets the update finish; whoever presses it again means it."""
     stop = stopping.Stop()
