@@ -29,16 +29,12 @@ from extras.bench_peer import compare_with_trl
 from extras.bench_scale import print_scale
 from extras.memory import measure_memory
 from extras.sizes import print_sizes
+from extras.timing import seconds_of
 from model import build
 from pretrain.questions import corpus
 from pretrain.tiny_nets import llava
 
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
-
-def wait_for_device():
-    """Wait until a GPU has done what is queued."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 def median_seconds(*functions, rounds=7):
     """Return the median time of each function.
@@ -48,11 +44,7 @@ def median_seconds(*functions, rounds=7):
     times = [[] for _ in functions]
     for _ in range(rounds + 1):
         for function, seconds in zip(functions, times):
-            wait_for_device()
-            began = time.perf_counter()
-            function()
-            wait_for_device()
-            seconds.append(time.perf_counter() - began)
+            seconds.append(seconds_of(function))
     # the first round warms up
     return [statistics.median(seconds[1:]) for seconds in times]
 

@@ -18,7 +18,7 @@ and prompts are not sorted by length: all are equally long here.
 Without a GPU what can be counted is what counts: casts, operations, graphs and graph breaks. The numbers go
 into a JSON file, too.
 """
-import gc, json, os, tempfile, time
+import functools, gc, os, tempfile
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -28,10 +28,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.initialization import no_init_weights
 
 from agent_rl import compute_loss
-from extras.compiled import compile_layers, find_layers
+from extras.compiled import check_compiler, compile_layers
 from extras.feature_cache import Inputs
-from extras.sharding import count_numbers
+from extras.sharding import count_numbers, find_layers
 from extras.sizes import CLIP_LARGE, language_config
+from extras.timing import seconds_of, wait_for_device
+from extras.whole_files import write_json
 from model import VLM, choose_device
 from pretrain.questions import corpus
 from pretrain.tiny_nets import llava
@@ -117,32 +119,19 @@ def make_update_batch(vlm, shape):
     ended = (nexts < 0).float()
     return batch | dict(reward=ones, terminated=ended, return_to_go=ones, ep_return=ones)
 
-def wait_for(device):
-    """Wait until a GPU has done what is queued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-def seconds_of_call(function, device):
-    """Return the seconds of a call."""
-    wait_for(device)
-    began = time.perf_counter()
-    function()
-    wait_for(device)
-    return time.perf_counter() - began
-
-def shortest(functions, device, rounds):
+def shortest(functions, rounds):
     """Return the shortest time of each function; they take turns, after a call of each that warms up."""
-    seconds = [[seconds_of_call(function, device)] for function in functions]
+    seconds = [[seconds_of(function)] for function in functions]
     for _ in range(rounds):
         for function, own in zip(functions, seconds):
-            own.append(seconds_of_call(function, device))
+            own.append(seconds_of(function))
     return [min(own[1:]) for own in seconds]
 
 def matrix_peak(device):
     """Measure the FLOP/s of a large matrix product."""
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=half(device))
-    return 2 * n**3 / shortest([lambda: a @ a], device, 20)[0]
+    return 2 * n**3 / shortest([lambda: a @ a], 20)[0]
 
 def count_operations(function, device):
     """Count what a function does by the profiler: casts, operations, on a GPU kernels."""
@@ -151,7 +140,7 @@ def count_operations(function, device):
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
         function()
-        wait_for(device)
+        wait_for_device()
     counts = {"casts": 0, "operations": 0, "kernels": 0}
     for event in profile.events():
         counts["casts"] += event.name == "aten::_to_copy"
@@ -204,8 +193,6 @@ class OurUpdate:
         self.vlm = make_vlm(shape, cfg, device, loss)
         self.name = f"{loss}, compiled" if is_compiled else loss
         if is_compiled:
-            torch._dynamo.reset()
-            counters.clear()
             compile_layers(self.vlm)
         self.batch = make_update_batch(self.vlm, shape)
         self.is_compiled = is_compiled
@@ -267,14 +254,23 @@ def has_peft():
         return False
     return True
 
+def can_compile(device):
+    """Tell whether this machine can compile, and say so if not."""
+    try:
+        check_compiler(device)
+    except SystemExit as error:
+        print(f"The compiled rows are left out. {error}")
+        return False
+    return True
+
 def list_makers(shape, cfg, device, compiled):
     """List functions that make the rows' updates."""
     makers = []
     for is_compiled in compiled:
         for loss in ("sft", "afsft"):
-            makers.append(lambda row=(loss, is_compiled): OurUpdate(shape, cfg, device, *row))
+            makers.append(functools.partial(OurUpdate, shape, cfg, device, loss, is_compiled))
     if has_peft():
-        makers.append(lambda: PeftUpdate(shape, cfg, device))
+        makers.append(functools.partial(PeftUpdate, shape, cfg, device))
     return makers
 
 def measure_updates(makers, shape, device, peak):
@@ -287,11 +283,14 @@ def measure_updates(makers, shape, device, peak):
     sides = [make() for make in makers]
     first = []
     for side in sides:
-        first.append(float(side.update()))
-    seconds = shortest([side.update for side in sides], device, ROUNDS)
+        # each row compiles, and counts, graphs of its own
+        torch._dynamo.reset()
+        counters.clear()
+        first.append(dict(loss=float(side.update()), **side.counts()))
+    seconds = shortest([side.update for side in sides], ROUNDS)
     rows = []
-    for side, loss, best in zip(sides, first, seconds):
-        row = dict(name=side.name, seconds=best, loss=loss, last_loss=float(side.update()))
+    for side, found, best in zip(sides, first, seconds):
+        row = dict(name=side.name, seconds=best, **found, last_loss=float(side.update()))
         row["tokens"] = side.tokens * (shape.turns // shape.at_once)
         if isinstance(side, OurUpdate):
             # without what lengths are rounded up by
@@ -300,7 +299,7 @@ def measure_updates(makers, shape, device, peak):
             row["share"] = 4 * frozen * positions / best / peak
         if device.type == "cuda":
             row["gib"] = torch.cuda.max_memory_allocated() / GIB
-        rows.append(row | count_operations(side.update, device) | side.counts())
+        rows.append(row | count_operations(side.update, device))
     return rows
 
 
@@ -317,38 +316,41 @@ def measure_rollouts(shape, cfg, device):
         row = dict(name=f"rollout, {cache or 'growing'} cache")
         for n in (1, 32):
             torch.manual_seed(0)
-            [best] = shortest([lambda: vlm.generate(prompts[:n], cfg.max_new_tokens)], device, 2)
+            [best] = shortest([lambda: vlm.generate(prompts[:n], cfg.max_new_tokens)], 2)
             row[f"turns_a_second_{n}"] = n / best
         rows.append(row)
     return rows
 
 def measure_shape(shape, cfg, device, peak, compiled):
-    """Measure all rows of a shape: on a GPU one after the other, on the CPU in turns."""
+    """Measure all rows of a shape, on a GPU one after the other, on the CPU in turns; yield lists of rows."""
     makers = list_makers(shape, cfg, device, compiled)
-    rows = []
-    if device.type == "cuda":
-        for make in makers:
-            rows += measure_updates([make], shape, device, peak)
-    else:
-        rows += measure_updates(makers, shape, device, peak)
-    return rows + measure_rollouts(shape, cfg, device)
+    groups = [[make] for make in makers] if device.type == "cuda" else [makers]
+    for group in groups:
+        yield measure_updates(group, shape, device, peak)
+    yield measure_rollouts(shape, cfg, device)
+
+def print_row_of(shape_name, row):
+    """Print a row of the table."""
+    cells = [f"{key} {value:.6g}" for key, value in row.items() if key != "name"]
+    print(f"{shape_name:<14}{row['name']:<24}{'  '.join(cells)}", flush=True)
 
 def print_gpu(cfg, compiled=(False, True)):
-    """Print the table for this device, and write it as JSON -> {shape: rows}."""
+    """Print the table for this device, and write it as JSON after each row -> {shape: rows}."""
     if not cfg.lora_r:
         raise SystemExit("lora_r=0 trains all weights, and `bench.py gpu` measures adapters: leave lora_r "
                          "out.")
     device = torch.device(choose_device(cfg))
+    if True in compiled and not can_compile(device):
+        compiled = (False,)
     peak = matrix_peak(device)
-    print(f"{device}, matrix products {peak / 1e12:.2f} TFLOP/s")
+    file = os.path.join(tempfile.mkdtemp(prefix="bench_gpu_"), "bench_gpu.json")
+    print(f"{device}, matrix products {peak / 1e12:.2f} TFLOP/s; {file} has the rows, too")
     table = {}
     for name, shape in (ON_GPU if device.type == "cuda" else ON_CPU).items():
-        table[name] = measure_shape(shape, cfg, device, peak, compiled)
-        for row in table[name]:
-            cells = [f"{key} {value:.6g}" for key, value in row.items() if key != "name"]
-            print(f"{name:<14}{row['name']:<24}{'  '.join(cells)}", flush=True)
-    file = os.path.join(tempfile.mkdtemp(prefix="bench_gpu_"), "bench_gpu.json")
-    with open(file, "w") as f:
-        json.dump(dict(device=str(device), peak=peak, table=table), f, indent=1)
-    print(f"written to {file}")
+        table[name] = []
+        for rows in measure_shape(shape, cfg, device, peak, compiled):
+            for row in rows:
+                print_row_of(name, row)
+            table[name] += rows
+            write_json(file, dict(device=str(device), peak=peak, table=table))
     return table

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from buffer import prompt_messages, reply_text
+from extras.timing import seconds_of, wait_for_device
 from extras.unlogged import Unlogged
 from model import build, load_base
 
@@ -68,16 +69,6 @@ def full_windows(data, rng, cfg):
     raise SystemExit(f"window={cfg.window}: too few of the {len(data.episodes)} recorded episodes have so "
                      "many turns, set fewer.")
 
-def seconds_of(function, device):
-    """Return the seconds that a call takes, what it queues on a GPU included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
 
 # ---- our side ----
 
@@ -107,7 +98,7 @@ class Ours:
     def timed_update(self, step):
         """Make one update, and note its time, loss and number of reply tokens."""
         found = {}
-        seconds = seconds_of(lambda: found.update(self.update(step)), self.vlm.device)
+        seconds = seconds_of(lambda: found.update(self.update(step)))
         self.seconds.append(seconds)
         self.losses.append(found["nll"])
         self.tokens.append(round(found["tokens"]))
@@ -157,7 +148,7 @@ class Products(TorchDispatchMode):
             function(*args, **kwargs)
 
     def timed_update(self, step):
-        self.seconds.append(seconds_of(self.run, self.device))
+        self.seconds.append(seconds_of(self.run))
 
 class SquareProduct:
     """A product of two square matrices in the dtype of the matrix products: the peak of this machine."""
@@ -170,7 +161,7 @@ class SquareProduct:
         self.seconds = []
 
     def timed_update(self, step):
-        self.seconds.append(seconds_of(lambda: self.a @ self.a, self.device))
+        self.seconds.append(seconds_of(lambda: self.a @ self.a))
 
     def rate(self):
         """Return floating point operations a second."""
@@ -256,8 +247,7 @@ def run_interleaved(trainer, sides, device):
             self.began = time.perf_counter()
 
         def on_step_end(self, args, state, control, **kwargs):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for_device()
             seconds.append(time.perf_counter() - self.began)
             for side in sides:
                 side.timed_update(len(seconds) - 1)

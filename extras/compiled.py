@@ -12,10 +12,9 @@ appear. A second number of rows or a second length is compiled once more, then i
 import contextlib
 
 import torch
-import torch.nn as nn
 
 from extras.model_folders import first_sentence, trial_prompt
-from extras.sharding import count_numbers
+from extras.sharding import find_layers
 
 # Lengths of prompts and of replies are rounded up to multiples of these.
 MULTIPLES = (64, 16)
@@ -23,14 +22,6 @@ MULTIPLES = (64, 16)
 BACKEND = "inductor"
 # Graphs of one layer: with and without adapters or padding, each for a first shape and for all shapes.
 MAX_GRAPHS = 64
-
-def find_layers(net):
-    """Find the decoder layers: the largest stack of modules in the language model."""
-    decoder = net.get_decoder() or net
-    stacks = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
-    if not stacks:
-        raise SystemExit("compile=True: this model has no list of decoder layers: set compile=False.")
-    return list(max(stacks, key=count_numbers))
 
 def check_compiler(device):
     """End with one sentence if this machine cannot compile for the device."""
@@ -65,6 +56,8 @@ def compile_layers(vlm, backend=None):
     check_compiler(vlm.device)
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
     vlm.compiled = find_layers(vlm.net)
+    if not vlm.compiled:
+        raise SystemExit("compile=True: this model has no list of decoder layers: set compile=False.")
     vlm.multiples = MULTIPLES
     for layer in vlm.compiled:
         layer.compile(backend=backend or BACKEND, fullgraph=True)

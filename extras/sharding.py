@@ -8,6 +8,11 @@ def count_numbers(module):
     """Count the numbers in a module's parameters."""
     return sum(param.numel() for param in module.parameters())
 
+def find_layers(net):
+    """Find the decoder layers: the largest stack of modules in the language model; [] without a stack."""
+    stacks = [module for module in net.get_decoder().modules() if isinstance(module, nn.ModuleList)]
+    return list(max(stacks, key=count_numbers, default=[]))
+
 def shard_layers(net, device, n_ranks):
     """Shard the frozen weights of the language model's layers, in place.
 
@@ -18,15 +23,7 @@ def shard_layers(net, device, n_ranks):
     from torch.distributed.fsdp import fully_shard
 
     mesh = dist.init_device_mesh(device, (n_ranks,))
-    decoder = net.get_decoder()
-    stacks = [
-        module
-        for module in decoder.modules()
-        if isinstance(module, nn.ModuleList)
-    ]
-    # the layers are the largest stack of modules
-    layers = max(stacks, key=count_numbers)
-    for layer in layers:
+    for layer in find_layers(net):
         trained = {
             param
             for param in layer.parameters()
