@@ -130,9 +130,11 @@ def start(cell, cfg, is_begun):
 
 def add_to_tables(cell, cfg):
     """Put a finished run into the tables."""
-    names = dict(experiment=cell.experiment, variant=cell.variant)
+    # of a run that was stopped, meta.json has the last command only
+    command = f"python train.py {cell.flags}"
+    names = dict(experiment=cell.experiment, variant=cell.variant, command=command, hardware=machine())
     flags = [f"--{key}={value}" for key, value in names.items()]
-    results.main(["add", folder_of(cell, cfg), *flags, f"--hardware={machine()}"])
+    results.main(["add", folder_of(cell, cfg), *flags])
 
 def run(cfg, wanted):
     """Make the runs that are missing, `jobs` at once; returns the names of those that failed."""

@@ -28,6 +28,7 @@ experiment = ''  # of `add`: the table that the run belongs to
 variant = ''     # of `add`: what differs from the experiment's main run, for the table
 hardware = ''    # of `add`: the machine that the run was made on
 note = ''        # of `add`: one sentence for the reader
+command = ''     # of `add`: what was run; '': the last command of the run, as meta.json has it
 # --- end of config ---
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -66,6 +67,8 @@ EVALUATIONS = {
 }
 # Experiments whose tables have an interval for each seed, because all seeds play the same deals.
 SEED_INTERVALS = ("blackjack", "points24")
+# Tables with a row for an experiment and a few of its rates.
+SMALL = ("headline", "families")
 PLAYER = ("env", "method", "variant", "phase")
 IDENTITY = ("experiment", *PLAYER, "decoding", "seed")
 DATA = ("experiment", "env", "method", "seed", "n", "goal", "valid")
@@ -78,12 +81,12 @@ def read_records(root=ROOT):
         return [json.loads(line) for line in f]
 
 def read_store(root=ROOT):
-    """Read all that the tables are made of: (records, headline, other tables by name)."""
+    """Read all that the tables are made of: (records, small tables by name, literal tables by name)."""
     folder = os.path.join(root, "docs", "results")
     literal = read_json(os.path.join(folder, "measurements.json"))
     literal |= read_json(os.path.join(folder, "published.json"))
-    literal["families"] = read_json(os.path.join(folder, "families.json"))
-    return read_records(root), read_json(os.path.join(folder, "headline.json")), literal
+    small = {name: read_json(os.path.join(folder, f"{name}.json")) for name in SMALL}
+    return read_records(root), small, literal
 
 def key_of(record, names):
     """Return what identifies a record, or the player that it belongs to."""
@@ -282,12 +285,12 @@ def literal_block(spec):
     return f"{markdown([spec['columns'], *spec['rows']])}\n\n{how}Source: {spec['source']}."
 
 
-# --------------------------------------------------------------------------------------------------- headline
+# ----------------------------------------------------------------------------------------------- small tables
 def whole(value):
     """Round half up to a whole percent."""
     return str(int(value + 0.5 + 1e-9))
 
-def headline_value(records, row, phase, decoding, variants):
+def small_value(records, row, phase, decoding, variants):
     """Round the first rate that one of the variants has: (text, whether it is of one seed)."""
     wanted = dict(experiment=row["experiment"], phase=phase, decoding=decoding)
     if "env" in row:
@@ -299,14 +302,14 @@ def headline_value(records, row, phase, decoding, variants):
             return whole(pooled(found, row["metric"])[0]), len(found) == 1
     return "–", False
 
-def headline_cell(records, row, column):
-    """Format one cell of the headline: greedy / sampled, and its marks."""
+def small_cell(records, row, column):
+    """Format one cell of a small table: greedy / sampled, and its marks."""
     if column not in row:
         return ""
     phase = "online" if column == "online" else "offline"
     pair = []
     for decoding in ("greedy", "sampled"):
-        pair.append(headline_value(records, row, phase, decoding, row[column]))
+        pair.append(small_value(records, row, phase, decoding, row[column]))
     texts = [text for text, _ in pair]
     measured = [one_seed for text, one_seed in pair if text != "–"]
     if not measured:
@@ -318,14 +321,14 @@ def headline_cell(records, row, column):
         texts = [f"{text}¹" if one_seed else text for text, one_seed in pair]
     return " ".join([" / ".join(texts), *filter(None, marks)])
 
-def headline_block(records, spec):
+def small_block(records, spec):
     """Format a small table, such as README's: a row for each experiment."""
     rows = [spec["columns"]]
     for row in spec["rows"]:
         wanted = dict(experiment=row["experiment"], method="data", variant="")
         data = select(records, row["metric"], **wanted)
         cells = [row["label"], whole(pooled(data, row["metric"])[0])]
-        cells += [headline_cell(records, row, column) for column in ("sft", "offline", "online")]
+        cells += [small_cell(records, row, column) for column in ("sft", "offline", "online")]
         rows.append(cells)
     return f"{markdown(rows)}\n\n{spec['note']}"
 
@@ -333,17 +336,14 @@ def headline_block(records, spec):
 # ------------------------------------------------------------------------------------------------------ files
 def render_text(name, store):
     """Return the text of the block NAME."""
-    records, headline, literal = store
-    if name == "headline":
-        return headline_block(records, headline)
-    if name == "families":
-        # like the headline, with a row for each model
-        return headline_block(records, literal[name])
+    records, small, literal = store
+    if name in small:
+        return small_block(records, small[name])
     if name in literal:
         return literal_block(literal[name])
     own = [record for record in records if record["experiment"] == name]
     if not own:
-        known = ["headline", *literal, *dict.fromkeys(record["experiment"] for record in records)]
+        known = [*small, *literal, *dict.fromkeys(record["experiment"] for record in records)]
         hint = nearest(name, known, "see docs/results/")
         raise ConfigError(f"There are no results of the name {name}; {hint}.")
     return experiment_block(own)
@@ -448,7 +448,7 @@ def run_records(run, cfg):
         date=time.strftime("%Y-%m-%d", time.gmtime(written)),
         commit=meta["commit"][:8],
         config=os.path.basename(config[-1])[:-3] if config else "",
-        command=f"python train.py {shlex.join(meta['argv'])}",
+        command=cfg.command or f"python train.py {shlex.join(meta['argv'])}",
         hardware=cfg.hardware,
         note=cfg.note,
     )

@@ -148,7 +148,7 @@ def test_headline_marks_what_is_not_like_for_like():
     """A cell of one seed has a mark, a cell that was not measured is a dash."""
     rows = [row.split(" | ") for row in results.render_text("headline", STORE).splitlines()]
     cells = {row[0].strip("| "): row[1:] for row in rows if len(row) == 5}
-    for row in STORE[1]["rows"]:
+    for row in STORE[1]["headline"]["rows"]:
         wanted = dict(experiment=row["experiment"], method="sft", variant=row["sft"][0], decoding="sampled")
         found = results.select(RECORDS, row["metric"], **wanted)
         sft = cells[row["label"]][1]
@@ -220,7 +220,7 @@ def finished_run(folder, seed=7):
 
 def flags(**given):
     """Make the settings of `add`."""
-    cfg = dict(experiment="numberline_mixed", variant="", hardware="a box", note="")
+    cfg = dict(experiment="numberline_mixed", variant="", hardware="a box", note="", command="")
     return SimpleNamespace(**cfg | given)
 
 def test_add_appends_the_rows_of_a_run(copy, tmp_path):
@@ -243,6 +243,13 @@ def test_add_appends_the_rows_of_a_run(copy, tmp_path):
     assert record["command"] == "python train.py config/numberline.py --seed=7 --lr=1e-3"
     results.update_files(copy)
     assert "`python train.py config/numberline.py --lr=1e-3` | a box" in read("docs/page.md", copy)
+
+def test_the_command_of_a_run_that_was_stopped_is_given(copy, tmp_path):
+    """Of such a run meta.json has the last command only, with its --resume=True."""
+    run = finished_run(tmp_path / "run")
+    whole = "python train.py config/numberline.py"
+    new = results.add(run, flags(command=whole), copy)
+    assert {record["command"] for record in new} == {whole}
 
 def test_add_refuses_a_run_twice(copy, tmp_path):
     run = finished_run(tmp_path / "run")
