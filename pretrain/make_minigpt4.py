@@ -11,7 +11,7 @@ extras/minigpt4.py puts them together by its own command line, as it does the pu
 parts have been trained before. Tower and language model are tiny-vlm's. The Q-Former and the projection learn
 here what tiny-vlm's own projector makes of a picture. The second command then teaches the whole to read.
 """
-import inspect, os, subprocess, sys
+import os, subprocess, sys
 
 import numpy as np
 import torch
@@ -28,14 +28,15 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from model import load_model
 from pretrain.questions import Reading
-from pretrain.tiny_nets import read_numbers, rescale_weights
+from pretrain.tiny_nets import rescale_weights
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BASE = os.path.join(ROOT, "bases", "tiny-vlm")
 # The words of MiniGPT-4's prompt, and what tiny-vlm has in their place: its prompt is the picture, the
 # question, a line that begins with ">", the answer, <|end|>.
 WORDS = {"###": "<|end|>", "Human: ": "\n", "<Img>": "\n", "</Img>": "\n", "Assistant: ": ">"}
-# the Q-Former's lessons
+# the Q-Former, and its lessons
+HIDDEN = 128
 N_PICTURES = 3000
 UPDATES = 400
 BATCH_SIZE = 64
@@ -117,21 +118,21 @@ def copy_tower(clip, tower, pixels):
 
 # ---- the Q-Former ----
 
-def qformer_settings(width, hidden, layers):
-    """Return the settings of a Q-Former: every layer looks at the picture, whose patches have this width."""
+def qformer_settings(width):
+    """Return the settings of a Q-Former of one layer, which looks at patches of this width."""
     return Blip2QFormerConfig(
         vocab_size=8,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
+        hidden_size=HIDDEN,
+        intermediate_size=3 * HIDDEN,
+        num_hidden_layers=1,
+        num_attention_heads=HIDDEN // 32,
         encoder_hidden_size=width,
         cross_attention_frequency=1,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
 
-def build_blip2(net, queries, hidden, layers):
+def build_blip2(net, queries):
     """Build a BLIP-2 with a LLaVA's tower settings, and random weights.
 
     Its language model is a stub that the converter leaves out.
@@ -146,7 +147,7 @@ def build_blip2(net, queries, hidden, layers):
     )
     config = Blip2Config(
         vision_config=Blip2VisionConfig(**tower_settings(clip)),
-        qformer_config=qformer_settings(clip.hidden_size, hidden, layers),
+        qformer_config=qformer_settings(clip.hidden_size),
         text_config=stub,
         num_query_tokens=queries,
     )
@@ -222,7 +223,7 @@ def save_llama(folder, net, tokenizer):
     language.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-def save_parts(folder, qformer_hidden=128, qformer_layers=1):
+def save_parts(folder):
     """Write BLIP-2, LLaMA and the projection -> their three paths."""
     paths = [os.path.join(folder, name) for name in ("blip2", "llama", "projection.pth")]
     net, processor = load_model(BASE)
@@ -230,9 +231,9 @@ def save_parts(folder, qformer_hidden=128, qformer_layers=1):
     features = llava_features(net, pixels)
     _, queries, width = features.shape
 
-    blip2 = build_blip2(net, queries, qformer_hidden, qformer_layers)
+    blip2 = build_blip2(net, queries)
     copy_tower(net.model.vision_tower, blip2.vision_model, pixels[:100])
-    projection = torch.nn.Linear(qformer_hidden, width)
+    projection = torch.nn.Linear(HIDDEN, width)
     teach_qformer(blip2, projection, pixels, features)
 
     blip2.save_pretrained(paths[0])
@@ -244,18 +245,13 @@ def save_parts(folder, qformer_hidden=128, qformer_layers=1):
     return paths
 
 
-USAGE = (
-    "Name a new folder and, if you like, sizes: python -m pretrain.make_minigpt4 FOLDER "
-    "[--qformer_hidden=128 --qformer_layers=1]."
-)
+USAGE = "Name a new folder: python -m pretrain.make_minigpt4 FOLDER."
 
 def main(argv):
     """Write the parts beside the folder and let the converter make the model: main(["out/minigpt4"])."""
-    if not argv or argv[0].startswith("-"):
+    if len(argv) != 1 or argv[0].startswith("-"):
         raise SystemExit(USAGE)
     folder = argv[0]
-    known = set(inspect.signature(save_parts).parameters) - {"folder"}
-    sizes = read_numbers(argv[1:], known, USAGE)
     parts = f"{folder.rstrip('/')}-parts"
     for path in (folder, parts):
         if os.path.exists(path):
@@ -264,7 +260,7 @@ def main(argv):
 
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
-    blip2, llama, projection = save_parts(os.path.abspath(parts), **sizes)
+    blip2, llama, projection = save_parts(os.path.abspath(parts))
     command = [sys.executable, "-m", "extras.minigpt4"]
     command += [f"--blip2={blip2}", f"--llama={llama}", f"--minigpt4={projection}"]
     command += [f"--out={os.path.abspath(folder)}"]

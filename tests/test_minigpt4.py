@@ -516,6 +516,6 @@ def test_the_words_of_the_prompt_start_out_as_the_old_ones(tiny_parts):
 def test_the_command_of_the_tiny_one(tmp_path):
     """A wrong word is one sentence, and nothing that exists is touched."""
     refuses("make_minigpt4 FOLDER", lambda: make_minigpt4.main([]))
-    refuses("make_minigpt4 FOLDER", lambda: make_minigpt4.main([str(tmp_path / "new"), "--querys=3"]))
+    refuses("make_minigpt4 FOLDER", lambda: make_minigpt4.main([str(tmp_path / "new"), "--queries=3"]))
     refuses(tmp_path, lambda: make_minigpt4.main([str(tmp_path)]))
     assert not list(tmp_path.iterdir())
