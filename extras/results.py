@@ -399,15 +399,18 @@ def read_evaluations(run):
     return results | evaluation["results"], evaluation["q_weight"]
 
 def minutes_of(run):
-    """Return how long a run took, from the last line of metrics.jsonl; None without one."""
+    """Return how long a run took, by metrics.jsonl; None without one. A resumed run starts its clock anew."""
     path = os.path.join(run, "metrics.jsonl")
     if not os.path.exists(path):
         return None
+    earlier = seconds = 0.0
     with open(path, encoding="utf-8") as f:
-        lines = f.readlines()
-    last = json.loads(lines[-1]) if lines else {}
-    seconds = sum(value for name, value in last.items() if name.startswith("time/"))
-    return round(seconds / 60, 1)
+        for line in f:
+            now = sum(value for name, value in json.loads(line).items() if name.startswith("time/"))
+            if now < seconds:
+                earlier += seconds
+            seconds = now
+    return round((earlier + seconds) / 60, 1)
 
 def rates_of(summary):
     """Return the rates of a summary as fields of a record."""

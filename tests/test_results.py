@@ -251,6 +251,15 @@ def test_the_command_of_a_run_that_was_stopped_is_given(copy, tmp_path):
     new = results.add(run, flags(command=whole), copy)
     assert {record["command"] for record in new} == {whole}
 
+def test_the_minutes_of_a_resumed_run_are_those_of_all_its_parts(tmp_path):
+    """The clock in metrics.jsonl starts anew with each start: a run of 11 minutes was recorded with 1.2."""
+    run = finished_run(tmp_path / "run")
+    rows = ""
+    for step, seconds in ((10, 60.0), (20, 240.0), (30, 30.0), (40, 120.0)):
+        rows += json.dumps({"step": step, "time/update": seconds}) + "\n"
+    (tmp_path / "run" / "metrics.jsonl").write_text(rows)
+    assert results.minutes_of(run) == 6.0
+
 def test_add_refuses_a_run_twice(copy, tmp_path):
     run = finished_run(tmp_path / "run")
     results.add(run, flags(), copy)
