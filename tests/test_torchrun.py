@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ import envs
 import evaluate, train
 from extras import checkpoints
 from buffer import Buffer
+from fake_engine import Engine
 from rank_jobs import train_and_save_gradients
 from small_runs import FEW, flags, make_tiny, metrics, numbers, one_sentence, read_json, replay, results
 
@@ -101,6 +103,7 @@ def runs(tmp_path_factory):
     shard    two ranks, with the layers sharded
     deep     the same with activations computed twice, three updates
     lost     rank 1 loses its first rollout
+    served   two ranks, whose rollouts a server plays
     hung     rank 1 falls silent in update 3
     wrong    a user's mistake
     """
@@ -118,6 +121,8 @@ def runs(tmp_path_factory):
     train_and_save_gradients(runs.job("moved", resume=True, stop_at=24), 3)
     shutil.copytree(runs.path("moved"), runs.path("alone"))
     short = dict(data_episodes=6, offline_updates=2, online_updates=4, eval_interval=0)
+    runs.engine = Engine(runs.path("tiny"))
+    threading.Thread(target=runs.engine.serve_forever, daemon=True).start()
     runs.start_jobs(
         "two",
         runs.job("two"),
@@ -125,9 +130,12 @@ def runs(tmp_path_factory):
         runs.job("moved", resume=True),
         runs.job("shard", shard=True),
         runs.job("deep", shard=True, grad_checkpointing=True, stop_at=3),
+        runs.job("served", rollout_url=runs.engine.url, **short),
         runs.job("lost", offline_ratio=0.0, **short),
     )
     runs.wait("two")
+    runs.engine.shutdown()
+    runs.engine.server_close()
     assert runs.codes["two"] == 0, runs.log("two")
     # its time-out ran meanwhile
     runs.wait("hang")
@@ -277,14 +285,42 @@ def test_a_rank_that_lost_its_first_episodes_learns_from_recorded_ones(runs):
     sentence = "Rank 1 has no episode of its own yet: it learns from recorded ones."
     assert log.count(sentence) == 1
 
+def test_ranks_share_a_server(runs):
+    """Rank 0 gives the server each policy once, and both ranks play with it at the same time."""
+    served = runs.path("served")
+    rows = [row for row in metrics(served) if "rollout/turns" in row]
+    assert [row["step"] for row in rows] == [3, 5]
+    assert [row["rollout/server_failures"] for row in rows] == [0, 0]
+
+    turns = []
+    for name in ("replay", "replay-1"):
+        shard = Buffer(os.path.join(served, name))
+        assert len(shard.episodes) == 6
+        # the last observation of an episode that was cut short has no reply
+        played = [row for row in shard.rows if row["source"] == "model"]
+        assert all(len(row["reply_ids"]) == len(row["behaviour_logprobs"]) > 0 for row in played)
+        turns.append(len(played))
+    players = [body["model"] for path, body in runs.engine.requests if path.endswith("completions")]
+    own = [name for name in players if name.startswith("rollout-")]
+    assert len(own) == sum(turns)
+    loaded = []
+    for path, body in runs.engine.requests:
+        if path.endswith("/load_lora_adapter") and body["lora_name"]:
+            loaded.append(body["lora_name"])
+    # the one that is tried before the run, and one for each rollout
+    assert len(loaded) == len(set(loaded)) == 3
+    assert set(own) == set(loaded[1:])
+    assert not runs.engine.adapters
+    assert not os.path.exists(os.path.join(served, "served"))
+
 def test_only_rank_0_prints(runs):
     """Each line is printed once, a user's mistake too."""
     log = runs.log("two")
-    # six jobs, five of them with a table
-    assert len(re.findall("^model  ", log, re.M)) == 6
-    assert len(re.findall("^schedule .*2 ranks", log, re.M)) == 6
-    assert len(re.findall("^  offline_updates = ", log, re.M)) == 6
-    assert len(re.findall("^picture hidden", log, re.M)) == 5
+    # seven jobs, six of them with a table
+    assert len(re.findall("^model  ", log, re.M)) == 7
+    assert len(re.findall("^schedule .*2 ranks", log, re.M)) == 7
+    assert len(re.findall("^  offline_updates = ", log, re.M)) == 7
+    assert len(re.findall("^picture hidden", log, re.M)) == 6
     assert "Traceback" not in log
 
     sentence = "batch_size=5 windows cannot be divided evenly among 2 ranks: set a multiple of 2."
