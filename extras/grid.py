@@ -9,7 +9,7 @@ A run lies in out/grid and is named after its cell, such as biased_fbc_2. Its re
 docs/results/runs.jsonl, and the tables are written again (extras/results.py). A run that was stopped goes on
 from its last checkpoint, and one whose results are recorded is not made again: delete its lines to repeat it.
 """
-import os, platform, re, subprocess, sys, time
+import os, platform, re, signal, subprocess, sys, time
 from typing import NamedTuple
 
 from configurator import configure
@@ -27,6 +27,9 @@ METHODS = ("sft", "fbc", "awr", "afsft")
 SEEDS = (0, 1, 2)
 # What differs is cloned; play is the policy's own, without the critic's help.
 OFFLINE = "--online_updates=0 --q_weight=0"
+# Play without a single whole episode of an expert, in which filtered cloning has little to choose from.
+LOW = "--expert_episodes=0 --data_mix={'expert':0.3,'random':0.5,'malformed':0.2}"
+BIASED = "--expert_episodes=0 --data_mix={'biased':1.0}"
 # What each table of comparison is about, and what is written behind train.py for it. Not every processor
 # computes in bfloat16, so none does here.
 WORLDS = {
@@ -35,9 +38,15 @@ WORLDS = {
     "biased": "config/numberline_biased.py",
     "ezpoints": "config/ezpoints.py --dtype=float32",
     "blackjack": "config/blackjack.py --dtype=float32",
+    "lake": "config/frozenlake.py --dtype=float32",
+    "rooms": "config/babyai_gotolocal.py --dtype=float32",
+    "pages": "config/miniwob.py --dtype=float32",
 }
+for world in ("lake", "rooms", "pages"):
+    WORLDS[f"{world}_low"] = f"{WORLDS[world]} {LOW}"
+    WORLDS[f"{world}_biased"] = f"{WORLDS[world]} {BIASED}"
 # Those that continue online by their config.
-ONLINE = ("mixed", "ezpoints", "blackjack")
+ONLINE = ("mixed", "ezpoints", "blackjack", "lake", "rooms", "pages")
 
 # One key at a time from the best setting: the keys, with seeds and worlds.
 ABLATIONS = """
@@ -86,6 +95,10 @@ def method_of(cell):
     found = re.search(r"--actor_loss=(\w+)", cell.flags)
     return found[1] if found else "afsft"
 
+def command_of(cell):
+    """Return the command of a run as it is typed in a shell, which would take the quotes out of a dict."""
+    return "python train.py " + re.sub(r"({\S+})", r'"\1"', cell.flags)
+
 def in_tables(cell, records):
     """Tell whether the results of a run are in docs/results/runs.jsonl."""
     wanted = (cell.experiment, method_of(cell), cell.variant, cell.seed)
@@ -131,8 +144,8 @@ def start(cell, cfg, is_begun):
 def add_to_tables(cell, cfg):
     """Put a finished run into the tables."""
     # of a run that was stopped, meta.json has the last command only
-    command = f"python train.py {cell.flags}"
-    names = dict(experiment=cell.experiment, variant=cell.variant, command=command, hardware=machine())
+    names = dict(experiment=cell.experiment, variant=cell.variant, command=command_of(cell))
+    names["hardware"] = machine()
     flags = [f"--{key}={value}" for key, value in names.items()]
     results.main(["add", folder_of(cell, cfg), *flags])
 
@@ -185,8 +198,10 @@ def main(argv):
         failed = run(cfg, wanted)
         sys.exit(f"Failed: {', '.join(failed)}." if failed else 0)
     records = results.read_records()
+    # `python -m extras.grid | head` ends when head does
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     for cell in wanted:
-        print(f"{state_of(cell, cfg, records):<9} {cell.name:<22} python train.py {cell.flags}")
+        print(f"{state_of(cell, cfg, records):<9} {cell.name:<22} {command_of(cell)}")
 
 
 if __name__ == "__main__":
