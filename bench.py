@@ -22,7 +22,7 @@ import envs
 import train
 from agent_rl import compute_loss
 from buffer import Buffer, make_batch
-from configurator import check_config, configure
+from configurator import ConfigError, check_config, configure
 from evaluate import env_factory, model_agent, play, record, scripted_agent
 from extras.bench_gpu import print_gpu
 from extras.bench_peer import compare_with_trl
@@ -227,9 +227,14 @@ BENCHMARKS = {
 def main(argv):
     """Run the benchmark that the first word names, without one the table."""
     benchmark = print_table
-    if argv and argv[0] in BENCHMARKS:
-        benchmark = BENCHMARKS[argv[0]]
+    word = argv[0] if argv else ""
+    if word in BENCHMARKS:
+        benchmark = BENCHMARKS[word]
         argv = argv[1:]
+    elif word and not word.startswith("-") and not word.endswith(".py"):
+        raise ConfigError(f"There is no benchmark {word!r}: name one of {', '.join(BENCHMARKS)}, or none.")
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
     cfg = check_config(configure(TRAIN, argv))
     benchmark(cfg)
 

@@ -292,9 +292,6 @@ class VLM(nn.Module):
         self.tokenizer = processor.tokenizer
         self.name = name
         switch_off_dropout(net)
-        # A checkpoint's own top_k, penalties, ... would change the sampling distribution.
-        net.generation_config = GenerationConfig()
-
         self.lora = {}
         self.lora_config = {}
         self.saved = SavedModules()
@@ -311,6 +308,8 @@ class VLM(nn.Module):
 
         # Special tokens are read, but never sampled: a placeholder would break the next forward pass.
         self.eos = find_end_of_turn(processor, net.config)
+        # A checkpoint's own top_k, penalties, ... would change the sampling distribution.
+        net.generation_config = GenerationConfig(eos_token_id=self.eos)
         unembedding = net.get_output_embeddings()
         self.vocab_size = len(unembedding.weight)
         specials = special_tokens(self.tokenizer)

@@ -362,6 +362,8 @@ def rollout(cfg, step, vlm, make_env, replay, server=None):
         with STOP.at_once():
             played = collect(play(make_env, act, seeds, cfg.num_envs // WORLD, **options))
     except (KeyboardInterrupt, SystemExit) as error:
+        if server:
+            server.release()
         if WORLD > 1:
             raise
         return error

@@ -1,7 +1,7 @@
 """
 Measure updates and rollouts of published shapes with random weights, side by side on one device.
 
-    python bench.py gpu                 # about six minutes on one card; without one, tiny shapes on the CPU
+    python bench.py gpu                 # planned for six minutes on one card; without one, tiny shapes on the CPU
     python bench.py gpu --device=cpu
 
 Updates: SFT, AFSFT, both with compile=True, and PEFT with the library's own loss (optional package). The
@@ -30,6 +30,7 @@ from transformers.initialization import no_init_weights
 from agent_rl import compute_loss
 from extras.compiled import check_compiler, compile_layers
 from extras.feature_cache import Inputs
+from extras.model_folders import first_sentence
 from extras.sharding import count_numbers, find_layers
 from extras.sizes import CLIP_LARGE, language_config
 from extras.timing import seconds_of, wait_for_device
@@ -325,9 +326,38 @@ def measure_shape(shape, cfg, device, peak, compiled):
     """Measure all rows of a shape, on a GPU one after the other, on the CPU in turns; yield lists of rows."""
     makers = list_makers(shape, cfg, device, compiled)
     groups = [[make] for make in makers] if device.type == "cuda" else [makers]
-    for group in groups:
-        yield measure_updates(group, shape, device, peak)
-    yield measure_rollouts(shape, cfg, device)
+    measures = [functools.partial(measure_updates, group, shape, device, peak) for group in groups]
+    measures.append(functools.partial(measure_rollouts, shape, cfg, device))
+    for measure in measures:
+        try:
+            yield measure()
+        except torch.cuda.OutOfMemoryError as error:
+            # a smaller card still has the rows that fit
+            print(f"A row does not fit into the memory of this GPU: {first_sentence(error)}.")
+
+def find_row(rows, *names):
+    """Find the fastest of the rows that bear one of some names; None if there is none."""
+    found = [row for row in rows if row["name"] in names]
+    return min(found, key=lambda row: row.get("seconds", 0.0), default=None)
+
+def ratios_of(rows):
+    """Compute what the rows of a shape are about -> {what: ratio}."""
+    ratios = {}
+    ours = find_row(rows, "afsft", "afsft, compiled")
+    sft = find_row(rows, "sft", "sft, compiled")
+    peft = find_row(rows, PeftUpdate.name)
+    if ours and sft:
+        ratios["AFSFT / SFT, seconds"] = ours["seconds"] / sft["seconds"]
+        ratios["AFSFT, share of the matrix peak"] = ours["share"]
+    if ours and peft:
+        ratios["PEFT / AFSFT, seconds"] = peft["seconds"] / ours["seconds"]
+        if "gib" in ours:
+            ratios["AFSFT / PEFT, peak memory"] = ours["gib"] / peft["gib"]
+    for row in rows:
+        if row["name"].startswith("rollout"):
+            many = row["turns_a_second_32"] / row["turns_a_second_1"]
+            ratios[f"{row['name']}: 32 prompts at once / one at a time"] = many
+    return ratios
 
 def print_row_of(shape_name, row):
     """Print a row of the table."""
@@ -353,4 +383,8 @@ def print_gpu(cfg, compiled=(False, True)):
                 print_row_of(name, row)
             table[name] += rows
             write_json(file, dict(device=str(device), peak=peak, table=table))
+    print()
+    for name, rows in table.items():
+        for what, ratio in ratios_of(rows).items():
+            print(f"{name:<14}{what:<60}{ratio:6.2f}")
     return table

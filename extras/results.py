@@ -275,14 +275,15 @@ def experiment_block(records):
     return f"{tables(records)}\n\n{markdown(origins(records))}"
 
 def literal_block(spec):
-    """Format a table whose cells are kept as texts, with how they were measured below."""
+    """Format a table whose cells are kept as texts, with its note and how they were measured below."""
     parts = [spec.get(name, "") for name in ("hardware", "date")]
     if "command" in spec:
         parts.insert(0, f"`{spec['command']}`")
     how = ", ".join(filter(None, parts))
     if how:
         how = f"Measured: {how}. "
-    return f"{markdown([spec['columns'], *spec['rows']])}\n\n{how}Source: {spec['source']}."
+    note = f"{spec['note']} " if "note" in spec else ""
+    return f"{markdown([spec['columns'], *spec['rows']])}\n\n{note}{how}Source: {spec['source']}."
 
 
 # ----------------------------------------------------------------------------------------------- small tables

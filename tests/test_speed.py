@@ -242,14 +242,36 @@ def test_the_gpu_benchmark_runs_on_tiny_shapes(capsys, monkeypatch):
         assert row["last_loss"] < row["loss"]
     names = [row["name"] for row in rows if "turns_a_second_32" in row]
     assert names == ["rollout, growing cache", "rollout, static cache"]
-    assert "bench_gpu.json" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "bench_gpu.json" in printed
+    ratios = bench_gpu.ratios_of(rows)
+    assert ratios["AFSFT / SFT, seconds"] == updates[1]["seconds"] / updates[0]["seconds"]
+    assert all(what in printed for what in ratios)
 
-def test_the_benchmark_measures_adapters():
-    """Without them it ended in a traceback of the optimizer."""
-    cfg = bench_settings()
-    cfg.lora_r = 0
+def test_a_row_that_does_not_fit_costs_that_row(capsys, monkeypatch):
+    """A card of 24 GB ended in a traceback at the 7B's first row, before all others."""
+
+    def too_large(*args):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(bench_gpu, "measure_updates", too_large)
+    [rows] = bench_gpu.print_gpu(bench_settings(), compiled=[False]).values()
+    assert [row["name"] for row in rows] == ["rollout, growing cache", "rollout, static cache"]
+    assert "does not fit into the memory of this GPU: CUDA out of memory." in capsys.readouterr().out
+
+@pytest.mark.parametrize("name", ["gpu", "sizes"])
+def test_the_benchmarks_of_adapters_need_some(name):
+    """Without adapters they ended in tracebacks."""
     with pytest.raises(SystemExit, match="leave lora_r out"):
-        bench_gpu.print_gpu(cfg)
+        bench.main([name, *flags(device="cpu", lora_r=0)])
+
+def test_the_names_of_the_benchmarks_are_shown(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(f"bench.py {name}" in printed for name in bench.BENCHMARKS)
+    with pytest.raises(SystemExit, match="no benchmark 'speed'"):
+        bench.main(["speed"])
 
 def test_the_static_cache_gives_the_same_tokens():
     shape = bench_gpu.ON_CPU["tiny"]
