@@ -1,7 +1,7 @@
 """
 Measure updates and rollouts of published shapes with random weights, side by side on one device.
 
-    python bench.py gpu                 # planned for six minutes on one card; without one, tiny shapes on the CPU
+    python bench.py gpu                 # on one card; without one, tiny shapes on the CPU
     python bench.py gpu --device=cpu
 
 Updates: SFT, AFSFT, both with compile=True, and PEFT with the library's own loss (optional package). The

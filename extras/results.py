@@ -281,7 +281,7 @@ def literal_block(spec):
         parts.insert(0, f"`{spec['command']}`")
     how = ", ".join(filter(None, parts))
     if how:
-        how = f"Measured: {how}. "
+        how = f"{spec.get('verb', 'Measured')}: {how}. "
     note = f"{spec['note']} " if "note" in spec else ""
     return f"{markdown([spec['columns'], *spec['rows']])}\n\n{note}{how}Source: {spec['source']}."
 
@@ -400,7 +400,10 @@ def read_evaluations(run):
     return results | evaluation["results"], evaluation["q_weight"]
 
 def minutes_of(run):
-    """Return how long a run took, by metrics.jsonl; None without one. A resumed run starts its clock anew."""
+    """Return how long a run took, by metrics.jsonl; None without one.
+
+    The clock of a resumed run starts anew.
+    """
     path = os.path.join(run, "metrics.jsonl")
     if not os.path.exists(path):
         return None

@@ -64,9 +64,10 @@ class ServedPolicy(OpenAIAgent):
         settings.timeout = TIMEOUT
         settings.retries = RETRIES
         settings.api_key_env = "OPENAI_API_KEY"
-        # A server that was there when the run began may come back.
-        super().__init__(settings, Counter(replies=1))
+        super().__init__(settings, Counter())
         self.vlm = vlm
+        # A server that was there when the run began may come back.
+        self.was_there = True
         self.other_failures = 0
         self.lost_turns = 0
         # what a folder's generation_config.json may say otherwise
@@ -77,9 +78,13 @@ class ServedPolicy(OpenAIAgent):
         self.settings |= dict(logprobs=True, return_token_ids=True, return_tokens_as_token_ids=True)
 
     @property
+    def has_worked(self):
+        return self.was_there
+
+    @property
     def failures(self):
         """Count the requests that failed, tries included."""
-        return self.counts["requests"] + 1 - self.counts["replies"] + self.other_failures
+        return self.counts["requests"] - self.counts["replies"] + self.other_failures
 
     def __call__(self, envs_, rows, images):
         """Reply to observations, as `play` asks for it; ServerLost if the server cannot."""
@@ -292,9 +297,9 @@ class RolloutServer:
     def served_base(self, policy):
         """Ask the server for the name of its base model."""
         # a run does not wait for a server that has not been started
-        policy.counts.clear()
+        policy.was_there = False
         text, reason = policy.insist("models")
-        policy.counts["replies"] = 1
+        policy.was_there = True
         if reason:
             self.refuse(f"does not answer ({show(reason)}): start the server first (docs/serving.md)")
         try:

@@ -172,11 +172,16 @@ class OpenAIAgent:
         self.jitter = random.Random()
         self.losses_in_a_row = 0
 
+    @property
+    def has_worked(self):
+        """Tell whether the server has replied: then one that is gone may come back."""
+        return self.counts["replies"] > 0
+
     def __call__(self, envs_, rows, images):
         """Reply to observations, as `play` asks for it; a lost turn has `lost`, the reason."""
         contents = [message_content(row, image) for row, image in zip(rows, images)]
         # The very first request goes alone: what is wrong for all of them is reported once.
-        n_first = 0 if self.counts["replies"] else 1
+        n_first = 0 if self.has_worked else 1
         answers = self.ask_together(contents[:n_first]) + self.ask_together(contents[n_first:])
         if all("lost" in answer for answer in answers):
             self.losses_in_a_row += len(answers)
@@ -295,14 +300,14 @@ class OpenAIAgent:
         """Tell whether another try may succeed."""
         if status == NO_CONNECTION:
             # a server that has answered before may come back
-            return bool(self.counts["replies"])
+            return self.has_worked
         return status in PASSING or (status >= 500 and status != 501)
 
     def is_fatal(self, status, text):
         """Tell whether no further request of this run can succeed."""
         is_refused = status in (401, 403, 404)
         is_out_of_quota = status == 429 and "insufficient_quota" in text
-        never_worked = not self.may_pass(status) and not self.counts["replies"]
+        never_worked = not self.may_pass(status) and not self.has_worked
         return is_refused or is_out_of_quota or never_worked
 
     def pause(self, attempt, headers):

@@ -109,7 +109,12 @@ def draw_sequences(processor, prompt, names, rng):
     longest = max(map(len, rows))
     padded = [row + [(0, -100, -1, 0, 0.0)] * (longest - len(row)) for row in rows]
     # ids, labels, segments, positions and weights, each (B, T)
-    columns = [torch.tensor([[entry[i] for entry in row] for row in padded]) for i in range(5)]
+    columns = []
+    for i in range(5):
+        column = []
+        for row in padded:
+            column.append([entry[i] for entry in row])
+        columns.append(torch.tensor(column))
     pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
     return Sequences(pixels, *columns, list(names))
 
@@ -269,8 +274,8 @@ def check_is_composed(folder, net, processor):
         # the words before the picture are computed once, so there must be some
         if find_prompt(processor).begin:
             return
-    raise SystemExit(f"{folder!r} was not put together by extras/compose.py from a language model with a "
-                     "chat template: make it with python -m extras.compose --lm=LM --tower=TOWER --out=FOLDER.")
+    raise SystemExit(f"{folder!r} was not put together from a language model with a chat template: make it "
+                     "with python -m extras.compose --lm=LM --tower=TOWER --out=FOLDER.")
 
 def teach_to_read(folder, out, updates=700, pictures=8):
     """Train tower and projector of a composed folder, and write them to the folder `out`."""
