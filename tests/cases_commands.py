@@ -201,8 +201,8 @@ MODELS = [
                "device='cuda', but torch finds no CUDA device on this machine: use --device=cpu."),
     training("--model=", "model='' names no model: write --model=bases/tiny-vlm..."),
     training("--model=./nowhere", "model='./nowhere' cannot be opened: there is no such folder..."),
-    training("--model=bases/smollm2", "model='.../bases/smollm2' holds a vision tower and a projector, without a "
-             "language model: put them together with python -m extras.compose (docs/bases.md)."),
+    training("--model=bases/smollm2", "model='.../bases/smollm2' holds a vision tower and a projector, "
+             "without a language model: put them together with python -m extras.compose (docs/bases.md)."),
     training("--model=out/smollm2", "model='out/smollm2' is not there yet: make it with python -m "
              "extras.compose --lm=smollm2 ..."),
     training("--model=scratch",
