@@ -15,6 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from extras.model_folders import first_sentence
+
 try:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
@@ -74,8 +76,7 @@ def rename(folder):
     try:
         net = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", use_safetensors=True)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        raise SystemExit(f"{folder!r} does not open as a vision-language model: {reason[:200]}.")
+        raise SystemExit(f"{folder!r} does not open as a vision-language model: {first_sentence(error)}.")
     with tempfile.TemporaryDirectory() as aside:
         publish_names(net).save_pretrained(aside)
         written = os.path.join(aside, "model.safetensors")

@@ -234,8 +234,9 @@ def load_training(out, reader, optimizer, recipe):
     if not os.path.exists(file):
         return 0
     state = load_or_exit(file, "delete the folder and start again", torch.load, file, weights_only=True)
-    if state["recipe"] != recipe:
-        raise SystemExit(f"{file} was made from {state['recipe']}, and not from {recipe}: give the same "
+    found = state.get("recipe")
+    if found != recipe:
+        raise SystemExit(f"{file} was made from {found}, and not from {recipe}: give the same "
                          "flags, or name a new folder.")
     reader.tower.load_state_dict(state["tower"])
     reader.projector.load_state_dict(state["projector"])
