@@ -234,7 +234,7 @@ def load_training(out, reader, optimizer, recipe):
     if not os.path.exists(file):
         return 0
     state = load_or_exit(file, "delete the folder and start again", torch.load, file, weights_only=True)
-    found = state.get("recipe")
+    found = state.get("recipe", "an earlier version")
     if found != recipe:
         raise SystemExit(f"{file} was made from {found}, and not from {recipe}: give the same "
                          "flags, or name a new folder.")
