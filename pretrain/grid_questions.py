@@ -119,6 +119,10 @@ class Room:
         existing = {cell_name(cell) for cell in level.grid.grid}
         self.hidden = sorted(existing - {"nothing", "wall"} - set(counts))
 
+    def direction(self):
+        """Name where the agent looks, in the picture."""
+        return DIRECTIONS[self.facing]
+
     def what(self, column, row):
         """Name what is at a place; 'unseen' where the agent cannot look."""
         if not self.is_visible[column, row]:
@@ -197,7 +201,7 @@ def layout_questions(room, draw):
     shape = ("ball", "box", "key", "door")[draw(4)]
     column = draw(room.grid.width)
     row = draw(room.grid.height)
-    direction = DIRECTIONS[room.facing]
+    direction = room.direction()
     captions = [f"{name} {x} {y}" for name, x, y in room.things]
     captions.append(f"agent {room.x} {room.y} {direction}")
     shapes = Counter(name.split()[1] for name, _, _ in room.things)

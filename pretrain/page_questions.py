@@ -303,12 +303,16 @@ class Asker:
         return self.finish("it made", before, "Where is it?", click_place(element), not lines)
 
     # ---- questions that need the lines only ----
+    def echo(self, low=2, high=8):
+        """Ask to repeat a text of low to high - 1 pieces."""
+        text = self.words(low, high)
+        return "echo", f"Repeat:\n{text}", text
+
     def text(self, page):
         """Draw a question about the goal and the lines, of the page or of a made-up list of elements."""
         which = self.draw(100)
         if which < 6:
-            text = self.words(4, 30)
-            return "echo", f"Repeat:\n{text}", text
+            return self.echo(4, 30)
         lines = page.lines()
         if which < 68:
             listing = self.listing()

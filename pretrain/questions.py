@@ -16,6 +16,9 @@ from pretrain.page_questions import Asker, Page, copy_page
 from worlds.gym import BabyAI, FrozenLake
 from worlds.miniwob import MiniWoB
 
+# How many pages of a task are loaded, which takes a tenth of a second each.
+PAGES = 400
+
 def draw_from(rng):
     """Return a function draw(n) that draws an integer below n, or draw(low, high)."""
 
@@ -39,7 +42,9 @@ class Reading(Env):
     max_turns = 1
     # The kinds of questions that a stage asks, beside texts to repeat. Without any, all are asked.
     topics = ()
-    # {(name of the world, number): Page}. All environments share it, because pages are slow to load.
+    # Whether the questions are about held-out starts, to measure what was learned, or about all others.
+    is_held_out = False
+    # {(name of the world, is_held_out, number): Page}. All environments share it: pages are slow to load.
     pages = {}
 
     def __init__(self, world=None, **kw):
@@ -108,6 +113,8 @@ class Reading(Env):
 
         Copying has to be learned, and no question about a picture needs most of the tokens.
         """
+        if isinstance(self.world, MiniWoB):
+            return Asker(self.rng).echo()
         text = MARKER
         # "[", "action" and "]" may meet by chance.
         while MARKER in text:
@@ -147,10 +154,10 @@ class Reading(Env):
         return self.world, lake_questions(self.world, draw_from(rng))
 
     def page(self, rng):
-        """Draw one of 900 pages as it is, moved, or in pieces; each page is loaded once."""
+        """Draw one of some pages as it is, moved, or in pieces; each page is loaded once."""
         draw = draw_from(rng)
-        number = draw(900)
-        key = (self.world.name, number)
+        number = draw(PAGES)
+        key = (self.world.name, self.is_held_out, number)
         if key not in self.pages:
             self.walk(np.random.default_rng(number))
             self.pages[key] = copy_page(self.world)
@@ -163,13 +170,13 @@ class Reading(Env):
         return page
 
     def walk(self, rng):
-        """Bring the world to a state a few moves after a start that is not held out."""
+        """Bring the world to a state a few moves after a start that is held out, or not."""
         world = self.world
         world.rng = rng
         world.over = True
         while world.over:
             world.start()
-            world.over = is_held_out(world.fingerprint(), world.one_in)
+            world.over = is_held_out(world.fingerprint(), world.one_in) != self.is_held_out
             # An agent on its way to the goal has other last actions than one that walks at random.
             follows_expert = isinstance(world, BabyAI) and rng.random() < 0.5
             if not world.over:
@@ -218,6 +225,12 @@ class Captions(Reading):
 
     name = "Captions"
     topics = ("picture", "places", "numbers")
+
+class Placing(Reading):
+    """Ask where several things are, and for texts to repeat only: the first stage about a world."""
+
+    name = "Placing"
+    topics = ("places",)
 
 class Finding(Reading):
     """Ask where a named thing is, and for texts to repeat only.

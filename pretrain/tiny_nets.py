@@ -150,6 +150,41 @@ def llava(
     )
     return rescale_weights(LlavaForConditionalGeneration(config)), processor
 
+def with_swin(net, processor, image_size):
+    """Put a Swin (arXiv 2103.14030) and a projector with random weights before a LLaVA's language model.
+
+    A picture of 160 x 160 becomes 10 x 10 tokens. A Swin's windows and relative positions read a word alike
+    wherever it is. Returns a new net and the processor, which is changed.
+    """
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, SwinConfig
+
+    vision = SwinConfig(
+        image_size=image_size,
+        patch_size=4,
+        embed_dim=32,
+        depths=[2, 2, 2],
+        num_heads=[2, 4, 8],
+        window_size=5,
+        mlp_ratio=3.0,
+        drop_path_rate=0.0,
+        use_absolute_embeddings=True,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=net.config.text_config,
+        image_token_index=net.config.image_token_id,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+    )
+    new = rescale_weights(LlavaForConditionalGeneration(config))
+    torch.nn.init.normal_(new.model.vision_tower.embeddings.position_embeddings, 0, 0.3)
+    new.model.language_model.load_state_dict(net.model.language_model.state_dict())
+    new.tie_weights()
+    processor.vision_feature_select_strategy = "full"
+    processor.num_additional_image_tokens = 0
+    return new, processor
+
 def smolvlm(
     texts,
     vocab_size=768,

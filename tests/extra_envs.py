@@ -6,7 +6,7 @@ Plain pytest does not collect this file, because the packages are optional:
     pip install -r requirements-envs.txt && apt-get install chromium chromium-driver
     python -m pytest tests/extra_envs.py
 """
-import os, signal, subprocess, sys, time
+import os, re, shutil, signal, subprocess, sys, time
 from collections import Counter
 
 import numpy as np
@@ -18,9 +18,12 @@ import model
 from buffer import Buffer
 from envs import MARKER, is_held_out
 from evaluate import episode_summary, held_out_seeds, play, record, scripted_agent
+from pretrain import score_base, train_base
 from pretrain.grid_questions import room_questions
 from pretrain.page_questions import Page
 from pretrain.questions import draw_from
+from pretrain.recipes import RECIPES, Stage
+from pretrain.sight import board_of
 from worlds.miniwob import MiniWoB
 from worlds.players import mixed_reply
 from worlds.registry import make
@@ -227,6 +230,42 @@ def test_babyais_questions_are_about_the_picture(option):
     assert found > 100
     assert (("where", True) in kinds) == (option == ":view")
     assert (("side", True) in kinds) == (option == ":view")
+
+@pytest.mark.parametrize("option", ["", ":view"])
+def test_a_room_s_board_names_what_each_patch_shows(option):
+    """The patch of a thing has its colour, that of the agent is red, and nothing else has any colour."""
+    world = make(f"BabyAI-GoToLocal-v0{option}", size=128)
+    seen = Counter()
+    for seed in range(20):
+        world.reset(seed=seed)
+        board = board_of(world, RECIPES["tiny-vlm-grids"])
+        picture = world.picture()
+        for name, column, row in zip(*board):
+            pixels = cell_pixels(picture, column, row)
+            colour, _, shape = name.partition(" ")
+            seen[shape] += 1
+            if colour == "agent":
+                colour = "red"
+            if shape:
+                assert shows_colour(pixels, colour), name
+            else:
+                assert np.ptp(pixels, axis=1).max() < 30, name
+    assert min(seen[shape] for shape in ("ball", "box", "key")) > 10
+
+def test_a_lake_s_board_names_the_tiles():
+    """Each tile is four patches, with the tile's place."""
+    world = make("FrozenLake", size=128)
+    for seed in range(20):
+        world.reset(seed=seed)
+        board = board_of(world, RECIPES["tiny-vlm-grids"])
+        lake = world.gym.unwrapped
+        agent = divmod(int(lake.s), lake.ncol)
+        patches = Counter(zip(*board))
+        assert set(patches.values()) == {4}
+        assert len(patches) == 16
+        for name, column, row in patches:
+            is_agent = (row, column) == agent
+            assert name == ("agent" if is_agent else lake_tile(lake, column, row))
 
 @pytest.mark.parametrize("option", ["", ":view"])
 def test_the_agent_is_a_red_triangle(option):
@@ -471,6 +510,37 @@ def test_questions_about_the_lake():
 
 
 # ---- the bases ----
+
+SMALL_STAGES = (
+    Stage("copying", ("copying",), 2, ("Reading:FrozenLake",), batch=4),
+    Stage("boards", ("board", "copying"), 2, ("Reading:FrozenLake",), batch=4, is_narrowed=True),
+    Stage("placing", ("ideal",), 2, ("Placing:FrozenLake",), batch=4),
+    Stage("sight", ("sight",), 2, ("Reading:FrozenLake",), batch=4),
+    Stage("both", ("state",), 2, ("Leading:FrozenLake", "Facing:FrozenLake"), batch=4),
+)
+
+def test_a_base_is_made_from_nothing_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    """Every stage leaves a folder; a run that begins behind one of them ends with the same bytes.
+
+    The base then opens as any other, is asked about held-out states, and is not written over.
+    """
+    small = RECIPES["tiny-vlm-grids"]._replace(stages=SMALL_STAGES)
+    monkeypatch.setitem(RECIPES, "tiny-vlm-grids", small)
+    whole = tmp_path / "whole"
+    stopped = tmp_path / "stopped"
+    train_base.main(["tiny-vlm-grids", f"--out={whole}"])
+    for folder in ("tiny-vlm-grids-1-copying", "tiny-vlm-grids-2-boards", "tiny-vlm-grids-3-placing"):
+        shutil.copytree(whole / folder, stopped / folder)
+    train_base.main(["tiny-vlm-grids", f"--out={stopped}"])
+    assert f"goes on from {stopped}" in capsys.readouterr().out
+    weights = [folder / "tiny-vlm-grids" / "model.safetensors" for folder in (whole, stopped)]
+    first, second = [file.read_bytes() for file in weights]
+    assert first == second
+    with pytest.raises(SystemExit, match="is there already"):
+        train_base.main(["tiny-vlm-grids", f"--out={whole}"])
+    base = str(whole / "tiny-vlm-grids")
+    score_base.main([base, "Leading:FrozenLake", "--questions=4", "--batch=2"])
+    assert re.search(r"Leading:FrozenLake +(echo|way|mission told) .* of [1-4]\n", capsys.readouterr().out)
 
 def share_of_right_answers(vlm, name, size, hide=False):
     """Ask 80 fresh questions, greedily; hide: with a black picture."""

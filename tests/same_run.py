@@ -55,11 +55,9 @@ NOISY = ("miniwob", "pages")
 MODULES = {
     "buffer.py": "extras/import_chats.py",
     "extras/scratch.py": "pretrain/tiny_nets.py",
-    "extras/pages.py": "pretrain/train_pages.py",
 }
 CONFIGS = {
     "config/pretrain_tiny.py": "pretrain/config_tiny.py",
-    "config/pretrain_grids.py": "pretrain/config_grids.py",
 }
 
 def removed_keys(keys):
@@ -150,8 +148,8 @@ CASES = {
         train(CLONE + "lora_r=0 env=Reading model=captions/model", "config/pretrain_tiny.py"),
         evaluate("run --episodes=6"),
     ],
-    "rooms": [train(CLONE + BABYAI + "lora_r=0 " + ROOMS, "config/pretrain_grids.py")],
-    "lakes": [train(CLONE + BABYAI + "lora_r=0 " + LAKES, "config/pretrain_grids.py")],
+    "rooms": [train(CLONE + BABYAI + "lora_r=0 " + ROOMS, "config/pretrain_tiny.py")],
+    "lakes": [train(CLONE + BABYAI + "lora_r=0 " + LAKES, "config/pretrain_tiny.py")],
     "pages": [train(CLONE + PAGES + "lora_r=0 env=Reading:miniwob/click-test-2-v1")],
     "babyai": [train(BABYAI + "replay_episodes=6", "config/babyai_gotolocal.py")],
     "frozenlake": [train(BABYAI + "model=tiny-vlm-lake", "config/frozenlake.py")],

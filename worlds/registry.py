@@ -28,6 +28,7 @@ FAMILIES = {
 QUESTIONS = {
     "Reading": "pretrain.questions:Reading",
     "Captions": "pretrain.questions:Captions",
+    "Placing": "pretrain.questions:Placing",
     "Finding": "pretrain.questions:Finding",
     "Facing": "pretrain.questions:Facing",
     "Leading": "pretrain.questions:Leading",

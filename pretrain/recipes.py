@@ -1,0 +1,149 @@
+"""
+Recipes of bases: which questions a tiny VLM is asked from random weights on, in which order and for how long.
+
+pretrain/train_base.py runs them. The order is what counts: a net that is asked everything at once reads
+nothing (docs/log.md). Copying comes first. Then a name is found among few patches, then among all, on boards
+that need no vision tower: the language model is shown the features that a perfect tower would give it. The
+worlds follow, still without pictures. Then the tower alone learns to show such features, and last both learn
+together.
+"""
+from typing import NamedTuple
+
+from pretrain.page_questions import PAGE_WORDS
+from worlds.miniwob import PAGE_SIZE
+
+class Stage(NamedTuple):
+    """One stage of a recipe.
+
+    kinds: methods of pretrain/train_base.py's Questions, which take turns in a batch. asked: the environments
+    of questions that take turns. batch: questions in an update. is_narrowed: the boards have two patches at
+    first, and twice as many whenever their things are found, until they have all.
+    """
+
+    name: str
+    kinds: tuple
+    updates: int
+    asked: tuple = ()
+    batch: int = 32
+    lr: float = 2e-3
+    is_narrowed: bool = False
+
+class Recipe(NamedTuple):
+    """What a base is made of.
+
+    size: side of its pictures, pixels. words: size of its vocabulary. side: patches on a side of a picture.
+    names, background: of things on made-up boards, and of what lies between them.
+    step, places: a place is a number below `places`, and questions name it as that times `step`.
+    is_quoted: whether questions write names in quotes. tokens: texts that are to be one token each.
+    is_swin: the vision tower is a Swin, whose patches read alike wherever they are.
+    """
+
+    stages: tuple
+    size: int
+    words: int
+    side: int
+    names: tuple
+    background: tuple
+    step: int = 1
+    places: int = 8
+    is_quoted: bool = False
+    tokens: tuple = ()
+    is_swin: bool = False
+
+
+# While a net learns to find names, it would forget how to copy them.
+BOARDS = ("board", "board", "board", "copying")
+
+
+# ---- BabyAI's rooms and FrozenLake ----
+LOCAL = "BabyAI-GoToLocal-v0:view"
+MAP = "BabyAI-GoToLocal-v0"
+GREY = "BabyAI-GoToRedBallGrey-v0:view"
+PICKUP = "BabyAI-PickupLoc-v0:view"
+DOOR = "BabyAI-OpenDoor-v0:view"
+LAKE = "FrozenLake"
+
+COLOURS = ("red", "green", "blue", "purple", "yellow", "grey")
+SHAPES = ("ball", "box", "key", "door")
+THINGS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+
+PLACING = (
+    *(f"Placing:{LOCAL}", f"Placing:{LOCAL}", f"Placing:{MAP}"),
+    *(f"Placing:{PICKUP}", f"Placing:{LAKE}"),
+)
+FINDING = (
+    *(f"Finding:{LOCAL}", f"Finding:{LOCAL}", f"Finding:{MAP}"),
+    *(f"Finding:{PICKUP}", f"Finding:{DOOR}", f"Finding:{LAKE}"),
+)
+FACING = (
+    *(f"Facing:{LOCAL}", f"Facing:{LOCAL}", f"Facing:{LOCAL}", f"Facing:{LOCAL}"),
+    *(f"Facing:{PICKUP}", f"Facing:{DOOR}", f"Facing:{LAKE}", f"Facing:{LAKE}"),
+    *(f"Finding:{LOCAL}", f"Finding:{LAKE}"),
+)
+LEADING = (
+    *(f"Leading:{LOCAL}", f"Leading:{LOCAL}", f"Leading:{LOCAL}", f"Leading:{LOCAL}"),
+    *(f"Leading:{GREY}", f"Leading:{PICKUP}", f"Leading:{PICKUP}", f"Leading:{DOOR}"),
+    *(f"Leading:{LAKE}", f"Leading:{LAKE}", f"Leading:{LAKE}"),
+    *(f"Facing:{LOCAL}", f"Facing:{DOOR}", f"Facing:{LAKE}"),
+    *(f"Finding:{LOCAL}", f"Finding:{MAP}", f"Finding:{LAKE}"),
+)
+EVERYTHING = (*LEADING, f"Captions:{LOCAL}", f"Captions:{MAP}", f"Captions:{LAKE}")
+
+GRIDS = Recipe(
+    stages=(
+        Stage("copying", ("copying",), 800, (f"Reading:{LOCAL}", f"Reading:{LAKE}"), batch=64),
+        Stage("boards", BOARDS, 1200, (f"Reading:{LOCAL}",), is_narrowed=True),
+        Stage("placing", ("ideal",), 600, PLACING),
+        Stage("finding", ("ideal",), 300, FINDING),
+        Stage("facing", ("ideal",), 1000, FACING),
+        Stage("leading", ("ideal",), 1500, LEADING),
+        Stage("sight", ("sight",), 300, EVERYTHING, batch=64),
+        Stage("both", ("state",), 700, EVERYTHING, lr=1e-3),
+    ),
+    size=128,
+    words=768,
+    side=8,
+    names=(*THINGS, "hole", "flag", "agent"),
+    background=("nothing", "wall", "unseen", "ice"),
+)
+
+
+# ---- MiniWoB++'s pages ----
+TASKS = (
+    "click-test",
+    "click-test-2",
+    "click-button",
+    "click-dialog",
+    "click-dialog-2",
+    "click-link",
+    "click-tab",
+    "focus-text-2",
+    "enter-text",
+    "click-collapsible",
+)
+READING = tuple(f"Reading:miniwob/{task}-v1" for task in TASKS)
+# The crowded pages of click-button are the hardest, so they come four times as often.
+CROWDED = (*READING, *(f"Reading:miniwob/click-button-v1",) * 3)
+
+PAGES = Recipe(
+    stages=(
+        Stage("copying", ("copying",), 800, READING[:1], batch=64),
+        Stage("boards", BOARDS, 1200, READING[:1], is_narrowed=True),
+        Stage("placing", ("ideal", "ideal", "text"), 900, CROWDED),
+        Stage("text", ("text", "text", "ideal"), 900, CROWDED),
+        Stage("sight", ("sight",), 500, CROWDED, batch=64),
+        Stage("both", ("state", "state", "state", "text"), 900, CROWDED, lr=1e-3),
+    ),
+    size=PAGE_SIZE,
+    words=1536,
+    side=10,
+    names=tuple(PAGE_WORDS),
+    background=("nothing",),
+    step=4,
+    places=PAGE_SIZE // 4 + 1,
+    is_quoted=True,
+    tokens=(*PAGE_WORDS, *map(str, range(PAGE_SIZE + 1))),
+    is_swin=True,
+)
+
+RECIPES = {"tiny-vlm-grids": GRIDS, "tiny-vlm-pages": PAGES}

@@ -1,0 +1,241 @@
+"""
+Says what each patch of a picture shows, and which features a perfect vision tower would give for it.
+
+The ideal feature of a patch is the sum of three vectors of length 1: one for the name of what it shows, the
+mean of its words' embeddings; one for its column; and one for its row. A language model learns to find things
+in such features before it is shown any picture. A tower learns from the names, columns and rows of all
+patches at once, which is much more than the answer to a question tells it.
+"""
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pretrain.grid_questions import Room, tile_name
+from pretrain.page_questions import Page
+from worlds.gym import BabyAI
+from worlds.miniwob import PAGE_SIZE, click_places
+
+# Names of what lies between things. Most patches show one of them, so they count less in the loss.
+BACKGROUND = ("nothing", "wall", "unseen", "ice")
+BACKGROUND_WEIGHT = 0.1
+IGNORE = -100  # no label, for F.cross_entropy
+
+class Board(NamedTuple):
+    """What the patches of a picture show, row by row: the name, the column and the row of each.
+
+    None is a name that nobody can know, or a place that is not defined.
+    """
+
+    names: tuple
+    columns: tuple
+    rows: tuple
+
+
+# ---- boards ----
+def room_board(world, side):
+    """Return the Board of a BabyAI level whose cells are patches; patches outside of the level are unseen."""
+    room = Room(world)
+    names = []
+    for row in range(side):
+        for column in range(side):
+            is_inside = column < room.grid.width and row < room.grid.height
+            if (column, row) == (room.x, room.y):
+                names.append(f"agent {room.direction()}")
+            elif is_inside:
+                names.append(room.what(column, row))
+            else:
+                names.append("unseen")
+    return Board(tuple(names), *all_places(side))
+
+def lake_board(world, side):
+    """Return the Board of a FrozenLake, whose tiles are 2 x 2 patches; places are those of the tiles."""
+    lake = world.gym.unwrapped
+    agent_row, agent_column = divmod(int(lake.s), lake.ncol)
+    patches = side // lake.ncol
+    columns, rows = all_places(side)
+    columns = tuple(column // patches for column in columns)
+    rows = tuple(row // patches for row in rows)
+    names = []
+    for column, row in zip(columns, rows):
+        is_agent = (column, row) == (agent_column, agent_row)
+        names.append("agent" if is_agent else tile_name(lake, column, row))
+    return Board(tuple(names), columns, rows)
+
+def page_board(page, side, step):
+    """Return the Board of a Page: each patch shows the text that covers most of it.
+
+    Its place is the one to click on, in units of `step` pixels, in every patch near it. A patch that shows a
+    bit of something else has no name.
+    """
+    patch = PAGE_SIZE // side
+    dark = np.asarray(page.picture().convert("L")) < 200
+    has_ink = dark.reshape(side, patch, side, patch).any((1, 3))
+    names = [None if ink else "nothing" for ink in has_ink.flatten()]
+    columns = [None] * side**2
+    rows = [None] * side**2
+    covered = [0] * side**2
+    for element in page.elements:
+        text = element["text"]
+        if not text and element["role"] == "textbox":
+            text = "textbox"
+        left, top, width, height = element["box"]
+        if not 0 < len(text) <= 16 or left < 0 or top < 0:
+            continue
+        x, y = click_places(element)[0]
+        is_on_a_step = x % step == 0 and y % step == 0 and max(x, y) <= PAGE_SIZE
+        for i, (column, row) in enumerate(zip(*all_places(side))):
+            patch_left = patch * column
+            patch_top = patch * row
+            shown_width = min(left + width, patch_left + patch) - max(left, patch_left)
+            shown_height = min(top + height, patch_top + patch) - max(top, patch_top)
+            is_near = abs(patch_left + patch // 2 - x) <= 2 * patch
+            if shown_width < 6 or shown_height < 4 or not is_near:
+                continue
+            if shown_height <= covered[i]:
+                continue
+            covered[i] = shown_height
+            names[i] = text
+            columns[i] = None
+            rows[i] = None
+            if is_on_a_step:
+                columns[i] = int(x // step)
+                rows[i] = int(y // step)
+    return Board(tuple(names), tuple(columns), tuple(rows))
+
+def board_of(shown, recipe):
+    """Return the Board of a picture; shown: the world, or the Page of a browser."""
+    if isinstance(shown, Page):
+        return page_board(shown, recipe.side, recipe.step)
+    if isinstance(shown, BabyAI):
+        return room_board(shown, recipe.side)
+    return lake_board(shown, recipe.side)
+
+def all_places(side):
+    """Return (columns, rows) of side x side patches, row by row."""
+    columns = tuple(range(side)) * side
+    rows = tuple(row for row in range(side) for _ in range(side))
+    return columns, rows
+
+def random_board(rng, recipe, patches, things=5):
+    """Draw a Board with `things` things of different names anywhere -> (Board, {name: (column, row)}).
+
+    patches: how many of a picture's patches there are. There is at most one thing for each. The place of a
+    thing is the middle of its patch.
+    """
+    # how many places lie between the middles of two patches
+    unit = recipe.places // recipe.side
+    columns, rows = all_places(recipe.side)
+    chosen = np.sort(rng.permutation(len(columns))[:patches])
+    columns = tuple(unit * columns[i] + unit // 2 for i in chosen)
+    rows = tuple(unit * rows[i] + unit // 2 for i in chosen)
+    names = [recipe.background[i] for i in rng.integers(len(recipe.background), size=patches)]
+    things = min(things, patches)
+    where = rng.permutation(patches)[:things]
+    which = rng.permutation(len(recipe.names))[:things]
+    places = {}
+    for i, number in zip(where, which):
+        names[i] = recipe.names[number]
+        places[names[i]] = (columns[i], rows[i])
+    return Board(tuple(names), columns, rows), places
+
+
+# ---- features ----
+class Labels(NamedTuple):
+    """What the patches of a batch show, as numbers, each (B, patches) int64; IGNORE where it is None."""
+
+    names: torch.Tensor
+    columns: torch.Tensor
+    rows: torch.Tensor
+
+def number_labels(boards):
+    """Number what the boards' patches show -> (list of the names, Labels)."""
+    names = {}
+    for board in boards:
+        for name in board.names:
+            if name is not None:
+                names.setdefault(name, len(names))
+    numbers = []
+    columns = []
+    rows = []
+    for board in boards:
+        numbers.append(with_ignored(map(names.get, board.names)))
+        columns.append(with_ignored(board.columns))
+        rows.append(with_ignored(board.rows))
+    labels = Labels(torch.tensor(numbers), torch.tensor(columns), torch.tensor(rows))
+    return list(names), labels
+
+def with_ignored(numbers):
+    """Put IGNORE where a number is None."""
+    return [IGNORE if number is None else number for number in numbers]
+
+class Sight(nn.Module):
+    """Hold the vectors of columns and rows, and say how near a tower's features are to the ideal ones.
+
+    words: the net's word embeddings, an nn.Embedding, which is not a part of this module.
+    """
+
+    def __init__(self, words, tokenizer, recipe):
+        super().__init__()
+        # A list hides the embeddings from parameters().
+        self.words = [words]
+        self.tokenizer = tokenizer
+        # In a question a name has other tokens behind a space than behind a quote.
+        self.space = "" if recipe.is_quoted else " "
+        hidden = words.weight.shape[1]
+        self.columns = nn.Parameter(torch.randn(recipe.places, hidden))
+        self.rows = nn.Parameter(torch.randn(recipe.places, hidden))
+        # The inverse temperature of the softmaxes over cosines.
+        self.log_scale = nn.Parameter(torch.tensor(2.3))
+
+    def name_vectors(self, names):
+        """Return the normalised mean of each name's word embeddings -> (names, hidden)."""
+        vectors = []
+        for name in names:
+            tokens = self.tokenizer(self.space + name, add_special_tokens=False)["input_ids"]
+            vectors.append(self.words[0].weight[tokens].mean(0))
+        return F.normalize(torch.stack(vectors), dim=-1)
+
+    def tables(self, names):
+        """Return the vectors of length 1 of the names, of the columns and of the rows."""
+        return self.name_vectors(names), F.normalize(self.columns, dim=-1), F.normalize(self.rows, dim=-1)
+
+    def ideal(self, boards):
+        """Return the ideal features of boards with the same number of patches -> (B, patches, hidden)."""
+        names, labels = number_labels(boards)
+        return add_up(self.tables(names), labels)
+
+    def loss(self, features, boards):
+        """Return (loss of a tower's features, share of the patches with a thing whose name is right).
+
+        features: (B, patches, hidden). The loss is the cross-entropy of three softmaxes over cosines, with
+        all names, columns and rows, plus one minus the cosine with the ideal feature. The squared distance to
+        it teaches a tower the mean of all patches (docs/log.md).
+        """
+        names, labels = number_labels(boards)
+        tables = [table.detach() for table in self.tables(names)]
+        ideal = add_up(tables, labels)
+        is_known = labels.names != IGNORE
+        unit = F.normalize(features, dim=-1)
+        loss = (1 - F.cosine_similarity(features, ideal, dim=-1))[is_known].mean()
+        # A feature's length does not matter to the cosines, but it does to the language model.
+        lengths = features.norm(dim=-1) - ideal.norm(dim=-1)
+        loss = loss + 0.1 * lengths[is_known].square().mean()
+        is_background = torch.tensor([name in BACKGROUND for name in names])
+        weights = torch.where(is_background, BACKGROUND_WEIGHT, 1.0)
+        scale = self.log_scale.exp()
+        for table, label, weight in zip(tables, labels, (weights, None, None)):
+            logits = unit @ table.T * scale
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), label.flatten(), weight)
+        is_thing = is_known & ~is_background[labels.names.clamp(min=0)]
+        is_right = (unit @ tables[0].T).argmax(-1) == labels.names
+        return loss, is_right[is_thing].float().mean().item()
+
+def add_up(tables, labels):
+    """Add the vectors that Labels name, nothing where there is none -> (B, patches, hidden)."""
+    total = 0.0
+    for table, label in zip(tables, labels):
+        total = total + table[label.clamp(min=0)] * (label != IGNORE)[..., None]
+    return total

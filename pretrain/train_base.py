@@ -1,0 +1,336 @@
+"""
+Make a tiny base from random weights: a LLaVA that reads pictures before it meets any action syntax.
+
+    pip install -r requirements-envs.txt
+    python -m pretrain.train_base tiny-vlm-grids --out=out/bases
+
+pretrain/recipes.py lists the bases and their stages. Each stage ends in a folder of its own, such as
+out/bases/tiny-vlm-grids-2-boards. Stop it at any time: the same command goes on behind the last of them. The
+base itself is out/bases/tiny-vlm-grids, in half precision.
+"""
+import math, os, sys, time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from configurator import configure
+from extras.flag_mistakes import ConfigError
+from extras.published_names import publish_names
+from extras.whole_files import replacing
+from model import load_model
+from pretrain.page_questions import Asker, Page
+from pretrain.questions import corpus
+from pretrain.recipes import RECIPES
+from pretrain.sight import IGNORE, Board, Sight, board_of, random_board
+from pretrain.tiny_nets import llava, with_swin
+from worlds.registry import make, reading_names
+
+# Updates of linear warm-up. Then a cosine ends at MIN_LR times the learning rate.
+WARMUP = 30
+MIN_LR = 0.1
+MICRO_BATCH = 32
+# A narrowed board grows when the mean loss falls below it.
+FOUND = 0.5
+LOG_EVERY = 50
+
+# --- config ---
+out = 'out/bases'  # where the folders of the stages and of the base lie
+seed = 0           # of the weights and of all draws
+# --- end of config ---
+
+# ---- questions ----
+class Example(NamedTuple):
+    """A question with its answer.
+
+    board: what the picture shows, None without a picture. picture: None where the language model is shown
+    the board's ideal features instead. in_loss: of an answer's tokens, "all", "numbers" or "none".
+    """
+
+    question: str
+    answer: str
+    board: Board = None
+    picture: Image.Image = None
+    in_loss: str = "all"
+
+class Questions:
+    """Draw the examples of a stage: each of its `kinds` is the name of a method here."""
+
+    def __init__(self, recipe, stage, seed):
+        self.recipe = recipe
+        self.stage = stage
+        self.rng = np.random.default_rng(seed)
+        made = {name: make(name, size=recipe.size) for name in dict.fromkeys(stage.asked)}
+        self.readings = [made[name] for name in stage.asked]
+        for reading in made.values():
+            reading.rng = self.rng
+        # how many patches a made-up board has
+        self.patches = 2 if stage.is_narrowed else recipe.side**2
+        self.recent_losses = []
+
+    def next_reading(self):
+        """Draw one of the stage's environments."""
+        return self.readings[self.rng.integers(len(self.readings))]
+
+    def copying(self):
+        """Ask to repeat a text, without a picture."""
+        _, question, answer = self.next_reading().echo()
+        return Example(question, answer)
+
+    def board(self):
+        """Ask where some things on a made-up board are.
+
+        The language model learns their places only. It can copy names already.
+        """
+        board, places = random_board(self.rng, self.recipe, self.patches)
+        step = self.recipe.step
+        asked = []
+        answers = []
+        for name, (column, row) in places.items():
+            written = repr(name) if self.recipe.is_quoted else name
+            asked.append(written)
+            answers.append(f"{written} {step * column} {step * row}")
+        question = f"Which places have {', '.join(asked)}?"
+        answer = ", ".join(answers)
+        return Example(question, answer, board, in_loss="numbers")
+
+    def ideal(self):
+        """Ask about a state of a world, which is shown as ideal features."""
+        return self.state()._replace(picture=None)
+
+    def sight(self):
+        """Ask nothing about a state: what its patches show is enough to learn from."""
+        return self.state()._replace(in_loss="none")
+
+    def text(self):
+        """Ask about a web page without its picture: its lines are enough for the answer."""
+        page = self.next_reading().page(self.rng)
+        _, question, answer = Asker(self.rng).ask(page, text_share=1.0)
+        return Example(question, str(answer))
+
+    def state(self):
+        """Ask about the picture of a state of a world."""
+        reading = self.next_reading()
+        reading.start()
+        shown = reading.game if isinstance(reading.game, Page) else reading.world
+        board = board_of(shown, self.recipe)
+        # A picture is slow to draw.
+        picture = None if "ideal" in self.stage.kinds else reading.picture()
+        return Example(reading.question, reading.answer, board, picture)
+
+    def widen(self, loss):
+        """Double the patches of a narrowed board once its things are found; loss: of the last update."""
+        self.recent_losses.append(loss)
+        everything = self.recipe.side**2
+        is_found = np.mean(self.recent_losses[-10:]) < FOUND and len(self.recent_losses) >= 10
+        if is_found and self.patches < everything:
+            self.patches = min(everything, 2 * self.patches)
+            self.recent_losses = []
+            print(f"{self.stage.name}: boards of {self.patches} patches", flush=True)
+
+    def draw(self):
+        """Draw the examples of an update, similar ones beside each other."""
+        kinds = [self.stage.kinds[i % len(self.stage.kinds)] for i in range(self.stage.batch)]
+        examples = [getattr(self, kind)() for kind in kinds]
+        return sorted(examples, key=lambda example: (example.board is None, len(example.question)))
+
+    def close(self):
+        for reading in set(self.readings):
+            reading.close()
+
+
+# ---- the loss of a batch ----
+def visible_features(net, pixels):
+    """Return the picture's part of the language model's input: (B, 3, size, size) -> (B, patches, hidden).
+
+    It takes the net's own path. A Swin's `last_hidden_state` has one more normalisation, which a LLaVA does
+    not use.
+    """
+    features = net.model.get_image_features(pixel_values=pixels).pooler_output
+    return features if torch.is_tensor(features) else torch.stack(list(features))
+
+def answer_labels(tokenizer, example):
+    """Return (the token ids of an answer with its end, the labels, with IGNORE where nothing is learned)."""
+    ids = tokenizer(example.answer).input_ids + [tokenizer.eos_token_id]
+    if example.in_loss == "all":
+        return ids, ids
+    is_number = [tokenizer.decode([token]).strip().isdigit() for token in ids]
+    return ids, [token if flag else IGNORE for token, flag in zip(ids, is_number)]
+
+def answers_loss(net, tokenizer, examples, features=None):
+    """Return the sum over the answers of cross-entropy / labels ** 0.75.
+
+    A short answer then counts nearly as much as a long one. examples: anything with question, answer and
+    in_loss. features: (B, patches, hidden), or None for questions without pictures.
+    """
+    image = "<image>" * features.shape[1] if features is not None else ""
+    prompts = [tokenizer(f"{image}{example.question}\n>").input_ids for example in examples]
+    answers = [answer_labels(tokenizer, example) for example in examples]
+    P = max(map(len, prompts))
+    R = max(len(answer) for answer, _ in answers)
+    # The prompts end at P, the answers begin there.
+    ids = torch.full((len(examples), P + R), tokenizer.eos_token_id)
+    mask = torch.zeros(len(examples), P + R, dtype=torch.long)
+    labels = torch.full((len(examples), R), IGNORE)
+    for i, (prompt, (answer, label)) in enumerate(zip(prompts, answers)):
+        row = slice(P - len(prompt), P + len(answer))
+        ids[i, row] = torch.tensor(prompt + answer)
+        mask[i, row] = 1
+        labels[i, : len(answer)] = torch.tensor(label)
+    embedded = net.get_input_embeddings()(ids)
+    if features is not None:
+        is_image = ids == net.config.image_token_id
+        embedded = embedded.masked_scatter(is_image[..., None], features.to(embedded.dtype))
+    output = net.model.language_model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
+    # The state before a token predicts it.
+    logits = net.lm_head(output.last_hidden_state[:, P - 1 : -1]).float()
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    count = (labels != IGNORE).sum(1).clamp(min=1)
+    return (loss.view(labels.shape).sum(1) / count**0.75).sum()
+
+def part_loss(net, processor, sight, part):
+    """Return (summed loss of a micro-batch, its share of right patches or None)."""
+    boards = [example.board for example in part]
+    share = None
+    features = None
+    loss = 0.0
+    if part[0].picture is not None:
+        pictures = [example.picture for example in part]
+        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        features = visible_features(net, pixels)
+        patches, share = sight.loss(features, boards)
+        loss = patches * len(part)
+    elif part[0].board is not None:
+        features = sight.ideal(boards)
+    if part[0].in_loss != "none":
+        loss = loss + answers_loss(net, processor.tokenizer, part, features)
+    return loss, share
+
+def micro_batches(examples):
+    """Yield parts of a sorted batch; those with a board and those without are never in one part."""
+    for has_board in (True, False):
+        chosen = [example for example in examples if (example.board is not None) == has_board]
+        for start in range(0, len(chosen), MICRO_BATCH):
+            yield chosen[start : start + MICRO_BATCH]
+
+
+# ---- training ----
+def learning_rate_at(update, stage):
+    """Return the learning rate: a warm-up, then a cosine."""
+    warmup = (update + 1) / WARMUP
+    cosine = MIN_LR + (1 - MIN_LR) / 2 * (1 + math.cos(math.pi * update / stage.updates))
+    return stage.lr * min(warmup, cosine)
+
+def parameter_groups(net, sight):
+    """Return the parameters of (tower and projector, language model, sight), which are clipped apart."""
+    tower = []
+    language = []
+    for name, weight in net.named_parameters():
+        is_tower = "vision_tower" in name or "projector" in name
+        group = tower if is_tower else language
+        group.append(weight)
+    return tower, language, list(sight.parameters())
+
+def train_stage(net, processor, sight, questions):
+    """Train net and sight in place as a stage says, with a line of numbers every 50 updates."""
+    stage = questions.stage
+    groups = parameter_groups(net, sight)
+    weights = [weight for group in groups for weight in group]
+    optimizer = torch.optim.AdamW(weights, stage.lr, weight_decay=0.01, betas=(0.9, 0.98))
+    began = time.time()
+    losses = []
+    shares = []
+    for update in range(stage.updates):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(update, stage)
+        examples = questions.draw()
+        total = 0.0
+        for part in micro_batches(examples):
+            loss, share = part_loss(net, processor, sight, part)
+            loss = loss / len(examples)
+            loss.backward()
+            total += loss.item()
+            if share is not None:
+                shares.append(share)
+        for group in groups:
+            nn.utils.clip_grad_norm_(group, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+        questions.widen(total)
+        if (update + 1) % LOG_EVERY == 0 or update + 1 == stage.updates:
+            right = f"  patches right {100 * np.nanmean(shares):.0f} %" if shares else ""
+            seconds = time.time() - began
+            numbers = f"loss {np.mean(losses):.3f}{right}  {seconds:.0f} s"
+            print(f"{stage.name} {update + 1}  {numbers}", flush=True)
+            losses = []
+            shares = []
+
+
+# ---- the folders ----
+def new_net(recipe):
+    """Build a net with random weights and a tokenizer of the recipe's texts -> (net, processor)."""
+    asked = {name: None for stage in recipe.stages for name in stage.asked}
+    names = reading_names(",".join(asked))
+    readings = [make(name, size=recipe.size) for name in names]
+    texts = list(corpus(6000, readings=readings))
+    for token in recipe.tokens:
+        texts += [f"'{token}'", f'"{token}"', f" {token}"] * 50
+    net, processor = llava(texts, vocab_size=recipe.words, image_size=recipe.size)
+    if recipe.is_swin:
+        return with_swin(net, processor, recipe.size)
+    return net, processor
+
+def save_stage(net, processor, sight, folder):
+    """Write what a stage has made; the folder is there only when it is complete."""
+    with replacing(folder) as aside:
+        publish_names(net).save_pretrained(aside)
+        processor.save_pretrained(aside)
+        save_file(sight.state_dict(), os.path.join(aside, "sight.safetensors"))
+
+def make_base(name, out, seed=0):
+    """Make a base by its recipe, stage by stage, behind those that are in the folder `out` already."""
+    recipe = RECIPES[name]
+    folders = [os.path.join(out, f"{name}-{i + 1}-{stage.name}") for i, stage in enumerate(recipe.stages)]
+    done = sum(map(os.path.isdir, folders))
+    torch.manual_seed(seed)
+    if done:
+        print(f"goes on from {folders[done - 1]}", flush=True)
+        net, processor = load_model(folders[done - 1])
+    else:
+        net, processor = new_net(recipe)
+    sight = Sight(net.get_input_embeddings(), processor.tokenizer, recipe)
+    if done:
+        sight.load_state_dict(load_file(os.path.join(folders[done - 1], "sight.safetensors")))
+    for i, stage in enumerate(recipe.stages):
+        if i < done:
+            continue
+        torch.manual_seed(seed + i)
+        questions = Questions(recipe, stage, (seed, i))
+        train_stage(net, processor, sight, questions)
+        questions.close()
+        save_stage(net, processor, sight, folders[i])
+    with replacing(os.path.join(out, name)) as aside:
+        publish_names(net.half()).save_pretrained(aside)
+        processor.save_pretrained(aside)
+
+def main(argv):
+    """Make the base that the command line names."""
+    if not argv or argv[0] not in RECIPES:
+        raise ConfigError(f"Name one of the recipes, {', '.join(RECIPES)}: python -m pretrain.train_base "
+                          f"{list(RECIPES)[0]} --out=out/bases")
+    cfg = configure(__file__, argv[1:], files=False, quiet=True)
+    if os.path.exists(os.path.join(cfg.out, argv[0])):
+        raise ConfigError(f"{os.path.join(cfg.out, argv[0])!r} is there already: name another folder.")
+    transformers.logging.disable_progress_bar()
+    os.makedirs(cfg.out, exist_ok=True)
+    make_base(argv[0], cfg.out, cfg.seed)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,249 @@
+"""Tests pretrain/train_base.py, sight.py and recipes.py: bases from random weights, without any world."""
+import inspect
+from collections import Counter
+
+import numpy as np
+import torch
+from PIL import Image
+
+from model import VLM
+from pretrain.questions import Reading
+from pretrain.recipes import RECIPES, Stage
+from pretrain.sight import Board, Sight, all_places, random_board
+from pretrain.tiny_nets import llava
+from pretrain.train_base import (
+    Example,
+    Questions,
+    answer_labels,
+    answers_loss,
+    learning_rate_at,
+    micro_batches,
+    part_loss,
+    train_stage,
+)
+from worlds.registry import QUESTIONS
+
+GRIDS = RECIPES["tiny-vlm-grids"]
+# Boards of nine patches with a few names.
+SMALL = GRIDS._replace(side=3, places=3, size=48, names=("red ball", "blue key", "grey box", "flag"))
+
+def tiny(seed=0):
+    """Build a net for pictures of nine patches -> (net, processor, sight)."""
+    torch.manual_seed(seed)
+    words = " ".join([*SMALL.names, *SMALL.background])
+    texts = [f"Which places have {words}? {words} 0 1 2, 2 1 0"] * 20
+    net, processor = llava(texts, vocab_size=340, hidden=64, layers=2, image_size=48)
+    return net, processor, Sight(net.get_input_embeddings(), processor.tokenizer, SMALL)
+
+def small_boards(count, seed=0):
+    """Draw boards of nine patches."""
+    rng = np.random.default_rng(seed)
+    return [random_board(rng, SMALL, 9)[0] for _ in range(count)]
+
+def patch_counts(examples):
+    """Count the patches of the examples that have a board."""
+    boards = [example.board for example in examples if example.board]
+    return [len(board.names) for board in boards]
+
+def board_questions(stage, seed=0):
+    """Make the Questions of a stage that needs no world; texts to repeat come from the card games."""
+    questions = Questions(SMALL, stage, seed)
+    reading = Reading()
+    reading.rng = questions.rng
+    questions.readings = [reading]
+    return questions
+
+
+# ---- recipes ----
+
+def test_each_stage_of_a_recipe_can_be_run():
+    """Kinds are methods, environments ask questions, and what a board may show has a name of its own."""
+    for recipe in RECIPES.values():
+        for stage in recipe.stages:
+            for kind in stage.kinds:
+                assert inspect.isfunction(getattr(Questions, kind))
+            for name in stage.asked:
+                assert name.partition(":")[0] in QUESTIONS
+            # A batch of one kind only would leave the others out.
+            assert stage.batch >= len(stage.kinds)
+        names = [stage.name for stage in recipe.stages]
+        assert len(set(names)) == len(names)
+        assert not set(recipe.names) & set(recipe.background)
+
+def test_the_learning_rate_warms_up_and_decays():
+    stage = Stage("x", ("board",), 1000, lr=2e-3)
+    rates = [learning_rate_at(update, stage) for update in range(1000)]
+    assert rates[0] < 1e-4
+    assert max(rates) > 1.9e-3
+    assert 2e-4 <= rates[-1] < 2.1e-4
+
+
+# ---- boards ----
+
+def test_a_board_shows_each_thing_once_where_the_answer_says():
+    """The answer's places are those of the patches with the names, also where there are few patches."""
+    rng = np.random.default_rng(0)
+    seen = Counter()
+    for patches in (2, 4, 9):
+        for _ in range(100):
+            board, places = random_board(rng, SMALL, patches, things=3)
+            where = list(zip(board.columns, board.rows))
+            assert len(board.names) == len(where) == len(set(where)) == patches
+            assert len(places) == min(3, patches)
+            shown = dict(zip(board.names, where))
+            for name in SMALL.background:
+                shown.pop(name, None)
+            assert shown == places
+            seen.update(places.values())
+    # Things are everywhere.
+    assert len(seen) == 9
+    assert min(seen.values()) > 0.5 * max(seen.values())
+
+def test_boards_grow_when_their_things_are_found():
+    """A narrowed stage begins with two patches and doubles them after ten updates with a small loss."""
+    stage = Stage("x", ("board", "copying"), 100, batch=4, is_narrowed=True)
+    questions = board_questions(stage)
+    sizes = []
+    for loss in [9.0] * 30 + [0.1] * 60:
+        assert patch_counts(questions.draw()) == [questions.patches] * 2
+        sizes.append(questions.patches)
+        questions.widen(loss)
+    # The last high losses are forgotten first.
+    assert set(sizes[:31]) == {2}
+    assert sorted(set(sizes)) == [2, 4, 8, 9]
+    wide = board_questions(Stage("x", ("board",), 100, batch=4))
+    wide.widen(0.0)
+    assert patch_counts(wide.draw()) == [9] * 4
+
+
+# ---- features ----
+
+def test_an_ideal_feature_is_name_column_and_row():
+    """Two patches that show the same differ by their places only, and all three parts have length 1."""
+    _, _, sight = tiny()
+    board = Board(("red ball", "red ball", "flag"), (0, 2, 2), (1, 1, 1))
+    [first, second, third] = sight.ideal([board])[0]
+    unit = torch.nn.functional.normalize
+    columns = unit(sight.columns, dim=-1)
+    assert torch.allclose(first - second, columns[0] - columns[2], atol=1e-5)
+    names = sight.name_vectors(["red ball", "flag"])
+    assert torch.allclose(names.norm(dim=-1), torch.ones(2))
+    assert torch.allclose(second - third, names[0] - names[1], atol=1e-5)
+
+def test_ideal_features_are_the_best_a_tower_can_show():
+    """Any other features have a larger loss, and features at the wrong patches name nothing right."""
+    _, _, sight = tiny()
+    boards = small_boards(8)
+    with torch.no_grad():
+        ideal = sight.ideal(boards)
+        best, share = sight.loss(ideal, boards)
+        noisy, _ = sight.loss(ideal + 0.3 * torch.randn(ideal.shape), boards)
+        longer, _ = sight.loss(2 * ideal, boards)
+        moved, moved_share = sight.loss(ideal.roll(1, dims=1), boards)
+    assert share == 1
+    assert best < min(noisy, longer, moved)
+    assert moved_share < 0.3
+
+def test_a_tower_is_taught_without_changing_the_words():
+    """The names' embeddings are a target for the tower; if they moved, they would come to meet it."""
+    net, processor, sight = tiny()
+    boards = small_boards(1)
+    features = torch.randn(1, 9, 64, requires_grad=True)
+    words = net.get_input_embeddings().weight
+    loss, _ = sight.loss(features, boards)
+    loss.backward()
+    assert features.grad.abs().sum() > 0
+    assert words.grad is None
+    assert sight.columns.grad is None
+    # From ideal features the language model learns, and words and places with it.
+    sight.ideal(boards).square().sum().backward()
+    assert words.grad is not None
+    assert sight.columns.grad is not None
+
+
+# ---- the loss ----
+
+def test_only_numbers_are_learned_from_a_board():
+    _, processor, _ = tiny()
+    tokenizer = processor.tokenizer
+    example = Example("?", "red ball 0 1, flag 2 2", in_loss="numbers")
+    ids, labels = answer_labels(tokenizer, example)
+    learned = [tokenizer.decode([token]).strip() for token in labels if token != -100]
+    assert learned == ["0", "1", "2", "2"]
+    assert len(ids) == len(labels)
+    ids, labels = answer_labels(tokenizer, example._replace(in_loss="all"))
+    assert ids == labels
+    assert ids[-1] == tokenizer.eos_token_id
+
+def test_a_question_has_the_tokens_that_play_gives_it():
+    """A base is asked in the very form of the chat template, or what it knows would not be used in play."""
+    net, processor, _ = tiny()
+    vlm = VLM(net, processor)
+    content = [{"type": "image"}, {"type": "text", "text": "Where?"}]
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 255, (48, 48, 3), dtype=np.uint8))
+    prompt = vlm.encode([{"role": "user", "content": content}], [picture])
+    image = "<image>" * 9
+    assert prompt["input_ids"].flatten().tolist() == processor.tokenizer(f"{image}Where?\n>").input_ids
+
+def test_a_batch_is_cut_into_parts_of_one_kind():
+    board = Board(("flag",), (0,), (0,))
+    examples = [Example("a" * i, "b", board if i % 3 else None) for i in range(100)]
+    seen = []
+    for part in micro_batches(examples):
+        boards = {example.board for example in part}
+        assert len(boards) == 1
+        assert len(part) <= 32
+        seen += [len(example.question) for example in part]
+    assert sorted(seen) == list(range(100))
+
+def test_a_tower_s_loss_stands_beside_that_of_the_answers():
+    """A state's loss is that of its answer, from the tower's features, and that of its patches."""
+    net, processor, sight = tiny()
+    [board] = small_boards(1)
+    state = Example("Where?", "0 1", board, Image.new("RGB", (48, 48), "red"))
+    silent = state._replace(in_loss="none")
+    unseen = state._replace(picture=None)
+    with torch.no_grad():
+        both, share = part_loss(net, processor, sight, [state])
+        patches, same_share = part_loss(net, processor, sight, [silent])
+        ideal, no_share = part_loss(net, processor, sight, [unseen])
+        answer = answers_loss(net, processor.tokenizer, [state], sight.ideal([board]))
+        blind, _ = part_loss(net, processor, sight, [Example("Where?", "0 1")])
+    assert both > patches > 0
+    assert share == same_share
+    assert no_share is None
+    assert torch.allclose(ideal, answer)
+    assert not torch.allclose(blind, ideal)
+
+
+# ---- training ----
+
+def test_names_are_found_on_boards_after_a_few_seconds(capsys):
+    """The smallest case: one of four names among two patches. Guessing has a loss of about 1.4 a number."""
+    net, processor, sight = tiny()
+    stage = Stage("boards", ("board",), 150, batch=32, lr=3e-3)
+    questions = board_questions(stage)
+    questions.recipe = SMALL._replace(side=2)
+    questions.patches = 4
+    before = net.model.vision_tower.embeddings.patch_embedding.weight.clone()
+
+    def draw():
+        boards = []
+        for _ in range(stage.batch):
+            board, places = random_board(questions.rng, questions.recipe, 4, things=1)
+            [(name, (column, row))] = places.items()
+            answer = f"{name} {column} {row}"
+            boards.append(Example(f"Which places have {name}?", answer, board, None, "numbers"))
+        return boards
+
+    questions.draw = draw
+    train_stage(net, processor, sight, questions)
+    losses = [float(line.split()[3]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[-1] < 0.5 * losses[0]
+    # Without pictures the tower stays as it is.
+    assert torch.equal(net.model.vision_tower.embeddings.patch_embedding.weight, before)
+
+def test_places_are_named_from_the_upper_left():
+    places = list(zip(*all_places(3)))
+    assert places[:4] == [(0, 0), (1, 0), (2, 0), (0, 1)]
