@@ -25,6 +25,16 @@ out = 'out/grid'  # where the runs' folders lie
 
 METHODS = ("sft", "fbc", "awr", "afsft")
 SEEDS = (0, 1, 2)
+# One setting of the critic and of the filter for all worlds, whatever their configs say.
+SETTING = dict(
+    critic_coef=3.0,
+    pess_coef=0.5,
+    q_init=-1.5,
+    target_tau=0.05,
+    beta=-0.05,
+    reward_clip=1.0,
+    penalty=-1.0,
+)
 # What differs is cloned; play is the policy's own, without the critic's help.
 OFFLINE = "--online_updates=0 --q_weight=0"
 # Play without a single whole episode of an expert, in which filtered cloning has little to choose from.
@@ -38,7 +48,7 @@ WORLDS = {
     "biased": "config/numberline_biased.py",
     "ezpoints": "config/ezpoints.py --dtype=float32",
     "blackjack": "config/blackjack.py --dtype=float32",
-    "lake": "config/frozenlake.py --dtype=float32",
+    "lake": "config/frozenlake.py --dtype=float32 --filter_warmup=150",
     "rooms": "config/babyai_gotolocal.py --dtype=float32",
     "pages": "config/miniwob.py --dtype=float32",
 }
@@ -50,7 +60,7 @@ ONLINE = ("mixed", "ezpoints", "blackjack", "lake", "rooms", "pages")
 
 # One key at a time from the best setting: the keys, with seeds and worlds.
 ABLATIONS = """
-    beta=0.0 beta=-0.2 beta=0.2 pess_coef=0.0 pess_coef=2.0 q_init=0.0 critic_coef=1.0 critic_coef=50.0
+    beta=0.0 beta=-0.2 beta=0.2 pess_coef=0.0 pess_coef=2.0 q_init=0.0 critic_coef=1.0 critic_coef=10.0
     trace=plain trace=turn lam=0.0 lam=0.8 filter_warmup=0 filter_warmup=150 bc_coef=0.1 gamma=0.9
     q_head=full n_critics=2 lora_r=4 window=1 q_weight=5.0
 """.split()
@@ -65,13 +75,19 @@ class Cell(NamedTuple):
     seed: int
     flags: str
 
+def setting_flags(**changed):
+    """Write the setting as flags of train.py, with some keys changed."""
+    return " ".join(f"--{key}={value}" for key, value in {**SETTING, **changed}.items())
+
 def ablation_cells():
     """Return the runs with one key changed, offline."""
     found = []
     for world, seeds in ABLATED.items():
         for seed in seeds:
             for setting in ABLATIONS:
-                own = f"{WORLDS[world]} --online_updates=0 --{setting} --seed={seed}"
+                key, _, value = setting.partition("=")
+                changed = setting_flags(**{key: value})
+                own = f"{WORLDS[world]} {changed} --online_updates=0 --seed={seed}"
                 name = f"{world}_ablation_{setting}_{seed}"
                 found.append(Cell(name, f"ablation_{world}", setting, seed, own))
     return found
@@ -82,10 +98,10 @@ def cells():
     for seed in SEEDS:
         for world, flags in WORLDS.items():
             for method in METHODS:
-                own = f"{flags} --actor_loss={method} {OFFLINE} --seed={seed}"
+                own = f"{flags} {setting_flags()} --actor_loss={method} {OFFLINE} --seed={seed}"
                 found.append(Cell(f"{world}_{method}_{seed}", f"grid_{world}", "", seed, own))
             if world in ONLINE:
-                own = f"{flags} --q_weight=0 --seed={seed}"
+                own = f"{flags} {setting_flags()} --q_weight=0 --seed={seed}"
                 variant = "whole schedule"
                 found.append(Cell(f"{world}_online_{seed}", f"grid_{world}", variant, seed, own))
     return found + ablation_cells()
