@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -38,6 +39,7 @@ MICRO_BATCH = 32
 # A narrowed board grows when the mean loss falls below it.
 FOUND = 0.5
 LOG_EVERY = 50
+SIGHT = "sight.safetensors"
 
 # --- config ---
 out = 'out/bases'  # where the folders of the stages and of the base lie
@@ -286,18 +288,38 @@ def new_net(recipe):
         return with_swin(net, processor, recipe.size)
     return net, processor
 
-def save_stage(net, processor, sight, folder):
+def origin_of(recipe, last, seed):
+    """Describe what makes the folder of stage number `last`: everything that its weights depend on."""
+    return repr(recipe._replace(stages=recipe.stages[: last + 1])) + f", seed {seed}"
+
+def save_stage(net, processor, sight, folder, origin):
     """Write what a stage has made; the folder is there only when it is complete."""
     with replacing(folder) as aside:
         publish_names(net).save_pretrained(aside)
         processor.save_pretrained(aside)
-        save_file(sight.state_dict(), os.path.join(aside, "sight.safetensors"))
+        save_file(sight.state_dict(), os.path.join(aside, SIGHT), metadata={"origin": origin})
+
+def finished_stages(recipe, folders, seed):
+    """Count the stages that are there; ConfigError if another recipe or seed has made the last of them."""
+    done = 0
+    while done < len(folders) and os.path.isdir(folders[done]):
+        done += 1
+    if done:
+        with safe_open(os.path.join(folders[done - 1], SIGHT), "pt") as file:
+            origin = (file.metadata() or {}).get("origin")
+        if origin != origin_of(recipe, done - 1, seed):
+            raise ConfigError(f"{folders[done - 1]!r} was made with another seed or another recipe: name "
+                              "another folder, or delete it.")
+    return done
 
 def make_base(name, out, seed=0):
-    """Make a base by its recipe, stage by stage, behind those that are in the folder `out` already."""
+    """Make a base by its recipe, stage by stage, behind those that are in the folder `out` already.
+
+    ConfigError if those were made with another seed or another recipe.
+    """
     recipe = RECIPES[name]
     folders = [os.path.join(out, f"{name}-{i + 1}-{stage.name}") for i, stage in enumerate(recipe.stages)]
-    done = sum(map(os.path.isdir, folders))
+    done = finished_stages(recipe, folders, seed)
     torch.manual_seed(seed)
     if done:
         print(f"goes on from {folders[done - 1]}", flush=True)
@@ -306,7 +328,7 @@ def make_base(name, out, seed=0):
         net, processor = new_net(recipe)
     sight = Sight(net.get_input_embeddings(), processor.tokenizer, recipe)
     if done:
-        sight.load_state_dict(load_file(os.path.join(folders[done - 1], "sight.safetensors")))
+        sight.load_state_dict(load_file(os.path.join(folders[done - 1], SIGHT)))
     for i, stage in enumerate(recipe.stages):
         if i < done:
             continue
@@ -314,7 +336,7 @@ def make_base(name, out, seed=0):
         questions = Questions(recipe, stage, (seed, i))
         train_stage(net, processor, sight, questions)
         questions.close()
-        save_stage(net, processor, sight, folders[i])
+        save_stage(net, processor, sight, folders[i], origin_of(recipe, i, seed))
     with replacing(os.path.join(out, name)) as aside:
         publish_names(net.half()).save_pretrained(aside)
         processor.save_pretrained(aside)
@@ -329,7 +351,10 @@ def main(argv):
         raise ConfigError(f"{os.path.join(cfg.out, argv[0])!r} is there already: name another folder.")
     transformers.logging.disable_progress_bar()
     os.makedirs(cfg.out, exist_ok=True)
-    make_base(argv[0], cfg.out, cfg.seed)
+    try:
+        make_base(argv[0], cfg.out, cfg.seed)
+    except KeyboardInterrupt:
+        raise SystemExit("\nStopped by you: the same command goes on behind the last finished stage.")
 
 
 if __name__ == "__main__":

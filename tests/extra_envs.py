@@ -522,7 +522,8 @@ SMALL_STAGES = (
 def test_a_base_is_made_from_nothing_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     """Every stage leaves a folder; a run that begins behind one of them ends with the same bytes.
 
-    The base then opens as any other, is asked about held-out states, and is not written over.
+    The base then opens as any other, is asked about held-out states, and is not written over. Nor does a run
+    go on from stages that it would not have made.
     """
     small = RECIPES["tiny-vlm-grids"]._replace(stages=SMALL_STAGES)
     monkeypatch.setitem(RECIPES, "tiny-vlm-grids", small)
@@ -538,6 +539,9 @@ def test_a_base_is_made_from_nothing_and_goes_on_where_it_stopped(tmp_path, monk
     assert first == second
     with pytest.raises(SystemExit, match="is there already"):
         train_base.main(["tiny-vlm-grids", f"--out={whole}"])
+    shutil.rmtree(stopped / "tiny-vlm-grids")
+    with pytest.raises(SystemExit, match="another seed or another recipe"):
+        train_base.main(["tiny-vlm-grids", f"--out={stopped}", "--seed=1"])
     base = str(whole / "tiny-vlm-grids")
     score_base.main([base, "Leading:FrozenLake", "--questions=4", "--batch=2"])
     assert re.search(r"Leading:FrozenLake +(echo|way|mission told) .* of [1-4]\n", capsys.readouterr().out)
