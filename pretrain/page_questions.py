@@ -76,6 +76,13 @@ def join_lines(*lines):
     """Join the lines that are not empty."""
     return "\n".join(filter(None, lines))
 
+def quoted(text):
+    """Put a text in double quotes.
+
+    Behind a single one, tokenizers take the beginning of "submit" for that of "it's".
+    """
+    return f'"{text}"'
+
 def format_elements(elements):
     """Write elements as the prompt shows them, one a line."""
     return "\n".join(map(format_element, elements))
@@ -292,8 +299,8 @@ class Asker:
 
     def ask_places(self, named, lines):
         """Ask for the places of several texts: a long answer, in which each place can be right or wrong."""
-        texts = ", ".join(repr(element["text"]) for element in named)
-        answer = ", ".join(f"{element['text']!r} {click_place(element)}" for element in named)
+        texts = ", ".join(quoted(element["text"]) for element in named)
+        answer = ", ".join(f"{quoted(element['text'])} {click_place(element)}" for element in named)
         return self.finish("places", lines, f"Which places have {texts}?", answer)
 
     def ask_named_place(self, element, lines):
@@ -314,14 +321,11 @@ class Asker:
         if which < 6:
             return self.echo(4, 30)
         lines = page.lines()
-        if which < 68:
-            listing = self.listing()
-            asked = self.ask_listing(listing, which)
+        while which < 68:
+            # a list that names nothing once has nothing to ask for
+            asked = self.ask_listing(self.listing(), which)
             if asked:
                 return asked
-            # A rare flaw: the list names nothing once, and its lines now stand for the page's, although the
-            # answer is the number of the page's target. It stays because the bases were trained with it.
-            lines = format_elements(listing)
         return self.ask_target(page, lines) or self.text(page)
 
     def ask_target(self, page, lines):
@@ -412,8 +416,8 @@ class Asker:
         if which >= 24:
             goal = self.pick(GOALS).format(named[0]["text"])
             return self.ask_number(goal, lines, named[0])
-        texts = ", ".join(repr(element["text"]) for element in named)
-        answer = ", ".join(f"{element['text']!r} {element['ref']}" for element in named)
+        texts = ", ".join(quoted(element["text"]) for element in named)
+        answer = ", ".join(f"{quoted(element['text'])} {element['ref']}" for element in named)
         return self.finish("numbers", lines, f"Which numbers have {texts}?", answer)
 
     def ask_number(self, goal, lines, element):

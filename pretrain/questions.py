@@ -2,8 +2,9 @@
 Questions for pre-training: what a vision-language model can do before it meets any action syntax.
 
 Each environment asks one question a turn: about a random state of a card game or of a world, a sum, or a
-text to repeat. The reply is the answer, without a marker. Reading asks all questions; Captions, Finding,
-Facing and Leading are stages of pre-training, which ask some of them. pretrain/config_*.py use them.
+text to repeat. The reply is the answer, without a marker. Reading asks all questions; Captions, Placing,
+Finding, Facing and Leading are stages of pre-training, which ask some of them. pretrain/recipes.py and
+pretrain/config_tiny.py use them.
 """
 import copy
 
@@ -13,11 +14,14 @@ from envs import MARKER, Env, Text, is_held_out
 from pretrain.game_questions import ATOMS, GAME_QUESTIONS, GAMES
 from pretrain.grid_questions import lake_questions, room_questions
 from pretrain.page_questions import Asker, Page, copy_page
+from worlds.contract import Unplayable
 from worlds.gym import BabyAI, FrozenLake
 from worlds.miniwob import MiniWoB
 
 # How many pages of a task are loaded, which takes a tenth of a second each.
 PAGES = 400
+# So many draws in vain mean that there is nothing to draw.
+MANY = 1000
 
 def draw_from(rng):
     """Return a function draw(n) that draws an integer below n, or draw(low, high)."""
@@ -143,11 +147,13 @@ class Reading(Env):
     def ask_world(self, rng):
         """Draw a state of the world -> (what shows it, [(kind, question, answer), ...])."""
         if isinstance(self.world, MiniWoB):
-            while True:
+            for _ in range(MANY):
                 page = self.page(rng)
                 asked = Asker(rng).ask(page)
                 if not self.topics or asked[0] in self.topics:
                     return page, [asked]
+            raise Unplayable(f"env={self.name!r}: nothing of the kind is asked about these pages; Placing, "
+                             "Captions, Finding and Reading ask about pages.")
         self.walk(rng)
         if isinstance(self.world, BabyAI):
             return self.world, room_questions(self.world, draw_from(rng))
@@ -173,14 +179,18 @@ class Reading(Env):
         """Bring the world to a state a few moves after a start that is held out, or not."""
         world = self.world
         world.rng = rng
-        world.over = True
-        while world.over:
+        for _ in range(MANY):
+            world.lost = ""
             world.start()
             world.over = is_held_out(world.fingerprint(), world.one_in) != self.is_held_out
             # An agent on its way to the goal has other last actions than one that walks at random.
             follows_expert = isinstance(world, BabyAI) and rng.random() < 0.5
             if not world.over:
                 self.make_moves(rng, follows_expert)
+            if not world.over and not world.lost:
+                return
+        part = "held out" if self.is_held_out else "drawn in training"
+        raise Unplayable(f"env={self.name!r}: none of {MANY} starts is {part}.")
 
     def make_moves(self, rng, follows_expert):
         """Play some moves, of the expert or at random, until the episode ends."""

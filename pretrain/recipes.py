@@ -17,7 +17,7 @@ class Stage(NamedTuple):
 
     kinds: methods of pretrain/train_base.py's Questions, which take turns in a batch. asked: the environments
     of questions that take turns. batch: questions in an update. is_narrowed: the boards have two patches at
-    first, and twice as many whenever their things are found, until they have all.
+    first, and twice as many whenever their things are found. They must have all in the end.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Recipe(NamedTuple):
     size: side of its pictures, pixels. words: size of its vocabulary. side: patches on a side of a picture.
     names, background: of things on made-up boards, and of what lies between them.
     step, places: a place is a number below `places`, and questions name it as that times `step`.
-    is_quoted: whether questions write names in quotes. tokens: texts that are to be one token each.
+    is_quoted: whether questions write names in quotes. tokens: words that are to be one token each.
     is_swin: the vision tower is a Swin, whose patches read alike wherever they are.
     """
 

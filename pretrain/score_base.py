@@ -10,20 +10,18 @@ import sys
 from collections import Counter
 
 import numpy as np
-import torch
-import transformers
 from PIL import Image
 from tqdm import tqdm
 
 from configurator import configure
 from evaluate import wilson
 from extras.flag_mistakes import ConfigError
+from extras.value_checks import check_ranges
 from model import VLM, load_model
 from worlds.registry import QUESTIONS, make
 
 # --- config ---
 questions = 200  # for each environment
-size = 128       # side of the pictures, pixels
 batch = 50       # questions at once
 seed = 1         # of the states and of the questions
 hide = False     # show a grey picture instead
@@ -68,30 +66,43 @@ def percent(right, total):
     low, high = wilson(right, total)
     return f"{100 * right / total:5.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {total}"
 
+def make_readings(names, size):
+    """Make the environments of questions; ConfigError for a name that does not ask about held-out states."""
+    readings = []
+    for name in names:
+        kind, _, about = name.partition(":")
+        if kind not in QUESTIONS:
+            raise ConfigError(f"{name!r} asks no questions: write {', '.join(QUESTIONS)} before a world, "
+                              "such as Finding:FrozenLake.")
+        if not about or "," in name:
+            raise ConfigError(f"{name!r} names no world or several: write one behind each kind of question, "
+                              "such as Finding:FrozenLake; the card games hold no states out.")
+        try:
+            readings.append(make(name, size=size))
+        except ValueError as error:
+            raise ConfigError(str(error))
+    return readings
+
 def main(argv):
     """Print a table: a line for each kind of question of each environment."""
-    names = [word for word in argv[1:] if not word.startswith("--")]
-    if not argv or argv[0].startswith("--") or not names:
+    words = [word for word in argv if not word.startswith("-")]
+    flags = [word for word in argv if word.startswith("-")]
+    cfg = configure(__file__, flags, files=False, quiet=True)
+    if len(words) < 2:
         raise ConfigError("Name a base and what to ask: python -m pretrain.score_base bases/tiny-vlm-grids "
                           "Finding:BabyAI-GoToLocal-v0:view")
-    for name in names:
-        if name.partition(":")[0] not in QUESTIONS:
-            raise ConfigError(f"{name!r} asks no questions: write one of {', '.join(QUESTIONS)} before it, "
-                              f"such as Finding:{name}.")
-    flags = [word for word in argv[1:] if word.startswith("--")]
-    cfg = configure(__file__, flags, files=False, quiet=True)
-    if cfg.questions < 1 or cfg.batch < 1:
-        raise ConfigError(f"questions={cfg.questions}, batch={cfg.batch} asks nothing: set 1 or more.")
-    transformers.logging.disable_progress_bar()
-    torch.manual_seed(cfg.seed)
-    net, processor = load_model(argv[0])
-    vlm = VLM(net, processor, argv[0])
-    for name in names:
-        reading = make(name, size=cfg.size)
+    check_ranges(cfg, [("questions batch", lambda number: number >= 1, "1 or more")], "--")
+    check_ranges(cfg, [("seed", lambda seed: seed >= 0, "0 or more")], "--")
+    folder, *names = words
+    net, processor = load_model(folder)
+    vlm = VLM(net, processor, folder)
+    # a tower takes pictures of one size
+    readings = make_readings(names, net.config.vision_config.image_size)
+    for name, reading in zip(names, readings):
         found = score(vlm, reading, cfg)
-        reading.close()
         for kind, (right, total) in sorted(found.items()):
             print(f"{name:<40} {kind:<14} {percent(right, total)}", flush=True)
+        reading.close()
 
 
 if __name__ == "__main__":

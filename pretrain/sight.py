@@ -18,8 +18,7 @@ from pretrain.page_questions import Page
 from worlds.gym import BabyAI
 from worlds.miniwob import PAGE_SIZE, click_places
 
-# Names of what lies between things. Most patches show one of them, so they count less in the loss.
-BACKGROUND = ("nothing", "wall", "unseen", "ice")
+# Most patches show what lies between things, so it counts less in the loss.
 BACKGROUND_WEIGHT = 0.1
 IGNORE = -100  # no label, for F.cross_entropy
 
@@ -67,8 +66,8 @@ def lake_board(world, side):
 def page_board(page, side, step):
     """Return the Board of a Page: each patch shows the text that covers most of it.
 
-    Its place is the one to click on, in units of `step` pixels, in every patch near it. A patch that shows a
-    bit of something else has no name.
+    Its place is the one to click on, in units of `step` pixels, in every patch up to two patches beside it. A
+    patch that shows a bit of something else has no name.
     """
     patch = PAGE_SIZE // side
     dark = np.asarray(page.picture().convert("L")) < 200
@@ -94,9 +93,9 @@ def page_board(page, side, step):
             is_near = abs(patch_left + patch // 2 - x) <= 2 * patch
             if shown_width < 6 or shown_height < 4 or not is_near:
                 continue
-            if shown_height <= covered[i]:
+            if shown_width * shown_height <= covered[i]:
                 continue
-            covered[i] = shown_height
+            covered[i] = shown_width * shown_height
             names[i] = text
             columns[i] = None
             rows[i] = None
@@ -182,6 +181,7 @@ class Sight(nn.Module):
         # A list hides the embeddings from parameters().
         self.words = [words]
         self.tokenizer = tokenizer
+        self.background = recipe.background
         # In a question a name has other tokens behind a space than behind a quote.
         self.space = "" if recipe.is_quoted else " "
         hidden = words.weight.shape[1]
@@ -211,8 +211,8 @@ class Sight(nn.Module):
         """Return (loss of a tower's features, share of the patches with a thing whose name is right).
 
         features: (B, patches, hidden). The loss is the cross-entropy of three softmaxes over cosines, with
-        all names, columns and rows, plus one minus the cosine with the ideal feature. The squared distance to
-        it teaches a tower the mean of all patches (docs/log.md).
+        the names on these boards, all columns and all rows, plus one minus the cosine with the ideal feature.
+        The squared distance to it teaches a tower the mean of all patches (docs/log.md).
         """
         names, labels = number_labels(boards)
         tables = [table.detach() for table in self.tables(names)]
@@ -223,7 +223,7 @@ class Sight(nn.Module):
         # A feature's length does not matter to the cosines, but it does to the language model.
         lengths = features.norm(dim=-1) - ideal.norm(dim=-1)
         loss = loss + 0.1 * lengths[is_known].square().mean()
-        is_background = torch.tensor([name in BACKGROUND for name in names])
+        is_background = torch.tensor([name in self.background for name in names])
         weights = torch.where(is_background, BACKGROUND_WEIGHT, 1.0)
         scale = self.log_scale.exp()
         for table, label, weight in zip(tables, labels, (weights, None, None)):

@@ -14,18 +14,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from configurator import configure
 from extras.flag_mistakes import ConfigError
 from extras.published_names import publish_names
+from extras.value_checks import check_out_dir, check_ranges
 from extras.whole_files import replacing
 from model import load_model
-from pretrain.page_questions import Asker, Page
+from pretrain.page_questions import Asker, Page, quoted
 from pretrain.questions import corpus
 from pretrain.recipes import RECIPES
 from pretrain.sight import IGNORE, Board, Sight, board_of, random_board
@@ -43,7 +43,7 @@ SIGHT = "sight.safetensors"
 
 # --- config ---
 out = 'out/bases'  # where the folders of the stages and of the base lie
-seed = 0           # of the weights and of all draws
+seed = 0           # of the weights and of the questions
 # --- end of config ---
 
 # ---- questions ----
@@ -94,7 +94,7 @@ class Questions:
         asked = []
         answers = []
         for name, (column, row) in places.items():
-            written = repr(name) if self.recipe.is_quoted else name
+            written = quoted(name) if self.recipe.is_quoted else name
             asked.append(written)
             answers.append(f"{written} {step * column} {step * row}")
         question = f"Which places have {', '.join(asked)}?"
@@ -103,7 +103,7 @@ class Questions:
 
     def ideal(self):
         """Ask about a state of a world, which is shown as ideal features."""
-        return self.state()._replace(picture=None)
+        return self.state(has_picture=False)
 
     def sight(self):
         """Ask nothing about a state: what its patches show is enough to learn from."""
@@ -115,18 +115,20 @@ class Questions:
         _, question, answer = Asker(self.rng).ask(page, text_share=1.0)
         return Example(question, str(answer))
 
-    def state(self):
-        """Ask about the picture of a state of a world."""
+    def state(self, has_picture=True):
+        """Ask about the picture of a state of a world; it is not drawn if it is not needed."""
         reading = self.next_reading()
         reading.start()
         shown = reading.game if isinstance(reading.game, Page) else reading.world
         board = board_of(shown, self.recipe)
-        # A picture is slow to draw.
-        picture = None if "ideal" in self.stage.kinds else reading.picture()
+        picture = reading.picture() if has_picture else None
         return Example(reading.question, reading.answer, board, picture)
 
     def widen(self, loss):
-        """Double the patches of a narrowed board once its things are found; loss: of the last update."""
+        """Double the patches of a narrowed board once its things are found.
+
+        loss: the mean over the examples of the last update, those without a board included.
+        """
         self.recent_losses.append(loss)
         everything = self.recipe.side**2
         is_found = np.mean(self.recent_losses[-10:]) < FOUND and len(self.recent_losses) >= 10
@@ -139,7 +141,7 @@ class Questions:
         """Draw the examples of an update, similar ones beside each other."""
         kinds = [self.stage.kinds[i % len(self.stage.kinds)] for i in range(self.stage.batch)]
         examples = [getattr(self, kind)() for kind in kinds]
-        return sorted(examples, key=lambda example: (example.board is None, len(example.question)))
+        return sorted(examples, key=lambda example: len(example.question))
 
     def close(self):
         for reading in set(self.readings):
@@ -214,11 +216,14 @@ def part_loss(net, processor, sight, part):
     return loss, share
 
 def micro_batches(examples):
-    """Yield parts of a sorted batch; those with a board and those without are never in one part."""
-    for has_board in (True, False):
-        chosen = [example for example in examples if (example.board is not None) == has_board]
-        for start in range(0, len(chosen), MICRO_BATCH):
-            yield chosen[start : start + MICRO_BATCH]
+    """Yield parts of a sorted batch; all examples of a part are shown and learned in the same way."""
+    groups = {}
+    for example in examples:
+        way = (example.board is None, example.picture is None, example.in_loss == "none")
+        groups.setdefault(way, []).append(example)
+    for way in sorted(groups):
+        for start in range(0, len(groups[way]), MICRO_BATCH):
+            yield groups[way][start : start + MICRO_BATCH]
 
 
 # ---- training ----
@@ -275,22 +280,29 @@ def train_stage(net, processor, sight, questions):
 
 
 # ---- the folders ----
+def asked_by(recipe):
+    """List the Reading environments of all stages, each once."""
+    asked = {name: None for stage in recipe.stages for name in stage.asked}
+    return reading_names(",".join(asked))
+
 def new_net(recipe):
     """Build a net with random weights and a tokenizer of the recipe's texts -> (net, processor)."""
-    asked = {name: None for stage in recipe.stages for name in stage.asked}
-    names = reading_names(",".join(asked))
-    readings = [make(name, size=recipe.size) for name in names]
+    readings = [make(name, size=recipe.size) for name in asked_by(recipe)]
     texts = list(corpus(6000, readings=readings))
     for token in recipe.tokens:
-        texts += [f"'{token}'", f'"{token}"', f" {token}"] * 50
+        texts += [f" '{token}'", f'"{token}"', f" {token}"] * 50
     net, processor = llava(texts, vocab_size=recipe.words, image_size=recipe.size)
     if recipe.is_swin:
         return with_swin(net, processor, recipe.size)
     return net, processor
 
 def origin_of(recipe, last, seed):
-    """Describe what makes the folder of stage number `last`: everything that its weights depend on."""
-    return repr(recipe._replace(stages=recipe.stages[: last + 1])) + f", seed {seed}"
+    """Describe what makes the folder of stage number `last`, as far as recipe and seed say it.
+
+    The tokenizer depends on the environments of all stages.
+    """
+    until = recipe._replace(stages=recipe.stages[: last + 1])
+    return f"{until}, tokenizer of {asked_by(recipe)}, seed {seed}"
 
 def save_stage(net, processor, sight, folder, origin):
     """Write what a stage has made; the folder is there only when it is complete."""
@@ -300,17 +312,23 @@ def save_stage(net, processor, sight, folder, origin):
         save_file(sight.state_dict(), os.path.join(aside, SIGHT), metadata={"origin": origin})
 
 def finished_stages(recipe, folders, seed):
-    """Count the stages that are there; ConfigError if another recipe or seed has made the last of them."""
-    done = 0
-    while done < len(folders) and os.path.isdir(folders[done]):
-        done += 1
-    if done:
-        with safe_open(os.path.join(folders[done - 1], SIGHT), "pt") as file:
+    """Return the number of the last stage that is there, 0 for none; earlier ones are not needed.
+
+    ConfigError if another recipe or seed has made it, or if it is damaged.
+    """
+    there = [i for i, folder in enumerate(folders) if os.path.isdir(folder)]
+    if not there:
+        return 0
+    last = max(there)
+    try:
+        with safe_open(os.path.join(folders[last], SIGHT), "pt") as file:
             origin = (file.metadata() or {}).get("origin")
-        if origin != origin_of(recipe, done - 1, seed):
-            raise ConfigError(f"{folders[done - 1]!r} was made with another seed or another recipe: name "
-                              "another folder, or delete it.")
-    return done
+    except (OSError, SafetensorError):
+        raise ConfigError(f"{folders[last]!r} is not complete: delete it.")
+    if origin != origin_of(recipe, last, seed):
+        raise ConfigError(f"{folders[last]!r} was made with another seed or another recipe: name another "
+                          "--out, or delete it.")
+    return last + 1
 
 def make_base(name, out, seed=0):
     """Make a base by its recipe, stage by stage, behind those that are in the folder `out` already.
@@ -336,6 +354,9 @@ def make_base(name, out, seed=0):
         questions = Questions(recipe, stage, (seed, i))
         train_stage(net, processor, sight, questions)
         questions.close()
+        if questions.patches < recipe.side**2:
+            raise SystemExit(f"After all updates of the stage {stage.name}, things are found among "
+                             f"{questions.patches} patches only: try another --seed.")
         save_stage(net, processor, sight, folders[i], origin_of(recipe, i, seed))
     with replacing(os.path.join(out, name)) as aside:
         publish_names(net.half()).save_pretrained(aside)
@@ -343,16 +364,20 @@ def make_base(name, out, seed=0):
 
 def main(argv):
     """Make the base that the command line names."""
-    if not argv or argv[0] not in RECIPES:
-        raise ConfigError(f"Name one of the recipes, {', '.join(RECIPES)}: python -m pretrain.train_base "
+    words = [word for word in argv if not word.startswith("-")]
+    flags = [word for word in argv if word.startswith("-")]
+    cfg = configure(__file__, flags, files=False, quiet=True)
+    if len(words) != 1 or words[0] not in RECIPES:
+        said = f"{' '.join(words)!r} is no recipe: name" if words else "Name"
+        raise ConfigError(f"{said} one of {', '.join(RECIPES)}, such as python -m pretrain.train_base "
                           f"{list(RECIPES)[0]} --out=out/bases")
-    cfg = configure(__file__, argv[1:], files=False, quiet=True)
-    if os.path.exists(os.path.join(cfg.out, argv[0])):
-        raise ConfigError(f"{os.path.join(cfg.out, argv[0])!r} is there already: name another folder.")
-    transformers.logging.disable_progress_bar()
+    check_out_dir(cfg.out, "--out")
+    check_ranges(cfg, [("seed", lambda seed: seed >= 0, "0 or more")], "--")
+    if os.path.exists(os.path.join(cfg.out, words[0])):
+        raise ConfigError(f"{os.path.join(cfg.out, words[0])!r} is there already: name another --out.")
     os.makedirs(cfg.out, exist_ok=True)
     try:
-        make_base(argv[0], cfg.out, cfg.seed)
+        make_base(words[0], cfg.out, cfg.seed)
     except KeyboardInterrupt:
         raise SystemExit("\nStopped by you: the same command goes on behind the last finished stage.")
 

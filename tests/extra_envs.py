@@ -231,6 +231,28 @@ def test_babyais_questions_are_about_the_picture(option):
     assert (("where", True) in kinds) == (option == ":view")
     assert (("side", True) in kinds) == (option == ":view")
 
+def test_questions_for_a_score_are_about_held_out_starts_only():
+    """What training draws is never held out, and what is held out for a score always is."""
+    for wanted in (False, True):
+        env = make("Reading:FrozenLake", size=64)
+        env.is_held_out = wanted
+        env.rng = np.random.default_rng(0)
+        starts = []
+        begin = env.world.start
+        env.world.start = lambda: starts.append(begin()) or starts.append(env.world.fingerprint())
+        for _ in range(20):
+            env.walk(env.rng)
+            assert is_held_out(starts[-1], env.world.one_in) == wanted
+
+def test_a_question_that_is_never_asked_ends_with_a_sentence(monkeypatch):
+    """Facing asks nothing about pages; looking for such a question once took for ever."""
+    env = make("Facing:miniwob/click-test-v1", size=160)
+    page = Page("Click.", [], None, "", "", Image.new("RGB", (160, 160), "white"), "")
+    monkeypatch.setattr(env, "page", lambda rng: page)
+    with pytest.raises(SystemExit, match="nothing of the kind is asked"):
+        env.reset(seed=0)
+    env.close()
+
 @pytest.mark.parametrize("option", ["", ":view"])
 def test_a_room_s_board_names_what_each_patch_shows(option):
     """The patch of a thing has its colour, that of the agent is red, and nothing else has any colour."""
@@ -513,7 +535,7 @@ def test_questions_about_the_lake():
 
 SMALL_STAGES = (
     Stage("copying", ("copying",), 2, ("Reading:FrozenLake",), batch=4),
-    Stage("boards", ("board", "copying"), 2, ("Reading:FrozenLake",), batch=4, is_narrowed=True),
+    Stage("boards", ("board", "copying"), 2, ("Reading:FrozenLake",), batch=4),
     Stage("placing", ("ideal",), 2, ("Placing:FrozenLake",), batch=4),
     Stage("sight", ("sight",), 2, ("Reading:FrozenLake",), batch=4),
     Stage("both", ("state",), 2, ("Leading:FrozenLake", "Facing:FrozenLake"), batch=4),
@@ -542,6 +564,11 @@ def test_a_base_is_made_from_nothing_and_goes_on_where_it_stopped(tmp_path, monk
     shutil.rmtree(stopped / "tiny-vlm-grids")
     with pytest.raises(SystemExit, match="another seed or another recipe"):
         train_base.main(["tiny-vlm-grids", f"--out={stopped}", "--seed=1"])
+    # A world in a later stage changes the tokenizer of all.
+    more = SMALL_STAGES[-1]._replace(asked=("Leading:BabyAI-GoToLocal-v0",))
+    monkeypatch.setitem(RECIPES, "tiny-vlm-grids", small._replace(stages=(*SMALL_STAGES, more)))
+    with pytest.raises(SystemExit, match="another seed or another recipe"):
+        train_base.main(["tiny-vlm-grids", f"--out={stopped}"])
     base = str(whole / "tiny-vlm-grids")
     score_base.main([base, "Leading:FrozenLake", "--questions=4", "--batch=2"])
     assert re.search(r"Leading:FrozenLake +(echo|way|mission told) .* of [1-4]\n", capsys.readouterr().out)

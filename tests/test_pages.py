@@ -1,5 +1,5 @@
 """Tests pretrain/page_questions.py and sight.py: questions about pages, a tower that learns to read them."""
-import re
+import ast, re
 from collections import Counter
 
 import numpy as np
@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from envs import MARKER
-from pretrain.page_questions import Asker, Page
+from pretrain.page_questions import Asker, Page, quoted
 from pretrain.recipes import RECIPES
 from pretrain.sight import Sight, page_board
 from pretrain.tiny_nets import llava, with_swin
@@ -63,12 +63,13 @@ def has_colour_of(page, word, x, y):
     return page.picture().getpixel((int(x), int(y))) == COLOURS[word]
 
 def listed_texts(question):
-    """Return {number: text} of the lines in a question."""
-    return {number: text for text, number in re.findall(r"'(.*)' \[(\d+)\]", question)}
+    """Return {number: text} of the lines in a question; a text is written as repr() writes it."""
+    lines = re.findall(r"""(?m)(['"].*['"]) \[(\d+)\]$""", question)
+    return {number: ast.literal_eval(text) for text, number in lines}
 
 def check_places(page, question, answer):
-    found = re.findall(r"'(\w+)' (\d+) (\d+)", answer)
-    texts = ", ".join(repr(text) for text, _, _ in found)
+    found = re.findall(r'"(\w+)" (\d+) (\d+)', answer)
+    texts = ", ".join(quoted(text) for text, _, _ in found)
     assert found
     assert all(has_colour_of(page, *one) for one in found)
     assert f"Which places have {texts}?" in question.rpartition("\n")[2]
@@ -82,9 +83,15 @@ def check_place(page, question, answer):
     assert "Where is it?" in question.rpartition("\n")[2] or not listed_texts(question)
 
 def check_numbers(page, question, answer):
-    listed = listed_texts(question)
-    named = re.findall(r"'([^']*)' (\d+)", answer)
-    assert all(listed[number] == text for text, number in named), (question, answer)
+    asked = question.rpartition("Which numbers have ")[2]
+    rest = answer
+    for number, text in listed_texts(question).items():
+        if quoted(text) in asked:
+            rest = rest.replace(f"{quoted(text)} {number}", "", 1)
+    # What remains is what the answer had to begin with, and commas.
+    beginning, *commas = rest.split(", ")
+    assert not any(commas), (question, answer)
+    assert beginning.strip() in asked, (question, answer)
 
 def check_number(page, question, answer):
     assert question.startswith(page.goal)
@@ -161,7 +168,7 @@ def test_a_text_that_occurs_twice_has_no_one_place():
     name = twice.elements[0]["text"]
     asked = [asker_of(seed).picture(twice) for seed in range(60)]
     for kind, question, _ in asked:
-        assert kind != "places" or f"{name!r}" not in question.rpartition("\n")[2]
+        assert kind != "places" or quoted(name) not in question.rpartition("\n")[2]
     assert asker_of(0).picture(make_page("Click.", [])) is None
 
 def test_a_field_that_was_moved_is_no_longer_the_second():
@@ -177,7 +184,8 @@ def test_a_field_that_was_moved_is_no_longer_the_second():
 def test_a_page_s_board_names_what_a_patch_shows():
     """A name is the text that covers most of a patch, with the place to click on it.
 
-    The place is the same in those of its patches that are not its middle.
+    The place is the same in those of its patches that are not its middle. What covers most may be below or
+    beside another text.
     """
     sheet = white_sheet()
     sheet.paste((0, 0, 0), (32, 48, 80, 64))
@@ -187,6 +195,8 @@ def test_a_page_s_board_names_what_a_patch_shows():
         element(1, "button", [32, 48, 48, 16], "Ok"),
         element(2, "link", [128, 0, 32, 9], "ONE"),
         element(3, "link", [128, 9, 32, 7], "TWO"),
+        element(4, "tab", [48, 80, 6, 16], "Tab"),
+        element(5, "tab", [54, 80, 10, 16], "Yes"),
         element(1, "button", [0, 128, 160, 16], "much more text than a patch can say"),
     ]
     page = make_page("", elements, picture=sheet)
@@ -198,8 +208,9 @@ def test_a_page_s_board_names_what_a_patch_shows():
     assert names[6, 6] is None
     # Two lines share a patch: the one that covers more is named.
     assert set(names[0, 8:]) == {"ONE"}
-    assert (names == "nothing").sum() == 94
-    assert board.columns.count(None) == 95
+    assert names[5, 3] == "Yes"
+    assert (names == "nothing").sum() == 93
+    assert board.columns.count(None) == 94
 
 def tiny_llava(texts):
     torch.manual_seed(0)
