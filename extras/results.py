@@ -6,8 +6,8 @@ Generate the tables of results in README.md and docs/ from the records in docs/r
     python -m extras.results add out/numberline --experiment=numberline_mixed
 
 A table is placed between the lines `<!-- results: NAME -->` and `<!-- end of results -->`. NAME is
-`headline`, `families`, an experiment of runs.jsonl, or a table of measurements.json or published.json.
-`add` records a finished run.
+`headline`, `families`, `losses`, an experiment of runs.jsonl, or a table of measurements.json or
+published.json. `add` records a finished run.
 
 runs.jsonl has one line for each run, phase and way of decoding. Rates are percentages: `goal` (goal
 reached), `clean` (summed reward > 0), `solvable` (goal reached, of the deals that can be solved), `valid`
@@ -68,7 +68,7 @@ EVALUATIONS = {
 # Experiments whose tables have an interval for each seed, because all seeds play the same deals.
 SEED_INTERVALS = ("blackjack", "points24")
 # Tables with a row for an experiment and a few of its rates.
-SMALL = ("headline", "families")
+SMALL = ("headline", "families", "losses")
 PLAYER = ("env", "method", "variant", "phase")
 IDENTITY = ("experiment", *PLAYER, "decoding", "seed")
 DATA = ("experiment", "env", "method", "seed", "n", "goal", "valid")
@@ -333,11 +333,50 @@ def small_block(records, spec):
         rows.append(cells)
     return f"{markdown(rows)}\n\n{spec['note']}"
 
+def losses_cell(records, metric, others):
+    """Format a rate over all seeds with its interval, and how many seeds there are if not three.
+
+    It is bold if its interval lies above those of all others. others: lists of records.
+    """
+    if not records:
+        return "–"
+    mark = {1: " ¹", 2: " ²"}.get(len(records), "")
+    found = pooled(records, metric)
+    text = rate(*found)
+    highest = [pooled(other, metric)[2] for other in others if other]
+    if highest and found[1] > max(highest):
+        text = f"**{text}**"
+    return text + mark
+
+def losses_block(records, spec):
+    """Format the table that compares the losses: a row for each world that has a run."""
+    rows = [spec["columns"]]
+    for row in spec["rows"]:
+        metric = row["metric"]
+        own = dict(experiment=row["experiment"], variant="")
+        if "env" in row:
+            own["env"] = row["env"]
+        data = select(records, metric, method="data", **own)
+        if not data:
+            continue
+        cells = [row["label"], rate(pooled(data, metric)[0])]
+        found = []
+        for method in spec["methods"]:
+            played = dict(method=method, phase="offline", decoding="sampled", **own)
+            found.append(select(records, metric, **played))
+        for i, one in enumerate(found):
+            others = found[:i] + found[i + 1 :]
+            cells.append(losses_cell(one, metric, others))
+        rows.append(cells)
+    return f"{markdown(rows)}\n\n{spec['note']}"
+
 
 # ------------------------------------------------------------------------------------------------------ files
 def render_text(name, store):
     """Return the text of the block NAME."""
     records, small, literal = store
+    if name == "losses":
+        return losses_block(records, small[name])
     if name in small:
         return small_block(records, small[name])
     if name in literal:

@@ -155,6 +155,42 @@ def test_headline_marks_what_is_not_like_for_like():
         assert (sft == "–") == (not found)
         assert ("¹" in sft) == (len(found) == 1)
 
+def test_losses_are_compared_by_their_intervals():
+    """A loss is bold where its interval lies above all others; one of one seed has a mark."""
+
+    def run(method, seed, goal, phase="offline"):
+        return dict(
+            experiment="x",
+            method=method,
+            phase=phase,
+            decoding="sampled",
+            seed=seed,
+            n=100,
+            goal=goal,
+            goal_k=goal,
+        )
+
+    spec = dict(
+        columns=["", "", "sft", "fbc", "awr"],
+        methods=["sft", "fbc", "awr"],
+        rows=[
+            dict(label="x", experiment="x", metric="goal"),
+            dict(label="none", experiment="none", metric="goal"),
+        ],
+        note="Note.",
+    )
+    records = [
+        run("data", 0, 10, "data"),
+        run("sft", 0, 50),
+        run("fbc", 0, 90),
+        run("fbc", 1, 94),
+    ]
+    *_, row, empty, note = results.losses_block(records, spec).splitlines()
+    assert row == "| x | 10.0 | 50.0 [40.4, 59.6] ¹ | **92.0 [87.4, 95.0]** ² | – |"
+    assert (empty, note) == ("", "Note.")
+    close = [*records, run("awr", 0, 88)]
+    assert "**" not in results.losses_block(close, spec)
+
 
 # --------------------------------------------------------------------------------------------------- check
 def test_check_names_the_file_that_differs(copy):
