@@ -146,4 +146,4 @@ PAGES = Recipe(
     is_swin=True,
 )
 
-RECIPES = {"tiny-vlm-grids": GRIDS, "tiny-vlm-pages": PAGES}
+RECIPES = {"tiny-vlm-worlds": GRIDS, "tiny-vlm-pages": PAGES}

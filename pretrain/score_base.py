@@ -1,7 +1,7 @@
 """
 Ask a base questions about held-out states of its worlds, and count the right answers of each kind.
 
-    python -m pretrain.score_base bases/tiny-vlm-grids Finding:BabyAI-GoToLocal-v0:view Leading:FrozenLake
+    python -m pretrain.score_base bases/tiny-vlm-worlds Finding:BabyAI-GoToLocal-v0:view Leading:FrozenLake
 
 The states begin with starts that training never draws. An answer is right if it is the same text, greedily
 decoded. --hide=True shows a grey picture instead: what is still right then was guessed, or needs no picture.
@@ -89,7 +89,7 @@ def main(argv):
     flags = [word for word in argv if word.startswith("-")]
     cfg = configure(__file__, flags, files=False, quiet=True)
     if len(words) < 2:
-        raise ConfigError("Name a base and what to ask: python -m pretrain.score_base bases/tiny-vlm-grids "
+        raise ConfigError("Name a base and what to ask: python -m pretrain.score_base bases/tiny-vlm-worlds "
                           "Finding:BabyAI-GoToLocal-v0:view")
     check_ranges(cfg, [("questions batch", lambda number: number >= 1, "1 or more")], "--")
     check_ranges(cfg, [("seed", lambda seed: seed >= 0, "0 or more")], "--")

@@ -2,11 +2,11 @@
 Make a tiny base from random weights: a LLaVA that reads pictures before it meets any action syntax.
 
     pip install -r requirements-envs.txt
-    python -m pretrain.train_base tiny-vlm-grids --out=out/bases
+    python -m pretrain.train_base tiny-vlm-worlds --out=out/bases
 
 pretrain/recipes.py lists the bases and their stages. Each stage ends in a folder of its own, such as
-out/bases/tiny-vlm-grids-2-boards. Stop it at any time: the same command goes on behind the last of them. The
-base itself is out/bases/tiny-vlm-grids, in half precision.
+out/bases/tiny-vlm-worlds-2-boards. Stop it at any time: the same command goes on behind the last of them. The
+base itself is out/bases/tiny-vlm-worlds, in half precision.
 """
 import math, os, sys, time
 from typing import NamedTuple

@@ -260,7 +260,7 @@ def test_a_room_s_board_names_what_each_patch_shows(option):
     seen = Counter()
     for seed in range(20):
         world.reset(seed=seed)
-        board = board_of(world, RECIPES["tiny-vlm-grids"])
+        board = board_of(world, RECIPES["tiny-vlm-worlds"])
         picture = world.picture()
         for name, column, row in zip(*board):
             pixels = cell_pixels(picture, column, row)
@@ -279,7 +279,7 @@ def test_a_lake_s_board_names_the_tiles():
     world = make("FrozenLake", size=128)
     for seed in range(20):
         world.reset(seed=seed)
-        board = board_of(world, RECIPES["tiny-vlm-grids"])
+        board = board_of(world, RECIPES["tiny-vlm-worlds"])
         lake = world.gym.unwrapped
         agent = divmod(int(lake.s), lake.ncol)
         patches = Counter(zip(*board))
@@ -547,29 +547,29 @@ def test_a_base_is_made_from_nothing_and_goes_on_where_it_stopped(tmp_path, monk
     The base then opens as any other, is asked about held-out states, and is not written over. Nor does a run
     go on from stages that it would not have made.
     """
-    small = RECIPES["tiny-vlm-grids"]._replace(stages=SMALL_STAGES)
-    monkeypatch.setitem(RECIPES, "tiny-vlm-grids", small)
+    small = RECIPES["tiny-vlm-worlds"]._replace(stages=SMALL_STAGES)
+    monkeypatch.setitem(RECIPES, "tiny-vlm-worlds", small)
     whole = tmp_path / "whole"
     stopped = tmp_path / "stopped"
-    train_base.main(["tiny-vlm-grids", f"--out={whole}"])
-    for folder in ("tiny-vlm-grids-1-copying", "tiny-vlm-grids-2-boards", "tiny-vlm-grids-3-placing"):
+    train_base.main(["tiny-vlm-worlds", f"--out={whole}"])
+    for folder in ("tiny-vlm-worlds-1-copying", "tiny-vlm-worlds-2-boards", "tiny-vlm-worlds-3-placing"):
         shutil.copytree(whole / folder, stopped / folder)
-    train_base.main(["tiny-vlm-grids", f"--out={stopped}"])
+    train_base.main(["tiny-vlm-worlds", f"--out={stopped}"])
     assert f"goes on from {stopped}" in capsys.readouterr().out
-    weights = [folder / "tiny-vlm-grids" / "model.safetensors" for folder in (whole, stopped)]
+    weights = [folder / "tiny-vlm-worlds" / "model.safetensors" for folder in (whole, stopped)]
     first, second = [file.read_bytes() for file in weights]
     assert first == second
     with pytest.raises(SystemExit, match="is there already"):
-        train_base.main(["tiny-vlm-grids", f"--out={whole}"])
-    shutil.rmtree(stopped / "tiny-vlm-grids")
+        train_base.main(["tiny-vlm-worlds", f"--out={whole}"])
+    shutil.rmtree(stopped / "tiny-vlm-worlds")
     with pytest.raises(SystemExit, match="another seed or another recipe"):
-        train_base.main(["tiny-vlm-grids", f"--out={stopped}", "--seed=1"])
+        train_base.main(["tiny-vlm-worlds", f"--out={stopped}", "--seed=1"])
     # A world in a later stage changes the tokenizer of all.
     more = SMALL_STAGES[-1]._replace(asked=("Leading:BabyAI-GoToLocal-v0",))
-    monkeypatch.setitem(RECIPES, "tiny-vlm-grids", small._replace(stages=(*SMALL_STAGES, more)))
+    monkeypatch.setitem(RECIPES, "tiny-vlm-worlds", small._replace(stages=(*SMALL_STAGES, more)))
     with pytest.raises(SystemExit, match="another seed or another recipe"):
-        train_base.main(["tiny-vlm-grids", f"--out={stopped}"])
-    base = str(whole / "tiny-vlm-grids")
+        train_base.main(["tiny-vlm-worlds", f"--out={stopped}"])
+    base = str(whole / "tiny-vlm-worlds")
     score_base.main([base, "Leading:FrozenLake", "--questions=4", "--batch=2"])
     assert re.search(r"Leading:FrozenLake +(echo|way|mission told) .* of [1-4]\n", capsys.readouterr().out)
 
@@ -606,6 +606,15 @@ def share_of_right_answers(vlm, name, size, hide=False):
             },
         ),
         ("tiny-vlm-lake", 128, {"Leading:FrozenLake": 0.85}),
+        (
+            "tiny-vlm-worlds",
+            128,
+            {
+                "Leading:FrozenLake": 0.85,
+                "Leading:BabyAI-GoToLocal-v0:view": 0.7,
+                "Facing:BabyAI-GoToLocal-v0:view": 0.85,
+            },
+        ),
         (
             "tiny-vlm-pages",
             160,

@@ -26,7 +26,7 @@ from pretrain.train_base import (
 from worlds.registry import QUESTIONS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-GRIDS = RECIPES["tiny-vlm-grids"]
+GRIDS = RECIPES["tiny-vlm-worlds"]
 # Boards of nine patches with a few names.
 SMALL = GRIDS._replace(side=3, places=3, size=48, names=("red ball", "blue key", "grey box", "flag"))
 
@@ -234,12 +234,12 @@ def test_a_mistake_is_named_before_anything_is_made(tmp_path):
     """Another word, a folder that cannot be written, a world that is missing: one sentence each."""
     out = f"--out={tmp_path / 'bases'}"
     for argv, sentence in (
-        ([out], "Name one of tiny-vlm-grids"),
+        ([out], "Name one of tiny-vlm-worlds"),
         (["tiny-vlm-gird", out], "'tiny-vlm-gird' is no recipe"),
-        (["tiny-vlm-grids", "--out="], "names no folder"),
-        (["tiny-vlm-grids", f"--out={__file__}"], "is no folder"),
-        (["tiny-vlm-grids", out, "--seed=-1"], "--seed=-1 is out of range"),
-        (["tiny-vlm-grids", out, "--sed=1"], "there is no key sed"),
+        (["tiny-vlm-worlds", "--out="], "names no folder"),
+        (["tiny-vlm-worlds", f"--out={__file__}"], "is no folder"),
+        (["tiny-vlm-worlds", out, "--seed=-1"], "--seed=-1 is out of range"),
+        (["tiny-vlm-worlds", out, "--sed=1"], "there is no key sed"),
     ):
         with pytest.raises(SystemExit, match=sentence):
             train_base.main(argv)
