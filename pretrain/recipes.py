@@ -123,7 +123,7 @@ TASKS = (
 )
 READING = tuple(f"Reading:miniwob/{task}-v1" for task in TASKS)
 # The crowded pages of click-button are the hardest, so they come four times as often.
-CROWDED = (*READING, *(f"Reading:miniwob/click-button-v1",) * 3)
+CROWDED = (*READING, *("Reading:miniwob/click-button-v1",) * 3)
 
 PAGES = Recipe(
     stages=(
