@@ -17,7 +17,8 @@ class Stage(NamedTuple):
 
     kinds: methods of pretrain/train_base.py's Questions, which take turns in a batch. asked: the environments
     of questions that take turns. batch: questions in an update. is_narrowed: the boards have two patches at
-    first, and twice as many whenever their things are found. They must have all in the end.
+    first, and twice as many whenever their things are found. They must have all in the end. names: of so many
+    things at first, which grow likewise; 0: of all.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Stage(NamedTuple):
     batch: int = 32
     lr: float = 2e-3
     is_narrowed: bool = False
+    names: int = 0
 
 class Recipe(NamedTuple):
     """What a base is made of.
@@ -34,7 +36,8 @@ class Recipe(NamedTuple):
     size: side of its pictures, pixels. words: size of its vocabulary. side: patches on a side of a picture.
     names, background: of things on made-up boards, and of what lies between them.
     step, places: a place is a number below `places`, and questions name it as that times `step`.
-    is_quoted: whether questions write names in quotes. tokens: words that are to be one token each.
+    is_quoted: whether questions about pictures write names in quotes, so that they begin without a space.
+    tokens: words that are to be one token each.
     is_swin: the vision tower is a Swin, whose patches read alike wherever they are.
     """
 
@@ -53,6 +56,7 @@ class Recipe(NamedTuple):
 
 # While a net learns to find names, it would forget how to copy them.
 BOARDS = ("board", "board", "board", "copying")
+PAGE_BOARDS = (*("board",) * 7, "copying")
 
 
 # ---- BabyAI's rooms and FrozenLake ----
@@ -128,7 +132,7 @@ CROWDED = (*READING, *("Reading:miniwob/click-button-v1",) * 3)
 PAGES = Recipe(
     stages=(
         Stage("copying", ("copying",), 800, READING[:1], batch=64),
-        Stage("boards", BOARDS, 1200, READING[:1], is_narrowed=True),
+        Stage("boards", PAGE_BOARDS, 1500, READING[:1], is_narrowed=True, names=16),
         Stage("placing", ("ideal", "ideal", "text"), 900, CROWDED),
         Stage("text", ("text", "text", "ideal"), 900, CROWDED),
         Stage("sight", ("sight",), 500, CROWDED, batch=64),

@@ -25,7 +25,7 @@ from extras.published_names import publish_names
 from extras.value_checks import check_out_dir, check_ranges
 from extras.whole_files import replacing
 from model import load_model
-from pretrain.page_questions import Asker, Page, quoted
+from pretrain.page_questions import Asker, Page
 from pretrain.questions import corpus
 from pretrain.recipes import RECIPES
 from pretrain.sight import IGNORE, Board, Sight, board_of, random_board
@@ -71,8 +71,9 @@ class Questions:
         self.readings = [made[name] for name in stage.asked]
         for reading in made.values():
             reading.rng = self.rng
-        # how many patches a made-up board has
+        # how many patches a made-up board has, and how many names its things come from
         self.patches = 2 if stage.is_narrowed else recipe.side**2
+        self.names = stage.names or len(recipe.names)
         self.recent_losses = []
 
     def next_reading(self):
@@ -87,18 +88,20 @@ class Questions:
     def board(self):
         """Ask where some things on a made-up board are.
 
-        The language model learns their places only. It can copy names already.
+        The language model learns their places only. It can copy names already. It finds a name sooner if the
+        place follows at once, without a quote between them.
         """
-        board, places = random_board(self.rng, self.recipe, self.patches)
+        known = self.recipe._replace(names=self.recipe.names[: self.names])
+        board, places = random_board(self.rng, known, self.patches)
         step = self.recipe.step
-        asked = []
-        answers = []
-        for name, (column, row) in places.items():
-            written = quoted(name) if self.recipe.is_quoted else name
-            asked.append(written)
-            answers.append(f"{written} {step * column} {step * row}")
-        question = f"Which places have {', '.join(asked)}?"
-        answer = ", ".join(answers)
+        answers = [f"{name} {step * column} {step * row}" for name, (column, row) in places.items()]
+        if self.recipe.is_quoted:
+            # without a space before a name, as behind a quote
+            question = f"Which places have:{','.join(places)}?"
+            answer = ",".join(answers)
+        else:
+            question = f"Which places have {', '.join(places)}?"
+            answer = ", ".join(answers)
         return Example(question, answer, board, in_loss="numbers")
 
     def ideal(self):
@@ -125,7 +128,7 @@ class Questions:
         return Example(reading.question, reading.answer, board, picture)
 
     def widen(self, loss):
-        """Double the patches of a narrowed board once its things are found.
+        """Double the patches of a narrowed board, and the names, once its things are found.
 
         loss: the mean over the examples of the last update, those without a board included.
         """
@@ -134,8 +137,9 @@ class Questions:
         is_found = np.mean(self.recent_losses[-10:]) < FOUND and len(self.recent_losses) >= 10
         if is_found and self.patches < everything:
             self.patches = min(everything, 2 * self.patches)
+            self.names = min(len(self.recipe.names), 2 * self.names)
             self.recent_losses = []
-            print(f"{self.stage.name}: boards of {self.patches} patches", flush=True)
+            print(f"{self.stage.name}: boards of {self.patches} patches, {self.names} names", flush=True)
 
     def draw(self):
         """Draw the examples of an update, similar ones beside each other."""
