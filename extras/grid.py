@@ -64,7 +64,8 @@ ABLATIONS = """
     trace=plain trace=turn lam=0.0 lam=0.8 filter_warmup=0 filter_warmup=150 bc_coef=0.1 gamma=0.9
     q_head=full n_critics=2 lora_r=4 window=1 q_weight=5.0
 """.split()
-ABLATED = {"biased": (0, 1, 2), "ezpoints": (0, 1)}
+# Random play has 200 updates only, which tells more than 300 of biased play.
+ABLATED = {"random": (0,), "biased": (0, 1, 2), "ezpoints": (0, 1)}
 
 class Cell(NamedTuple):
     """One run. name: of its folder. experiment, variant: its place in docs/results. flags: of train.py."""

@@ -6,8 +6,8 @@ Generate the tables of results in README.md and docs/ from the records in docs/r
     python -m extras.results add out/numberline --experiment=numberline_mixed
 
 A table is placed between the lines `<!-- results: NAME -->` and `<!-- end of results -->`. NAME is
-`headline`, `families`, `losses`, an experiment of runs.jsonl, or a table of measurements.json or
-published.json. `add` records a finished run.
+`headline`, `families`, `losses`, `curves`, an experiment of runs.jsonl, or a table of measurements.json or
+published.json. `add` records a finished run. Curves and their picture are in extras/curves.py.
 
 runs.jsonl has one line for each run, phase and way of decoding. Rates are percentages: `goal` (goal
 reached), `clean` (summed reward > 0), `solvable` (goal reached, of the deals that can be solved), `valid`
@@ -19,6 +19,7 @@ import glob, json, os, re, shlex, sys, time
 from buffer import Buffer
 from configurator import configure
 from evaluate import wilson
+from extras.curves import PICTURE, failures_svg, keep_curves, ranges_block, read_curves
 from extras.flag_mistakes import ConfigError, nearest
 from extras.whole_files import read_json
 
@@ -81,12 +82,15 @@ def read_records(root=ROOT):
         return [json.loads(line) for line in f]
 
 def read_store(root=ROOT):
-    """Read all that the tables are made of: (records, small tables by name, literal tables by name)."""
+    """Read all that the tables are made of.
+
+    Returns (records, small tables by name, literal tables by name, what extras/curves.py keeps).
+    """
     folder = os.path.join(root, "docs", "results")
     literal = read_json(os.path.join(folder, "measurements.json"))
     literal |= read_json(os.path.join(folder, "published.json"))
     small = {name: read_json(os.path.join(folder, f"{name}.json")) for name in SMALL}
-    return read_records(root), small, literal
+    return read_records(root), small, literal, read_curves(root)
 
 def key_of(record, names):
     """Return what identifies a record, or the player that it belongs to."""
@@ -372,18 +376,30 @@ def losses_block(records, spec):
 
 
 # ------------------------------------------------------------------------------------------------------ files
+def read_text(path):
+    """Read a text file."""
+    with open(path, encoding="utf-8") as f:
+        return f.read()
+
+def write_text(path, text):
+    """Write a text file."""
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(text)
+
 def render_text(name, store):
     """Return the text of the block NAME."""
-    records, small, literal = store
+    records, small, literal, curves = store
     if name == "losses":
         return losses_block(records, small[name])
+    if name == "curves":
+        return ranges_block(*curves)
     if name in small:
         return small_block(records, small[name])
     if name in literal:
         return literal_block(literal[name])
     own = [record for record in records if record["experiment"] == name]
     if not own:
-        known = [*small, *literal, *dict.fromkeys(record["experiment"] for record in records)]
+        known = [*small, "curves", *literal, *dict.fromkeys(record["experiment"] for record in records)]
         hint = nearest(name, known, "see docs/results/")
         raise ConfigError(f"There are no results of the name {name}; {hint}.")
     return experiment_block(own)
@@ -407,16 +423,20 @@ def update_files(root=ROOT, check_only=False):
     store = read_store(root)
     different = []
     for path in targets(root):
-        with open(path, encoding="utf-8") as f:
-            text = f.read()
+        text = read_text(path)
         name = os.path.relpath(path, root)
         new = generate(name, text, store)
         if new == text:
             continue
         different.append(name)
         if not check_only:
-            with open(path, "w", encoding="utf-8") as f:
-                f.write(new)
+            write_text(path, new)
+    picture = os.path.join(root, PICTURE)
+    drawn = failures_svg(*store[-1])
+    if not os.path.exists(picture) or read_text(picture) != drawn:
+        different.append(PICTURE)
+        if not check_only:
+            write_text(picture, drawn)
     if check_only and different:
         names = ", ".join(different)
         raise ConfigError(f"{names}: the tables differ from docs/results/, run python -m extras.results.")
@@ -539,6 +559,9 @@ def add(run, cfg, root=ROOT):
     with open(os.path.join(root, RUNS), "a", encoding="utf-8") as f:
         for record in new:
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
+    settings = read_json(os.path.join(run, "config.json"))
+    names = dict(experiment=cfg.experiment, method=settings["actor_loss"], variant=cfg.variant)
+    keep_curves(run, names | {"seed": settings["seed"]}, root)
     return new
 
 def main(argv):

@@ -12,7 +12,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from configurator import ConfigError
 from evaluate import wilson
-from extras import results
+from extras import curves, results
 
 STORE = results.read_store(ROOT)
 RECORDS = STORE[0]
@@ -58,6 +58,8 @@ def unknown_percentages(text, records):
 def copy(tmp_path):
     """A small repository: the records and one page."""
     shutil.copytree(os.path.join(ROOT, "docs", "results"), tmp_path / "docs" / "results")
+    (tmp_path / "assets").mkdir()
+    shutil.copy(os.path.join(ROOT, curves.PICTURE), tmp_path / "assets")
     (tmp_path / "README.md").write_text("# Hello\n")
     page = "<!-- results: numberline_mixed -->\n<!-- end of results -->\n"
     (tmp_path / "docs" / "page.md").write_text(f"before\n{page}after\n")
@@ -192,6 +194,68 @@ def test_losses_are_compared_by_their_intervals():
     assert "**" not in results.losses_block(close, spec)
 
 
+# -------------------------------------------------------------------------------------------------- curves
+def test_a_curve_is_kept_as_a_few_means():
+    """65 lines become 22 points; what a line does not have, or what is not finite, does not count."""
+    rows = [{"step": 10 * (i + 1), "nll": float(i), "lr": 1.0} for i in range(65)]
+    rows[1]["nll"] = float("nan")
+    del rows[2]["nll"]
+    kept = curves.thinned(rows)
+    assert set(kept) == {"step", "nll"}
+    assert len(kept["step"]) == len(kept["nll"]) == 22 <= curves.POINTS
+    assert kept["step"][0] == 30 and kept["step"][-1] == 650
+    assert kept["nll"][:2] == [0.0, 4.0]
+
+def test_ranges_are_those_of_the_last_points():
+    """The table has the lowest and the highest AFSFT run; baselines, ablations, online play do not count."""
+    spec = dict(
+        columns=[dict(label="x", experiments=["x"]), dict(label="none", experiments=["none"])],
+        metrics=["nll", "pass_action"],
+        note="Note.",
+    )
+    kept = {
+        ("x", "afsft", "", 0, "offline"): dict(nll=[9, 9, 1, 1, 1], pass_action=[0.5]),
+        ("x", "afsft", "", 1, "offline"): dict(nll=[9, 0.0123, 0.0123, 0.0123], pass_action=[0.75, None]),
+        ("x", "afsft", "", 1, "online"): dict(nll=[7, 7, 7], pass_action=[1, 1, 1]),
+        ("x", "sft", "", 0, "offline"): dict(nll=[8, 8, 8]),
+        ("x", "afsft", "gamma=0.9", 0, "offline"): dict(nll=[8, 8, 8]),
+    }
+    assert curves.ranges_block(spec, kept).splitlines() == [
+        "|  | x, 2 runs |",
+        "| --- | --- |",
+        "| `nll` | 0.012 to 1.00 |",
+        "| `pass_action` | 50 to 75 % |",
+        "",
+        "Note.",
+    ]
+
+def test_every_run_of_the_grid_has_its_curves():
+    """What docs/method.md calls healthy is all of these runs, not a choice of them."""
+    _, kept = curves.read_curves(ROOT)
+    for record in RECORDS:
+        if record["experiment"].startswith("grid_") and record["method"] != "data":
+            phase = {"phase": record["phase"], "variant": record.get("variant", "")}
+            assert curves.key_of_curve(record | phase) in kept
+
+def test_add_keeps_the_curves_of_a_run_once(copy, tmp_path):
+    run = finished_run(tmp_path / "run")
+    before = len(curves.read_curves(copy)[1])
+    results.add(run, flags(), copy)
+    _, kept = curves.read_curves(copy)
+    assert len(kept) == before + 1
+    assert kept["numberline_mixed", "afsft", "", 7, "online"] == {"step": [400], "nll": [0.5]}
+    with pytest.raises(ConfigError):
+        results.add(run, flags(), copy)
+    assert curves.read_curves(copy)[1] == kept
+
+def test_a_picture_without_its_curves_is_one_sentence():
+    key = ["x", "afsft", "", 0, "offline"]
+    spec = dict(charts=[dict(title="", lines=[["healthy", key, "nll"]])])
+    with pytest.raises(ConfigError, match="wants the curves of"):
+        curves.failures_svg(spec, {})
+    assert "healthy" in curves.failures_svg(spec, {tuple(key): dict(step=[1, 2], nll=[0.5, None])})
+
+
 # --------------------------------------------------------------------------------------------------- check
 def test_check_names_the_file_that_differs(copy):
     with pytest.raises(ConfigError, match="docs/page.md: the tables differ"):
@@ -250,7 +314,8 @@ def finished_run(folder, seed=7):
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
-    metrics = {"step": 400, "time/rollout": 30.0, "time/update": 60.0, "time/eval": 30.0}
+    metrics = {"step": 400, "phase": "online", "nll": 0.5}
+    metrics |= {"time/rollout": 30.0, "time/update": 60.0, "time/eval": 30.0}
     (folder / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
     return str(folder)
 
