@@ -95,7 +95,7 @@ def vocabulary(cfg, words=151_936, hidden=1024):
             net, processor = llava(corpus(1000), hidden=hidden, layers=2)
             net.resize_token_embeddings(words, mean_resizing=False)
             settings = with_keys(cfg, actor_loss=loss, model="random")
-            vlm = build(settings, (net, processor), -1.0)
+            vlm = build(settings, (net, processor))
             optimizer = torch.optim.AdamW([p for p in vlm.parameters() if p.requires_grad])
             parts = measure_memory(vlm, optimizer, data, settings, contextlib.nullcontext)
             peaks[loss] = sum(size for part, size in parts.items() if part != "rollout")
@@ -144,7 +144,7 @@ def compare_logits(vlm, batch):
 
 def compare_vision(vlm, batch, parts, cfg):
     """Compare an update that computes the features of its pictures with one that has them in memory."""
-    caching_vlm = build(with_keys(cfg, vision_cache_mb=4096), None, -1.0)
+    caching_vlm = build(with_keys(cfg, vision_cache_mb=4096))
     caching_batch = make_batch(parts, caching_vlm, envs.MARKER, cfg.gamma)
     computed, cached = median_seconds(
         lambda: forward_backward(vlm, batch, cfg, "afsft"),
@@ -198,7 +198,7 @@ def print_table(cfg):
     with tempfile.TemporaryDirectory() as folder:
         data = Buffer(folder, create=True)
         record(play_mix(make_env, {"expert": 0.5, "random": 0.5}, rng, 100), data)
-        vlm = build(cfg, None, -1.0)
+        vlm = build(cfg)
         parts = [(data, data.sample(rng, cfg.batch_size, cfg.window))]
         batch = make_batch(parts, vlm, envs.MARKER, cfg.gamma)
         B, T = batch["inputs"]["input_ids"].shape

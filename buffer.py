@@ -288,6 +288,11 @@ class Buffer:
         """Return the lowest discounted return of any recorded turn: where a pessimistic critic starts."""
         return self.index.lowest_to_go(gamma, self.reward_fn)
 
+    def reward_range(self):
+        """Return the lowest and the highest reward of a turn as it was recorded; (0, 0) without turns."""
+        rewards = self.index.rewards
+        return min(rewards, default=0.0), max(rewards, default=0.0)
+
     def return_quantile(self, share):
         """Return the quantile of the episodes' returns at this share."""
         return float(np.quantile(np.array(self.index.returns), share))

@@ -390,7 +390,7 @@ RANGES = [
     ("lr critic_lr grad_clip", lambda x: x > 0, "above 0"),
     ("max_turns", lambda x: x is None or x >= 1, "at least 1, or None"),
     ("won_share", lambda x: x is None or 0 <= x <= 1, "between 0 and 1, or None"),
-    ("reward_clip", lambda x: x is None or x > 0, "above 0, or None"),
+    ("reward_clip", lambda x: x >= 0, "0 or more"),
     ("size", lambda x: 28 <= x <= 2000, "between 28 and 2000 pixels"),
     ("penalty", lambda x: x <= 0, "0 or below, as the reward of a reply that does not parse"),
 ]

@@ -778,10 +778,10 @@ def load_base(cfg, texts=()):
         net.set_attn_implementation("eager")
     return net, processor
 
-def build(cfg, base=None, q_init=0.0):
+def build(cfg, base=None):
     """Build the VLM that a config asks for, as it is before training.
 
-    base: (net, processor), if `load_base` was called already. q_init: where Q starts.
+    base: (net, processor), if `load_base` was called already.
     """
     net, processor = base or load_base(cfg)
     vlm = VLM(net, processor, cfg.model, vision_cache_mb=cfg.vision_cache_mb)
@@ -790,7 +790,7 @@ def build(cfg, base=None, q_init=0.0):
         alpha = getattr(cfg, "lora_alpha", LORA_ALPHA)
         vlm.add_adapters(cfg.lora_r, cfg.lora_targets, alpha, cfg.modules_to_save)
     if cfg.actor_loss in WITH_CRITIC:
-        vlm.add_critics(cfg.n_critics, cfg.q_head, q_init)
+        vlm.add_critics(cfg.n_critics, cfg.q_head, cfg.q_init)
     vlm.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and choose_device(cfg) == "cuda")
     if cfg.trust_remote_code:
         rehearse(vlm)

@@ -70,13 +70,13 @@ lam = 1.0  # decay of the trace per token; 0: one-token TD
 beta = -0.05  # afsft clones a token if A > beta
 filter_warmup = 50  # updates in which every token is cloned, because a young critic is noise
 bc_coef = 0.0  # weight of plain cloning, in addition to the filtered loss
-critic_coef = 10.0  # weight of the critic's loss
+critic_coef = 3.0  # weight of the critic's loss
 pess_coef = 0.5  # weight of the pull of all Q values to q_init; 0: none
-q_init: float = None  # value of an untrained Q head; None: the lowest discounted return in the data
+q_init = -1.5  # value of an untrained Q head, and of tokens that no data shows: below what play returns
 q_head = 'tied'  # tied: MLP and the frozen unembedding, 2 H^2 parameters | full: MLP and H x V
 n_critics = 1  # Q heads; targets take the lowest of them
 target_tau = 0.05  # step of the target heads' moving average per update
-reward_clip: float = None  # the critic learns from rewards cut to +-reward_clip; None: as they are
+reward_clip = 1.0  # the critic learns from rewards cut to +-reward_clip; 0: as they are
 penalty = -1.0  # reward of a reply that does not parse; the environment does not move
 window = 3  # consecutive turns per window
 offline_ratio = 0.25  # share of an online batch that comes from the recorded data
@@ -252,6 +252,10 @@ def describe(cfg, argv, vlm, data, start):
           f"{100 * stats['success']:.1f} %, summed reward > 0 {100 * stats['success_return']:.1f} %, return "
           f"{stats['episode_return']:.2f}, valid {100 * stats['valid']:.1f} %; lowest discounted return "
           f"{data.lowest_return(cfg.gamma):.2f}")
+    lowest, highest = data.reward_range()
+    if cfg.reward_clip and max(-lowest, highest) > cfg.reward_clip:
+        print(f"         rewards {lowest:g} to {highest:g}: the critic learns from them cut to "
+              f"+-{cfg.reward_clip:g} (reward_clip)")
     schedule = f"{cfg.offline_updates} offline + {cfg.online_updates} online updates"
     if WORLD > 1:
         schedule += f" on {WORLD} ranks"
@@ -302,15 +306,6 @@ def scripted_data(cfg, make_env):
     while not os.path.exists(folder):
         time.sleep(0.2)
     return open_data(cfg, folder)
-
-def first_value(cfg, data):
-    """Choose the value of an untrained Q head: q_init, or the lowest discounted return in the data.
-
-    Tokens that no data shows keep it. A value above their true return would make them look good.
-    """
-    if cfg.q_init is None:
-        return data.lowest_return(cfg.gamma)
-    return cfg.q_init
 
 def open_replay(cfg, rows):
     """Open this rank's own play, as the checkpoint knows it.
@@ -444,7 +439,7 @@ def build_agent(cfg, base, data, server=None):
 
     End if it cannot read the data's prompts, or the server that will play does not take such adapters.
     """
-    vlm = build(cfg, base, first_value(cfg, data))
+    vlm = build(cfg, base)
     check_prompts(data, vlm)
     if server:
         server.try_adapters(vlm)

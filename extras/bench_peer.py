@@ -82,7 +82,7 @@ class Ours:
         self.data = data
         self.updates = updates
         torch.manual_seed(0)
-        self.vlm = build(cfg, None, -1.0)
+        self.vlm = build(cfg)
         self.optimizer = trainer.make_optimizer(self.vlm, cfg)
         self.seconds = []
         self.losses = []

@@ -30,9 +30,23 @@ def check_removed_keys(run, saved, purpose):
 
     saved: the content of its config.json. purpose: "play", "report" or "resume".
     """
+    if purpose == "resume" and saved.get("q_init", 0.0) is None:
+        raise ConfigError(f"{run!r} has q_init=None, the lowest discounted return of its data, which this "
+                          "version does not look for: use the commit that its meta.json names.")
     for kind in DEPENDS_ON[purpose]:
         for key, value in REMOVED_KEYS[kind].items():
             if saved.get(key, value) != value:
                 raise ConfigError(f"{run!r} has {key}={saved[key]!r}, and this version always has {value!r}, "
                                   f"so the run would not {purpose} the same way: use the commit that its "
                                   "meta.json names.")
+
+def renew_values(saved):
+    """Write the values of an old run's config.json in place as this version writes them."""
+    if saved.get("mdp") == "turn":
+        # a key that has become a value of trace
+        saved["trace"] = "turn"
+    if saved.get("reward_clip", 0.0) is None:
+        saved["reward_clip"] = 0.0
+    if saved.get("q_init", 0.0) is None:
+        # where the critic began does not matter to one that is trained
+        saved["q_init"] = 0.0

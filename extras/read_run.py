@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from configurator import ConfigError, check_config, finite, fit, is_number, parse_block
 from extras.flag_mistakes import show
-from extras.old_runs import check_removed_keys
+from extras.old_runs import check_removed_keys, renew_values
 from extras.whole_files import read_json, write_json
 from model import LORA_ALPHA
 
@@ -27,9 +27,7 @@ def read_run_config(run, purpose="play"):
                           f"config/numberline.py --out_dir={run}")
     saved = read_json(file)
     check_removed_keys(run, saved, purpose)
-    if saved.get("mdp") == "turn":
-        # a key of old runs that has become a value of trace
-        saved["trace"] = "turn"
+    renew_values(saved)
     settings = {}
     for name, key in parse_block(TRAIN).items():
         value = saved.get(name, key.default)

@@ -496,7 +496,7 @@ def test_clip_reward():
     assert clip_reward(10.0, cfg) == 1.0
     assert clip_reward(0.5, cfg) == 0.5
     assert clip_reward(-3.0, cfg) == -1.0
-    cfg.reward_clip = None
+    cfg.reward_clip = 0.0
     assert clip_reward(10.0, cfg) == 10.0
 
 def test_certain_syntax_passes_the_value_back():

@@ -521,7 +521,7 @@ OUT_OF_RANGE = [
     ("gamma", [-0.1, 1.1], "between 0 and 1."),
     ("max_turns", [0], "at least 1, or None."),
     ("won_share", [-0.1, 1.1], "between 0 and 1, or None."),
-    ("reward_clip", [0, -1], "above 0, or None."),
+    ("reward_clip", [-1], "0 or more."),
     ("size", [27, 2001], "between 28 and 2000 pixels."),
     ("penalty", [0.1], "0 or below, as the reward of a reply that does not parse."),
 ]
@@ -587,7 +587,7 @@ def test_keys_that_only_look_contradictory_pass():
         "--eval_interval=0 --stop_at=0",
         "--model=scratch --lora_r=0",
         "--q_weight=1 --actor_loss=awr",
-        "--max_turns=None --won_share=None --reward_clip=None",
+        "--max_turns=None --won_share=None --reward_clip=0",
         "--data_mix={} --data=data/x",
     ):
         check_config(run(*flags.split(), script=TRAIN))

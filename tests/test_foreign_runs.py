@@ -94,6 +94,15 @@ def test_an_old_run_that_plays_differently_is_refused(own):
     assert content(own) == before
 
 
+def test_an_old_critic_began_at_the_lowest_return(own):
+    """q_init=None meant that, which only a resumed run needs; reward_clip=None left rewards as they are."""
+    rewrite(own, q_init=None, reward_clip=None)
+    run_cfg = evaluate.read_run_config(own, "report")
+    assert run_cfg.reward_clip == 0
+    words = [own, "q_init=None", "meta.json"]
+    one_sentence(lambda: evaluate.read_run_config(own, "resume"), *words)
+
+
 def test_an_old_run_keeps_the_alpha_of_its_adapters(own):
     """lora_alpha was a key: a run with another value than today's constant plays as it was trained."""
     rewrite(own, **OLD_KEYS | dict(lora_alpha=16))

@@ -305,6 +305,14 @@ def test_clipped_rewards(straight, tiny, tmp_path):
     assert weights(out) != weights(straight)
     assert results(out).keys() == results(straight).keys()
 
+def test_cut_rewards_are_said(straight, tiny, tmp_path, capsys):
+    """The critic learns from less than was recorded: nothing is dropped in silence."""
+    run(tmp_path / "run", tiny, penalty=-2.5)
+    said = "rewards -2.5 to 1: the critic learns from them cut to +-1 (reward_clip)"
+    assert said in capsys.readouterr().out
+    run(tmp_path / "all", tiny, penalty=-2.5, reward_clip=0)
+    assert "cut to" not in capsys.readouterr().out
+
 def test_evaluation_never_perturbs_training(straight, tiny, tmp_path, monkeypatch):
     """An evaluation and a checkpoint after every update change no loss, no rollout and no weight."""
     saved = []
