@@ -118,6 +118,33 @@ def test_boards_grow_when_their_things_are_found():
     wide.widen(0.0)
     assert patch_counts(wide.draw()) == [9] * 4
 
+def test_names_grow_with_the_boards():
+    """With many names from the start nothing was found: there are a few at first, then twice as many."""
+    stage = Stage("x", ("board",), 100, batch=8, is_narrowed=True, names=1)
+    questions = board_questions(stage)
+    seen = {}
+    for _ in range(60):
+        names = {name for example in questions.draw() for name in example.board.names}
+        seen.setdefault(questions.names, set()).update(names & set(SMALL.names))
+        questions.widen(0.1)
+    assert {count: len(names) for count, names in seen.items()} == {1: 1, 2: 2, 4: 4}
+    # a stage that names no number has all from the start
+    assert board_questions(stage._replace(names=0)).names == len(SMALL.names)
+
+def test_a_place_stands_right_behind_a_name():
+    """Names that the worlds write in quotes have none on boards, and no space before them either."""
+    stage = Stage("x", ("board",), 100)
+    for is_quoted, between in ((False, ", "), (True, ",")):
+        questions = board_questions(stage)
+        questions.recipe = SMALL._replace(is_quoted=is_quoted)
+        example = questions.board()
+        shown = set(example.board.names) & set(SMALL.names)
+        answers = example.answer.split(between)
+        assert {answer.rsplit(maxsplit=2)[0] for answer in answers} == shown
+        asked = example.question.removesuffix("?").removeprefix("Which places have")
+        assert asked[0] == (":" if is_quoted else " ")
+        assert set(asked[1:].split(between)) == shown
+
 
 # ---- features ----
 
