@@ -3,7 +3,7 @@ Generate the tables of results in README.md and docs/ from the records in docs/r
 
     python -m extras.results             # write all tables again
     python -m extras.results --check     # exit with 1 if a file differs from its records
-    python -m extras.results add out/numberline --experiment=numberline_mixed
+    python -m extras.results add out/numberline --experiment=grid_mixed
 
 A table is placed between the lines `<!-- results: NAME -->` and `<!-- end of results -->`. NAME is
 `headline`, `families`, `losses`, `curves`, an experiment of runs.jsonl, or a table of measurements.json or
@@ -539,7 +539,7 @@ def add(run, cfg, root=ROOT):
     if not os.path.exists(os.path.join(run, "config.json")):
         raise ConfigError(f"{run!r} is not a run folder: it has no config.json.")
     if not cfg.experiment:
-        raise ConfigError("Name the table of the run, for instance --experiment=numberline_mixed.")
+        raise ConfigError("Name the table of the run, for instance --experiment=grid_mixed.")
     old = read_records(root)
     present = {key_of(record, IDENTITY) for record in old}
     data = {key_of(record, DATA) for record in old}

@@ -61,7 +61,7 @@ def copy(tmp_path):
     (tmp_path / "assets").mkdir()
     shutil.copy(os.path.join(ROOT, curves.PICTURE), tmp_path / "assets")
     (tmp_path / "README.md").write_text("# Hello\n")
-    page = "<!-- results: numberline_mixed -->\n<!-- end of results -->\n"
+    page = "<!-- results: grid_mixed -->\n<!-- end of results -->\n"
     (tmp_path / "docs" / "page.md").write_text(f"before\n{page}after\n")
     return tmp_path
 
@@ -75,7 +75,7 @@ def test_the_tables_are_those_of_the_records():
 
 def test_readme_and_results_have_tables():
     assert "<!-- results: headline -->" in read("README.md")
-    assert "<!-- results: numberline_mixed -->" in read("docs/results.md")
+    assert "<!-- results: grid_mixed -->" in read("docs/results.md")
 
 def test_no_record_is_left_out():
     """Every experiment and every measured table is shown somewhere."""
@@ -243,7 +243,7 @@ def test_add_keeps_the_curves_of_a_run_once(copy, tmp_path):
     results.add(run, flags(), copy)
     _, kept = curves.read_curves(copy)
     assert len(kept) == before + 1
-    assert kept["numberline_mixed", "afsft", "", 7, "online"] == {"step": [400], "nll": [0.5]}
+    assert kept["grid_mixed", "afsft", "", 7, "online"] == {"step": [400], "nll": [0.5]}
     with pytest.raises(ConfigError):
         results.add(run, flags(), copy)
     assert curves.read_curves(copy)[1] == kept
@@ -264,18 +264,18 @@ def test_check_names_the_file_that_differs(copy):
     assert results.update_files(copy, check_only=True) == []
     text = read("docs/page.md", copy)
     assert text.startswith("before\n") and text.endswith("after\n")
-    (copy / "docs" / "page.md").write_text(text.replace("99.1", "99.2"))
+    (copy / "docs" / "page.md").write_text(text.replace("100.0", "99.2"))
     with pytest.raises(ConfigError, match="python -m extras.results") as error:
         results.update_files(copy, check_only=True)
     assert str(error.value).count("\n") == 0
 
 def test_a_table_without_end_or_records_is_one_sentence(copy):
     page = copy / "docs" / "page.md"
-    page.write_text("<!-- results: numberline_mixed -->\n")
+    page.write_text("<!-- results: grid_mixed -->\n")
     with pytest.raises(ConfigError, match="has no end"):
         results.update_files(copy)
-    page.write_text("<!-- results: numberline_mixd -->\n<!-- end of results -->\n")
-    with pytest.raises(ConfigError, match="nearest: numberline_mixed"):
+    page.write_text("<!-- results: grid_mixd -->\n<!-- end of results -->\n")
+    with pytest.raises(ConfigError, match="nearest: grid_mixed"):
         results.update_files(copy)
 
 
@@ -321,7 +321,7 @@ def finished_run(folder, seed=7):
 
 def flags(**given):
     """Make the settings of `add`."""
-    cfg = dict(experiment="numberline_mixed", variant="", hardware="a box", note="", command="")
+    cfg = dict(experiment="grid_mixed", variant="", hardware="a box", note="", command="")
     return SimpleNamespace(**cfg | given)
 
 def test_add_appends_the_rows_of_a_run(copy, tmp_path):
@@ -365,7 +365,7 @@ def test_add_refuses_a_run_twice(copy, tmp_path):
     run = finished_run(tmp_path / "run")
     results.add(run, flags(), copy)
     before = results.read_records(copy)
-    with pytest.raises(ConfigError, match="numberline_mixed has AFSFT, offline, greedy, seed 7 already"):
+    with pytest.raises(ConfigError, match="grid_mixed has AFSFT, offline, greedy, seed 7 already"):
         results.add(run, flags(), copy)
     assert results.read_records(copy) == before
     assert len(results.add(run, flags(variant="lr 1e-3"), copy)) == 4
