@@ -72,7 +72,7 @@ filter_warmup = 50  # updates in which every token is cloned, because a young cr
 bc_coef = 0.0  # weight of plain cloning, in addition to the filtered loss
 critic_coef = 3.0  # weight of the critic's loss
 pess_coef = 0.5  # weight of the pull of all Q values to q_init; 0: none
-q_init = -1.5  # value of an untrained Q head, and of tokens that no data shows: below what play returns
+q_init = -1.5  # value of an untrained Q head, to be below what good play returns
 q_head = 'tied'  # tied: MLP and the frozen unembedding, 2 H^2 parameters | full: MLP and H x V
 n_critics = 1  # Q heads; targets take the lowest of them
 target_tau = 0.05  # step of the target heads' moving average per update
@@ -253,7 +253,7 @@ def describe(cfg, argv, vlm, data, start):
           f"{stats['episode_return']:.2f}, valid {100 * stats['valid']:.1f} %; lowest discounted return "
           f"{data.lowest_return(cfg.gamma):.2f}")
     lowest, highest = data.reward_range()
-    if cfg.reward_clip and max(-lowest, highest) > cfg.reward_clip:
+    if vlm.heads and cfg.reward_clip and max(-lowest, highest) > cfg.reward_clip:
         print(f"         rewards {lowest:g} to {highest:g}: the critic learns from them cut to "
               f"+-{cfg.reward_clip:g} (reward_clip)")
     schedule = f"{cfg.offline_updates} offline + {cfg.online_updates} online updates"

@@ -10,7 +10,7 @@ import json, math, os
 from configurator import is_number
 from extras.flag_mistakes import ConfigError
 from extras.report import chart, curves_svg, read_metrics
-from extras.whole_files import read_json
+from extras.whole_files import read_json, write_whole
 
 CURVES = os.path.join("docs", "results", "curves.jsonl")
 SPEC = os.path.join("docs", "results", "curves.json")
@@ -71,13 +71,14 @@ def read_curves(root):
     return read_json(os.path.join(root, SPEC)), kept
 
 def keep_curves(run, names, root):
-    """Append the curves of a run to curves.jsonl, those that are not there yet; returns their number."""
-    _, present = read_curves(root)
-    new = [record for record in curve_records(run, names) if key_of_curve(record) not in present]
-    with open(os.path.join(root, CURVES), "a", encoding="utf-8") as f:
-        for record in new:
-            f.write(json.dumps(record) + "\n")
-    return len(new)
+    """Put the curves of a run into curves.jsonl, in place of those of the run that it repeats."""
+    path = os.path.join(root, CURVES)
+    new = curve_records(run, names)
+    keys = [key_of_curve(record) for record in new]
+    with open(path, encoding="utf-8") as f:
+        old = [json.loads(line) for line in f]
+    kept = [record for record in old if key_of_curve(record) not in keys]
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept + new))
 
 
 # ---- the table of healthy ranges ----
@@ -133,9 +134,9 @@ def failures_svg(spec, kept):
     for drawing in spec["charts"]:
         series = {}
         for label, key, metric in drawing["lines"]:
-            curves = kept.get(tuple(key))
-            if curves is None:
-                raise ConfigError(f"{SPEC} wants the curves of {key}, which {CURVES} does not have.")
+            curves = kept.get(tuple(key), {})
+            if metric not in curves:
+                raise ConfigError(f"{SPEC} wants {metric} of {key}, which {CURVES} does not have.")
             factor = drawing.get("factor", 1)
             pairs = zip(curves["step"], curves[metric])
             series[label] = [(step, factor * value) for step, value in pairs if value is not None]

@@ -4,6 +4,7 @@ Refuse what an old run did and this version can no longer do.
 train.py had more keys once. A run with the values below continues to work, and other removed keys have no
 effect on a trained run.
 """
+from configurator import WITH_CRITIC
 from extras.flag_mistakes import ConfigError
 
 # The value that always holds now, by what another value would change: how the run plays, what its critic's
@@ -30,7 +31,8 @@ def check_removed_keys(run, saved, purpose):
 
     saved: the content of its config.json. purpose: "play", "report" or "resume".
     """
-    if purpose == "resume" and saved.get("q_init", 0.0) is None:
+    has_critic = saved.get("actor_loss", "afsft") in WITH_CRITIC
+    if purpose == "resume" and has_critic and saved.get("q_init", 0.0) is None:
         raise ConfigError(f"{run!r} has q_init=None, the lowest discounted return of its data, which this "
                           "version does not look for: use the commit that its meta.json names.")
     for kind in DEPENDS_ON[purpose]:
@@ -45,7 +47,7 @@ def renew_values(saved):
     if saved.get("mdp") == "turn":
         # a key that has become a value of trace
         saved["trace"] = "turn"
-    if saved.get("reward_clip", 0.0) is None:
+    if saved.get("reward_clip") is None:
         saved["reward_clip"] = 0.0
     if saved.get("q_init", 0.0) is None:
         # where the critic began does not matter to one that is trained

@@ -358,9 +358,9 @@ def make_base(name, out, seed=0):
         questions = Questions(recipe, stage, (seed, i))
         train_stage(net, processor, sight, questions)
         questions.close()
-        if questions.patches < recipe.side**2:
-            raise SystemExit(f"After all updates of the stage {stage.name}, things are found among "
-                             f"{questions.patches} patches only: try another --seed.")
+        if questions.patches < recipe.side**2 or questions.names < len(recipe.names):
+            raise SystemExit(f"After all updates of the stage {stage.name}, {questions.names} things are "
+                             f"found among {questions.patches} patches only: try another --seed.")
         save_stage(net, processor, sight, folders[i], origin_of(recipe, i, seed))
     with replacing(os.path.join(out, name)) as aside:
         publish_names(net.half()).save_pretrained(aside)

@@ -78,7 +78,7 @@ def test_activations_are_those_of_a_dry_run(tmp_path, monkeypatch):
     record(play(env_factory(cfg), players, list(range(8)), split="train"), data)
     torch.manual_seed(0)
     base = llava(families.TEXTS, vocab_size=300, hidden=128, layers=4)
-    vlm = model.build(cfg, base, -1.0)
+    vlm = model.build(cfg, base)
     trained = [p for p in vlm.parameters() if p.requires_grad]
 
     shapes = []
