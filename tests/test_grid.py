@@ -21,7 +21,7 @@ def test_methods_of_a_world_differ_in_nothing_else():
     """The baseline has the same data, windows, updates and base, and plays without the critic's help."""
     by_place = {}
     for cell in grid.cells():
-        if cell.variant:
+        if cell.variant or cell.experiment.startswith("ablation_"):
             continue
         own = vars(settings(cell))
         assert own.pop("actor_loss") == grid.method_of(cell)
@@ -31,6 +31,24 @@ def test_methods_of_a_world_differ_in_nothing_else():
     for found in by_place.values():
         assert len(found) == len(grid.METHODS)
         assert all(own == found[0] for own in found)
+
+def test_an_ablation_changes_one_key():
+    """Each is compared with a run that differs in nothing else, of the grid or one of its own."""
+    plain = {}
+    for cell in grid.cells():
+        if cell.variant == "" and grid.method_of(cell) == "afsft":
+            plain[cell.experiment.partition("_")[2], cell.seed] = settings(cell)
+    # in this order, an experiment's own run replaces the grid's
+    count = 0
+    for cell in grid.cells():
+        if cell.experiment.startswith("ablation_") and cell.variant:
+            world = cell.experiment.partition("_")[2]
+            own = vars(settings(cell))
+            before = vars(plain[world, cell.seed])
+            changed = [f"{key}={value}" for key, value in own.items() if value != before[key]]
+            assert changed == [cell.variant]
+            count += 1
+    assert count > 100
 
 def test_names_and_places_belong_to_one_run():
     """Two runs with one folder, or one place in the tables, would hide each other."""
