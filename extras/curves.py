@@ -17,7 +17,7 @@ SPEC = os.path.join("docs", "results", "curves.json")
 PICTURE = os.path.join("assets", "failures.svg")
 # A curve is kept as at most so many points, each the mean of some lines of metrics.jsonl.
 POINTS = 30
-# A row of the table is the mean of the last points.
+# The table has the mean of so many last points.
 LAST = 3
 KEPT = (
     *("nll", "td_error", "pess", "q_mean", "v_mean", "adv_action", "pass_action", "pass_syntax"),
@@ -108,8 +108,8 @@ def range_cell(runs, name):
         return low
     return f"{low.removesuffix(' %')} to {high}"
 
-def ranges_block(spec, kept):
-    """Format the table of healthy ranges: a row for each metric, a column for each group of runs."""
+def ranges_rows(spec, kept):
+    """Return the rows of the healthy ranges: one for each metric, with a column for each group of runs."""
     groups = {}
     for column in spec["columns"]:
         runs = []
@@ -120,11 +120,10 @@ def ranges_block(spec, kept):
         if runs:
             noun = "run" if len(runs) == 1 else "runs"
             groups[f"{column['label']}, {len(runs)} {noun}"] = runs
-    lines = [["", *groups], ["---"] * (1 + len(groups))]
+    rows = [["", *groups]]
     for name in spec["metrics"]:
-        lines.append([f"`{name}`", *(range_cell(runs, name) for runs in groups.values())])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{table}\n\n{spec['note']}"
+        rows.append([f"`{name}`", *(range_cell(runs, name) for runs in groups.values())])
+    return rows
 
 
 # ---- the picture of failures ----

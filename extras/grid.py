@@ -12,9 +12,10 @@ from its last checkpoint, and one whose results are recorded is not made again: 
 import os, platform, re, signal, subprocess, sys, time
 from typing import NamedTuple
 
-from configurator import configure
+from configurator import configure, parse_block
 from extras import results
 from extras.flag_mistakes import ConfigError
+from extras.read_run import TRAIN
 
 # --- config ---
 only = ''         # a text that a run's name must contain; '': all runs
@@ -25,23 +26,14 @@ out = 'out/grid'  # where the runs' folders lie
 
 METHODS = ("sft", "fbc", "awr", "afsft")
 SEEDS = (0, 1, 2)
-# One setting of the critic and of the filter for all worlds, whatever their configs say.
-SETTING = dict(
-    critic_coef=3.0,
-    pess_coef=0.5,
-    q_init=-1.5,
-    target_tau=0.05,
-    beta=-0.05,
-    reward_clip=1.0,
-    penalty=-1.0,
-)
+# One setting of the critic and of the filter for all worlds, train.py's defaults, whatever their configs say.
+KEYS = "critic_coef pess_coef q_init target_tau beta reward_clip penalty".split()
+SETTING = {key: parse_block(TRAIN)[key].default for key in KEYS}
 # What differs is cloned; play is the policy's own, without the critic's help.
 OFFLINE = "--online_updates=0 --q_weight=0"
 # Play without a single whole episode of an expert, in which filtered cloning has little to choose from.
 LOW = "--expert_episodes=0 --data_mix={'expert':0.3,'random':0.5,'malformed':0.2}"
 BIASED = "--expert_episodes=0 --data_mix={'biased':1.0}"
-# The base that one command makes from random weights (pretrain/train_base.py).
-GRIDS = "--model=bases/tiny-vlm-worlds --dtype=float32"
 # What each table of comparison is about, and what is written behind train.py for it. Not every processor
 # computes in bfloat16, so none does here.
 WORLDS = {
@@ -50,8 +42,8 @@ WORLDS = {
     "biased": "config/numberline_biased.py",
     "ezpoints": "config/ezpoints.py --dtype=float32",
     "blackjack": "config/blackjack.py --dtype=float32",
-    "lake": f"config/frozenlake.py {GRIDS} --filter_warmup=150",
-    "rooms": f"config/babyai_gotolocal.py {GRIDS}",
+    "lake": "config/frozenlake.py --dtype=float32 --filter_warmup=150",
+    "rooms": "config/babyai_gotolocal.py --dtype=float32",
     "pages": "config/miniwob.py --dtype=float32",
 }
 for world in ("lake", "rooms", "pages"):
@@ -88,15 +80,17 @@ def setting_flags(**changed):
     return " ".join(f"--{key}={value}" for key, value in {**SETTING, **changed}.items())
 
 def ablation_cells():
-    """Return the runs with one key changed, offline; with none where they differ from those of the grid."""
+    """Return the runs with one key changed, offline.
+
+    Where they are shorter than the grid's, one with nothing changed comes first, to be compared with.
+    """
     found = []
     for world, (seeds, beside) in ABLATED.items():
         settings = ["", *ABLATIONS] if beside else ABLATIONS
         for seed in seeds:
             for setting in settings:
-                key, _, value = setting.partition("=")
-                changed = setting_flags(**{key: value}) if setting else setting_flags()
-                own = f"{WORLDS[world]} {beside} {changed} --online_updates=0 --seed={seed}"
+                changed = dict([setting.split("=")]) if setting else {}
+                own = f"{WORLDS[world]} {beside} {setting_flags(**changed)} --online_updates=0 --seed={seed}"
                 name = f"{world}_ablation_{setting or 'nothing'}_{seed}"
                 found.append(Cell(name, f"ablation_{world}", setting, seed, " ".join(own.split())))
     return found

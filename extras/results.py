@@ -19,9 +19,9 @@ import glob, json, os, re, shlex, sys, time
 from buffer import Buffer
 from configurator import configure
 from evaluate import wilson
-from extras.curves import PICTURE, failures_svg, keep_curves, ranges_block, read_curves
+from extras.curves import PICTURE, failures_svg, keep_curves, ranges_rows, read_curves
 from extras.flag_mistakes import ConfigError, nearest
-from extras.whole_files import read_json
+from extras.whole_files import read_json, write_whole
 
 # --- config ---
 check = False    # compare only
@@ -381,18 +381,13 @@ def read_text(path):
     with open(path, encoding="utf-8") as f:
         return f.read()
 
-def write_text(path, text):
-    """Write a text file."""
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(text)
-
 def render_text(name, store):
     """Return the text of the block NAME."""
     records, small, literal, curves = store
     if name == "losses":
         return losses_block(records, small[name])
     if name == "curves":
-        return ranges_block(*curves)
+        return f"{markdown(ranges_rows(*curves))}\n\n{curves[0]['note']}"
     if name in small:
         return small_block(records, small[name])
     if name in literal:
@@ -430,7 +425,7 @@ def update_files(root=ROOT, check_only=False):
             continue
         different.append(name)
         if not check_only:
-            write_text(path, new)
+            write_whole(path, new)
     picture = os.path.join(root, PICTURE)
     try:
         drawn = failures_svg(*store[-1])
@@ -443,7 +438,7 @@ def update_files(root=ROOT, check_only=False):
     if not os.path.exists(picture) or read_text(picture) != drawn:
         different.append(PICTURE)
         if not check_only:
-            write_text(picture, drawn)
+            write_whole(picture, drawn)
     if check_only and different:
         names = ", ".join(different)
         raise ConfigError(f"{names}: the tables differ from docs/results/, run python -m extras.results.")

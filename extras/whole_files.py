@@ -37,13 +37,13 @@ def sync_folder(folder):
         os.close(descriptor)
 
 def write_whole(file, text):
-    """Replace a text file as a whole: after a crash or on a full disk the old one is still there."""
+    """Replace a UTF-8 text file as a whole: after a crash or on a full disk the old one is still there."""
     aside = file + ".tmp"
     # what a crash has left, or a link to somebody's file that came with a downloaded run
     with contextlib.suppress(FileNotFoundError):
         os.remove(aside)
     try:
-        with open(aside, "x") as f:
+        with open(aside, "x", encoding="utf-8") as f:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
