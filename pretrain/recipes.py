@@ -54,9 +54,12 @@ class Recipe(NamedTuple):
     is_swin: bool = False
 
 
-# While a net learns to find names, it would forget how to copy them.
-BOARDS = ("board", "board", "board", "copying")
-PAGE_BOARDS = (*("board",) * 7, "copying")
+# While a net learns to find names, it would forget how to copy them. And it must not lose any token.
+COPYING = ("copying", "tokens")
+BOARDS = ("board", "board", "board", "copying", "board", "board", "board", "tokens")
+PAGE_BOARDS = (*("board",) * 7, "copying", *("board",) * 7, "tokens")
+IDEAL = (*("ideal",) * 7, "tokens")
+STATES = (*("state",) * 7, "tokens")
 
 
 # ---- BabyAI's rooms and FrozenLake ----
@@ -95,14 +98,14 @@ EVERYTHING = (*LEADING, f"Captions:{LOCAL}", f"Captions:{MAP}", f"Captions:{LAKE
 
 GRIDS = Recipe(
     stages=(
-        Stage("copying", ("copying",), 800, (f"Reading:{LOCAL}", f"Reading:{LAKE}"), batch=64),
+        Stage("copying", COPYING, 800, (f"Reading:{LOCAL}", f"Reading:{LAKE}"), batch=64),
         Stage("boards", BOARDS, 1200, (f"Reading:{LOCAL}",), is_narrowed=True),
-        Stage("placing", ("ideal",), 600, PLACING),
-        Stage("finding", ("ideal",), 300, FINDING),
-        Stage("facing", ("ideal",), 1000, FACING),
-        Stage("leading", ("ideal",), 1500, LEADING),
+        Stage("placing", IDEAL, 600, PLACING),
+        Stage("finding", IDEAL, 300, FINDING),
+        Stage("facing", IDEAL, 1000, FACING),
+        Stage("leading", IDEAL, 1500, LEADING),
         Stage("sight", ("sight",), 300, EVERYTHING, batch=64),
-        Stage("both", ("state",), 700, EVERYTHING, lr=1e-3),
+        Stage("both", STATES, 700, EVERYTHING, lr=1e-3),
     ),
     size=128,
     words=768,
@@ -131,12 +134,12 @@ CROWDED = (*READING, *("Reading:miniwob/click-button-v1",) * 3)
 
 PAGES = Recipe(
     stages=(
-        Stage("copying", ("copying",), 800, READING[:1], batch=64),
+        Stage("copying", COPYING, 800, READING[:1], batch=64),
         Stage("boards", PAGE_BOARDS, 1500, READING[:1], is_narrowed=True, names=16),
-        Stage("placing", ("ideal", "ideal", "text"), 900, CROWDED),
-        Stage("text", ("text", "text", "ideal"), 900, CROWDED),
+        Stage("placing", (*("ideal", "ideal", "text") * 3, "tokens"), 900, CROWDED),
+        Stage("text", (*("text", "text", "ideal") * 3, "tokens"), 900, CROWDED),
         Stage("sight", ("sight",), 500, CROWDED, batch=64),
-        Stage("both", ("state", "state", "state", "text"), 900, CROWDED, lr=1e-3),
+        Stage("both", (*("state", "state", "state", "text") * 2, "tokens"), 900, CROWDED, lr=1e-3),
     ),
     size=PAGE_SIZE,
     words=1536,

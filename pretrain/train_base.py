@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from configurator import configure
+from envs import MARKER
 from extras.flag_mistakes import ConfigError
 from extras.published_names import publish_names
 from extras.value_checks import check_out_dir, check_ranges
@@ -62,12 +63,19 @@ class Example(NamedTuple):
     picture: Image.Image = None
     in_loss: str = "all"
 
+def printable_tokens(tokenizer):
+    """List the texts of a tokenizer's tokens that can stand in a line of text, special ones left out."""
+    texts = [tokenizer.decode([token], skip_special_tokens=True) for token in range(len(tokenizer))]
+    # bytes of other alphabets are no text alone
+    return [text for text in texts if text.strip() and text.isprintable() and "\ufffd" not in text]
+
 class Questions:
     """Draw the examples of a stage: each of its `kinds` is the name of a method here."""
 
-    def __init__(self, recipe, stage, seed):
+    def __init__(self, recipe, stage, tokenizer, seed):
         self.recipe = recipe
         self.stage = stage
+        self.vocabulary = printable_tokens(tokenizer)
         self.rng = np.random.default_rng(seed)
         made = {name: make(name, size=recipe.size) for name in dict.fromkeys(stage.asked)}
         self.readings = [made[name] for name in stage.asked]
@@ -86,6 +94,19 @@ class Questions:
         """Ask to repeat a text, without a picture."""
         _, question, answer = self.next_reading().echo()
         return Example(question, answer)
+
+    def tokens(self):
+        """Ask to repeat any tokens of the vocabulary, without a picture.
+
+        Embeddings of tokens that no answer needs all end up with one direction. None of them can be likely
+        then, and an action syntax needs some of them (docs/log.md).
+        """
+        text = MARKER
+        while MARKER in text:
+            count = self.rng.integers(3, 12)
+            chosen = self.rng.integers(len(self.vocabulary), size=count)
+            text = "".join(self.vocabulary[i] for i in chosen).strip()
+        return Example(f"Repeat:\n{text}", text)
 
     def board(self):
         """Ask where some things on a made-up board are.
@@ -361,7 +382,7 @@ def make_base(name, out, seed=0):
         if i < done:
             continue
         torch.manual_seed(seed + i)
-        questions = Questions(recipe, stage, (seed, i))
+        questions = Questions(recipe, stage, processor.tokenizer, (seed, i))
         train_stage(net, processor, sight, questions)
         questions.close()
         if questions.patches < recipe.side**2 or questions.names < len(recipe.names):

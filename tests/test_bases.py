@@ -1,12 +1,14 @@
 """Tests pretrain/train_base.py, sight.py and recipes.py: bases from random weights, without any world."""
 import inspect, os
 from collections import Counter
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from envs import MARKER
 from model import VLM
 from pretrain import score_base, train_base
 from pretrain.questions import Reading
@@ -30,12 +32,21 @@ GRIDS = RECIPES["tiny-vlm-worlds"]
 # Boards of nine patches with a few names.
 SMALL = GRIDS._replace(side=3, places=3, size=48, names=("red ball", "blue key", "grey box", "flag"))
 
+def small_net():
+    """Build a net for pictures of nine patches -> (net, processor)."""
+    words = " ".join([*SMALL.names, *SMALL.background])
+    texts = [f"Which places have {words}? {words} 0 1 2, 2 1 0"] * 20
+    return llava(texts, vocab_size=340, hidden=64, layers=2, image_size=48)
+
+@cache
+def small_tokenizer():
+    """Return the tokenizer of small_net()."""
+    return small_net()[1].tokenizer
+
 def tiny(seed=0):
     """Build a net for pictures of nine patches -> (net, processor, sight)."""
     torch.manual_seed(seed)
-    words = " ".join([*SMALL.names, *SMALL.background])
-    texts = [f"Which places have {words}? {words} 0 1 2, 2 1 0"] * 20
-    net, processor = llava(texts, vocab_size=340, hidden=64, layers=2, image_size=48)
+    net, processor = small_net()
     return net, processor, Sight(net.get_input_embeddings(), processor.tokenizer, SMALL)
 
 def small_boards(count, seed=0):
@@ -50,7 +61,7 @@ def patch_counts(examples):
 
 def board_questions(stage, seed=0):
     """Make the Questions of a stage that needs no world; texts to repeat come from the card games."""
-    questions = Questions(SMALL, stage, seed)
+    questions = Questions(SMALL, stage, small_tokenizer(), seed)
     reading = Reading()
     reading.rng = questions.rng
     questions.readings = [reading]
@@ -117,6 +128,26 @@ def test_boards_grow_when_their_things_are_found():
     wide = board_questions(Stage("x", ("board",), 100, batch=4))
     wide.widen(0.0)
     assert patch_counts(wide.draw()) == [9] * 4
+
+def test_any_token_is_repeated_but_no_action():
+    """What no answer needs cannot be said any more, and the action syntax is made of such tokens."""
+    questions = board_questions(Stage("x", ("tokens",), 100))
+    # pieces of the marker, which may meet by chance
+    questions.vocabulary = [*questions.vocabulary, *["[action", "]"] * 30]
+    tokenizer = small_tokenizer()
+    seen = Counter()
+    for _ in range(2000):
+        example = questions.tokens()
+        assert example.question == f"Repeat:\n{example.answer}"
+        assert MARKER not in example.answer
+        assert example.answer == example.answer.strip() != ""
+        seen.update(tokenizer(example.answer).input_ids)
+    words = range(len(tokenizer))
+    plain = [token for token in words if tokenizer(tokenizer.decode([token])).input_ids == [token]]
+    texts = {token: tokenizer.decode([token]) for token in plain}
+    missing = [text for token, text in texts.items() if text.isprintable() and text.strip() and not seen[token]]
+    # special tokens have no place in a text
+    assert set(missing) <= set(tokenizer.all_special_tokens)
 
 def test_names_grow_with_the_boards():
     """With many names from the start nothing was found: there are a few at first, then twice as many."""
