@@ -99,8 +99,8 @@ EVERYTHING = (*LEADING, f"Captions:{LOCAL}", f"Captions:{MAP}", f"Captions:{LAKE
 GRIDS = Recipe(
     stages=(
         Stage("copying", COPYING, 800, (f"Reading:{LOCAL}", f"Reading:{LAKE}"), batch=64),
-        Stage("boards", BOARDS, 1200, (f"Reading:{LOCAL}",), is_narrowed=True),
-        Stage("placing", IDEAL, 600, PLACING),
+        Stage("boards", BOARDS, 2000, (f"Reading:{LOCAL}",), is_narrowed=True),
+        Stage("placing", IDEAL, 800, PLACING),
         Stage("finding", IDEAL, 300, FINDING),
         Stage("facing", IDEAL, 1000, FACING),
         Stage("leading", IDEAL, 1500, LEADING),
