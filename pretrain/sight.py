@@ -20,6 +20,9 @@ from worlds.miniwob import PAGE_SIZE, click_places
 
 # Most patches show what lies between things, so it counts less in the loss.
 BACKGROUND_WEIGHT = 0.1
+# Places count less than names, and the features' length least.
+PLACE_WEIGHT = 0.5
+LENGTH_WEIGHT = 0.1
 IGNORE = -100  # no label, for F.cross_entropy
 
 class Board(NamedTuple):
@@ -66,15 +69,20 @@ def lake_board(world, side):
 def page_board(page, side, step):
     """Return the Board of a Page: each patch shows the text that covers most of it.
 
-    Its place is the one to click on, in units of `step` pixels, in every patch up to two patches beside it. A
-    patch that shows a bit of something else has no name.
+    Its place is the one to click on, in units of `step` pixels, in every patch up to two patches beside it. An
+    empty patch is its own place. One that shows a bit of something else has no name and no place.
     """
     patch = PAGE_SIZE // side
+    all_columns, all_rows = all_places(side)
     dark = np.asarray(page.picture().convert("L")) < 200
     has_ink = dark.reshape(side, patch, side, patch).any((1, 3))
     names = [None if ink else "nothing" for ink in has_ink.flatten()]
-    columns = [None] * side**2
-    rows = [None] * side**2
+    columns = []
+    rows = []
+    for name, column, row in zip(names, all_columns, all_rows):
+        is_empty = name is not None
+        columns.append(middle_of(column, patch, step) if is_empty else None)
+        rows.append(middle_of(row, patch, step) if is_empty else None)
     covered = [0] * side**2
     for element in page.elements:
         text = element["text"]
@@ -85,7 +93,7 @@ def page_board(page, side, step):
             continue
         x, y = click_places(element)[0]
         is_on_a_step = x % step == 0 and y % step == 0 and max(x, y) <= PAGE_SIZE
-        for i, (column, row) in enumerate(zip(*all_places(side))):
+        for i, (column, row) in enumerate(zip(all_columns, all_rows)):
             patch_left = patch * column
             patch_top = patch * row
             shown_width = min(left + width, patch_left + patch) - max(left, patch_left)
@@ -103,6 +111,10 @@ def page_board(page, side, step):
                 columns[i] = int(x // step)
                 rows[i] = int(y // step)
     return Board(tuple(names), tuple(columns), tuple(rows))
+
+def middle_of(patch, size, step):
+    """Return the middle of a patch of `size` pixels along a side of the picture, in units of `step` pixels."""
+    return (patch * size + size // 2) // step
 
 def board_of(shown, recipe):
     """Return the Board of a picture; shown: the world, or the Page of a browser."""
@@ -210,26 +222,27 @@ class Sight(nn.Module):
     def loss(self, features, boards):
         """Return (loss of a tower's features, share of the patches with a thing whose name is right).
 
-        features: (B, patches, hidden). The loss is the cross-entropy of three softmaxes over cosines, with
-        the names on these boards, all columns and all rows, plus one minus the cosine with the ideal feature.
-        The squared distance to it teaches a tower the mean of all patches (docs/log.md).
+        features: (B, patches, hidden). The loss is the cross-entropy of three softmaxes over cosines: with
+        the names on these boards, all columns and all rows. A feature's length does not matter to them, but
+        it does to the language model. The distance to the ideal feature, squared or as a cosine, would teach
+        a tower the mean of all patches (docs/log.md).
         """
         names, labels = number_labels(boards)
         tables = [table.detach() for table in self.tables(names)]
-        ideal = add_up(tables, labels)
         is_known = labels.names != IGNORE
-        unit = F.normalize(features, dim=-1)
-        loss = (1 - F.cosine_similarity(features, ideal, dim=-1))[is_known].mean()
-        # A feature's length does not matter to the cosines, but it does to the language model.
-        lengths = features.norm(dim=-1) - ideal.norm(dim=-1)
-        loss = loss + 0.1 * lengths[is_known].square().mean()
         is_background = torch.tensor([name in self.background for name in names])
-        weights = torch.where(is_background, BACKGROUND_WEIGHT, 1.0)
-        scale = self.log_scale.exp()
-        for table, label, weight in zip(tables, labels, (weights, None, None)):
-            logits = unit @ table.T * scale
-            loss = loss + F.cross_entropy(logits.flatten(0, 1), label.flatten(), weight)
         is_thing = is_known & ~is_background[labels.names.clamp(min=0)]
+        weights = torch.where(is_thing, 1.0, BACKGROUND_WEIGHT)
+        unit = F.normalize(features, dim=-1)
+        loss = 0.0
+        for table, label, weight in zip(tables, labels, (1.0, PLACE_WEIGHT, PLACE_WEIGHT)):
+            logits = unit @ table.T * self.log_scale.exp()
+            losses = F.cross_entropy(logits.transpose(1, 2), label, reduction="none")
+            counts = weights * (label != IGNORE)
+            loss = loss + weight * (losses * counts).sum() / counts.sum()
+        ideal = add_up(tables, labels)
+        lengths = features[is_known].norm(dim=-1) / ideal[is_known].norm(dim=-1)
+        loss = loss + LENGTH_WEIGHT * lengths.log().square().mean()
         is_right = (unit @ tables[0].T).argmax(-1) == labels.names
         return loss, is_right[is_thing].float().mean().item()
 
