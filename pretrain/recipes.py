@@ -136,10 +136,10 @@ PAGES = Recipe(
     stages=(
         Stage("copying", COPYING, 800, READING[:1], batch=64),
         Stage("boards", PAGE_BOARDS, 1500, READING[:1], is_narrowed=True, names=16),
-        Stage("placing", (*("ideal", "ideal", "text") * 3, "tokens"), 900, CROWDED),
-        Stage("text", (*("text", "text", "ideal") * 3, "tokens"), 900, CROWDED),
+        Stage("placing", (*("ideal", "ideal", "text") * 3, "tokens"), 800, CROWDED),
+        Stage("text", (*("text", "text", "ideal") * 3, "tokens"), 700, CROWDED),
         Stage("sight", ("sight",), 500, CROWDED, batch=64),
-        Stage("both", (*("state", "state", "state", "text") * 2, "tokens"), 900, CROWDED, lr=1e-3),
+        Stage("both", (*("state", "state", "state", "text") * 2, "tokens"), 800, CROWDED, lr=1e-3),
     ),
     size=PAGE_SIZE,
     words=1536,
