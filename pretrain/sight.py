@@ -69,8 +69,8 @@ def lake_board(world, side):
 def page_board(page, side, step):
     """Return the Board of a Page: each patch shows the text that covers most of it.
 
-    Its place is the one to click on, in units of `step` pixels, in every patch up to two patches beside it. An
-    empty patch is its own place. One that shows a bit of something else has no name and no place.
+    Its place is the one to click on, in units of `step` pixels, in every patch up to two patches beside it.
+    An empty patch is its own place. One that shows a bit of something else has no name and no place.
     """
     patch = PAGE_SIZE // side
     all_columns, all_rows = all_places(side)
@@ -113,7 +113,7 @@ def page_board(page, side, step):
     return Board(tuple(names), tuple(columns), tuple(rows))
 
 def middle_of(patch, size, step):
-    """Return the middle of a patch of `size` pixels along a side of the picture, in units of `step` pixels."""
+    """Return the middle of a patch of `size` pixels along a side of a picture, in steps of `step` pixels."""
     return (patch * size + size // 2) // step
 
 def board_of(shown, recipe):
@@ -238,7 +238,7 @@ class Sight(nn.Module):
         for table, label, weight in zip(tables, labels, (1.0, PLACE_WEIGHT, PLACE_WEIGHT)):
             logits = unit @ table.T * self.log_scale.exp()
             losses = F.cross_entropy(logits.transpose(1, 2), label, reduction="none")
-            counts = weights * (label != IGNORE)
+            counts = torch.where(label == IGNORE, 0.0, weights)
             loss = loss + weight * (losses * counts).sum() / counts.sum()
         ideal = add_up(tables, labels)
         lengths = features[is_known].norm(dim=-1) / ideal[is_known].norm(dim=-1)
