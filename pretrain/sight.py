@@ -6,6 +6,7 @@ mean of its words' embeddings; one for its column; and one for its row. A langua
 in such features before it is shown any picture. A tower learns from the names, columns and rows of all
 patches at once, which is much more than the answer to a question tells it.
 """
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -20,9 +21,10 @@ from worlds.miniwob import PAGE_SIZE, click_places
 
 # Most patches show what lies between things, so it counts less in the loss.
 BACKGROUND_WEIGHT = 0.1
-# Places count less than names, and the features' length least.
+# Names count most, a feature's length least.
 PLACE_WEIGHT = 0.5
 LENGTH_WEIGHT = 0.1
+TINY = 1e-6  # nothing is divided by less
 IGNORE = -100  # no label, for F.cross_entropy
 
 class Board(NamedTuple):
@@ -70,7 +72,7 @@ def page_board(page, side, step):
     """Return the Board of a Page: each patch shows the text that covers most of it.
 
     Its place is the one to click on, in units of `step` pixels, in every patch up to two patches beside it.
-    An empty patch is its own place. One that shows a bit of something else has no name and no place.
+    The place of an empty patch is its middle. A patch with a bit of something else has no name and no place.
     """
     patch = PAGE_SIZE // side
     all_columns, all_rows = all_places(side)
@@ -81,8 +83,8 @@ def page_board(page, side, step):
     rows = []
     for name, column, row in zip(names, all_columns, all_rows):
         is_empty = name is not None
-        columns.append(middle_of(column, patch, step) if is_empty else None)
-        rows.append(middle_of(row, patch, step) if is_empty else None)
+        columns.append((patch * column + patch // 2) // step if is_empty else None)
+        rows.append((patch * row + patch // 2) // step if is_empty else None)
     covered = [0] * side**2
     for element in page.elements:
         text = element["text"]
@@ -111,10 +113,6 @@ def page_board(page, side, step):
                 columns[i] = int(x // step)
                 rows[i] = int(y // step)
     return Board(tuple(names), tuple(columns), tuple(rows))
-
-def middle_of(patch, size, step):
-    """Return the middle of a patch of `size` pixels along a side of a picture, in steps of `step` pixels."""
-    return (patch * size + size // 2) // step
 
 def board_of(shown, recipe):
     """Return the Board of a picture; shown: the world, or the Page of a browser."""
@@ -222,29 +220,38 @@ class Sight(nn.Module):
     def loss(self, features, boards):
         """Return (loss of a tower's features, share of the patches with a thing whose name is right).
 
-        features: (B, patches, hidden). The loss is the cross-entropy of three softmaxes over cosines: with
-        the names on these boards, all columns and all rows. A feature's length does not matter to them, but
-        it does to the language model. The distance to the ideal feature, squared or as a cosine, would teach
-        a tower the mean of all patches (docs/log.md).
+        features: (B, patches, hidden). The loss is the cross-entropy of three softmaxes over cosines, with
+        the names on these boards, all columns and all rows; one minus the cosine with the ideal feature; and
+        the squared logarithm of the length's ratio to the ideal one. The squared difference of the lengths
+        taught a tower the mean of all patches (docs/log.md).
         """
         names, labels = number_labels(boards)
-        tables = [table.detach() for table in self.tables(names)]
         is_known = labels.names != IGNORE
+        if not is_known.any():
+            # nothing to learn from
+            return 0.0 * features.sum(), math.nan
+        tables = [table.detach() for table in self.tables(names)]
         is_background = torch.tensor([name in self.background for name in names])
         is_thing = is_known & ~is_background[labels.names.clamp(min=0)]
-        weights = torch.where(is_thing, 1.0, BACKGROUND_WEIGHT)
+        patch_weights = torch.where(is_thing, 1.0, BACKGROUND_WEIGHT)
         unit = F.normalize(features, dim=-1)
         loss = 0.0
         for table, label, weight in zip(tables, labels, (1.0, PLACE_WEIGHT, PLACE_WEIGHT)):
             logits = unit @ table.T * self.log_scale.exp()
             losses = F.cross_entropy(logits.transpose(1, 2), label, reduction="none")
-            counts = torch.where(label == IGNORE, 0.0, weights)
-            loss = loss + weight * (losses * counts).sum() / counts.sum()
+            loss = loss + weight * weighted_mean(losses, patch_weights, label != IGNORE)
         ideal = add_up(tables, labels)
-        lengths = features[is_known].norm(dim=-1) / ideal[is_known].norm(dim=-1)
+        distances = 1 - F.cosine_similarity(features, ideal, dim=-1)
+        loss = loss + weighted_mean(distances, patch_weights, is_known)
+        lengths = features[is_known].norm(dim=-1).clamp(min=TINY) / ideal[is_known].norm(dim=-1)
         loss = loss + LENGTH_WEIGHT * lengths.log().square().mean()
         is_right = (unit @ tables[0].T).argmax(-1) == labels.names
         return loss, is_right[is_thing].float().mean().item()
+
+def weighted_mean(numbers, weights, counted):
+    """Return the weighted mean of those that are counted, 0 if there are none; all have one shape."""
+    weights = torch.where(counted, weights, 0.0)
+    return (numbers * weights).sum() / weights.sum().clamp(min=TINY)
 
 def add_up(tables, labels):
     """Add the vectors that Labels name, nothing where there is none -> (B, patches, hidden)."""

@@ -63,7 +63,7 @@ class Example(NamedTuple):
     picture: Image.Image = None
     in_loss: str = "all"
 
-def printable_tokens(tokenizer):
+def printable_texts(tokenizer):
     """List the texts of a tokenizer's tokens that can stand in a line of text, special ones left out."""
     texts = [tokenizer.decode([token], skip_special_tokens=True) for token in range(len(tokenizer))]
     # bytes of other alphabets are no text alone
@@ -75,7 +75,7 @@ class Questions:
     def __init__(self, recipe, stage, tokenizer, seed):
         self.recipe = recipe
         self.stage = stage
-        self.vocabulary = printable_tokens(tokenizer)
+        self.vocabulary = printable_texts(tokenizer)
         self.rng = np.random.default_rng(seed)
         made = {name: make(name, size=recipe.size) for name in dict.fromkeys(stage.asked)}
         self.readings = [made[name] for name in stage.asked]
@@ -95,11 +95,11 @@ class Questions:
         _, question, answer = self.next_reading().echo()
         return Example(question, answer)
 
-    def tokens(self):
-        """Ask to repeat any tokens of the vocabulary, without a picture.
+    def any_tokens(self):
+        """Ask to repeat any printable tokens of the vocabulary, without a picture.
 
-        Embeddings of tokens that no answer needs all end up with one direction. None of them can be likely
-        then, and an action syntax needs some of them (docs/log.md).
+        Embeddings of tokens that no answer needs end up pointing the same way, so that none of them can
+        become likely. An action syntax needs some of them (docs/log.md).
         """
         text = MARKER
         while MARKER in text:

@@ -1,5 +1,8 @@
-"""Tests pretrain/train_base.py, sight.py and recipes.py: bases from random weights, without any world."""
-import inspect, os
+"""Tests pretrain/train_base.py, sight.py and recipes.py: bases from random weights, without any world.
+
+It also tests what the shipped bases can say.
+"""
+import inspect, math, os
 from collections import Counter
 from functools import cache
 
@@ -131,13 +134,13 @@ def test_boards_grow_when_their_things_are_found():
 
 def test_any_token_is_repeated_but_no_action():
     """What no answer needs cannot be said any more, and the action syntax is made of such tokens."""
-    questions = board_questions(Stage("x", ("tokens",), 100))
+    questions = board_questions(Stage("x", ("any_tokens",), 100))
     # pieces of the marker, which may meet by chance
     questions.vocabulary = [*questions.vocabulary, *["[action", "]"] * 30]
     tokenizer = small_tokenizer()
     seen = Counter()
     for _ in range(2000):
-        example = questions.tokens()
+        example = questions.any_tokens()
         assert example.question == f"Repeat:\n{example.answer}"
         assert MARKER not in example.answer
         assert example.answer == example.answer.strip() != ""
@@ -193,19 +196,45 @@ def test_an_ideal_feature_is_name_column_and_row():
     assert torch.allclose(names.norm(dim=-1), torch.ones(2))
     assert torch.allclose(second - third, names[0] - names[1], atol=1e-5)
 
-def test_ideal_features_are_the_best_a_tower_can_show():
-    """Any other features have a larger loss, and features at the wrong patches name nothing right."""
+def test_noisy_longer_or_misplaced_features_have_a_larger_loss():
+    """What differs from the ideal in its name, its column or its row alone costs something, too."""
     _, _, sight = tiny()
     boards = small_boards(8)
     with torch.no_grad():
         ideal = sight.ideal(boards)
         best, share = sight.loss(ideal, boards)
-        noisy, _ = sight.loss(ideal + 0.3 * torch.randn(ideal.shape), boards)
-        longer, _ = sight.loss(2 * ideal, boards)
-        moved, moved_share = sight.loss(ideal.roll(1, dims=1), boards)
+        others = [ideal + 0.3 * torch.randn(ideal.shape), 2 * ideal, 0.0 * ideal]
+        for part in ("names", "columns", "rows"):
+            moved = [board._replace(**{part: getattr(board, part)[::-1]}) for board in boards]
+            others.append(sight.ideal(moved))
+        losses, shares = zip(*[sight.loss(features, boards) for features in others])
     assert share == 1
-    assert best < min(noisy, longer, moved)
-    assert moved_share < 0.3
+    assert best < min(losses)
+    assert all(map(math.isfinite, losses))
+    # misplaced names are not right, and neither is nothing at all
+    assert max(shares[2], shares[3]) < 0.3
+
+def test_a_patch_without_a_label_teaches_nothing():
+    """Its name or its place is unknown; a part in which nothing is known leaves the tower as it is."""
+    _, _, sight = tiny()
+    boards = [
+        Board(("red ball", None, "nothing"), (0, None, 2), (1, None, 1)),
+        Board(("flag", "wall", None), (None, None, 1), (None, None, 1)),
+    ]
+    features = torch.randn(2, 3, 64, requires_grad=True)
+    loss, _ = sight.loss(features, boards)
+    loss.backward()
+    assert features.grad[0, 1].abs().sum() == 0
+    # the middle of nothing counts less than a thing
+    assert 0 < features.grad[0, 2].norm() < features.grad[0, 0].norm()
+    assert features.grad[1, 2].abs().sum() > 0
+    unknown = Board((None,) * 3, (None,) * 3, (None,) * 3)
+    loss, share = sight.loss(features, [unknown, unknown])
+    assert loss == 0
+    assert math.isnan(share)
+    no_places = Board(("flag",) * 3, (None,) * 3, (None,) * 3)
+    loss, _ = sight.loss(features, [no_places, no_places])
+    assert torch.isfinite(loss)
 
 def test_a_tower_is_taught_without_changing_the_words():
     """The names' embeddings are a target for the tower; if they moved, they would come to meet it."""
@@ -351,8 +380,11 @@ def test_places_are_named_from_the_upper_left():
 
 # ---- the shipped bases ----
 
-def largest_probabilities(net, tokens, steps=300):
-    """Return the largest probability that any hidden state can give each of the tokens."""
+# Strict: the base that is made again has to take this mark away.
+TO_BE_MADE_AGAIN = pytest.mark.xfail(strict=True, reason="its token 'cti' cannot have more than 0.87")
+
+def largest_probabilities(net, tokens, steps=1000):
+    """Return the largest probability that a hidden state, found by gradient, gives each of the tokens."""
     words = net.get_output_embeddings().weight.detach().float()
     scale = net.model.language_model.norm.weight.detach().float()
     torch.manual_seed(0)
@@ -372,6 +404,7 @@ def largest_probabilities(net, tokens, steps=300):
 
 @pytest.mark.parametrize(("base", "actions"), [
     ("tiny-vlm", "1 + stand hit (a * b)"),
+    pytest.param("tiny-vlm-worlds", "go forward turn left pick up", marks=TO_BE_MADE_AGAIN),
     ("tiny-vlm-grids", "go forward turn left pick up toggle"),
     ("tiny-vlm-lake", "left right up down"),
     ("tiny-vlm-pages", "click 5 type press 12"),
