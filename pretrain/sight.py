@@ -222,8 +222,8 @@ class Sight(nn.Module):
 
         features: (B, patches, hidden). The loss is the cross-entropy of three softmaxes over cosines, with
         the names on these boards, all columns and all rows; one minus the cosine with the ideal feature; and
-        the squared logarithm of the length's ratio to the ideal one. The squared difference of the lengths
-        taught a tower the mean of all patches (docs/log.md).
+        the squared logarithm of the length's ratio to the ideal one. With the squared difference of the
+        lengths, and background that counts in full, all patches became alike (docs/log.md).
         """
         names, labels = number_labels(boards)
         is_known = labels.names != IGNORE
@@ -248,10 +248,10 @@ class Sight(nn.Module):
         is_right = (unit @ tables[0].T).argmax(-1) == labels.names
         return loss, is_right[is_thing].float().mean().item()
 
-def weighted_mean(numbers, weights, counted):
-    """Return the weighted mean of those that are counted, 0 if there are none; all have one shape."""
-    weights = torch.where(counted, weights, 0.0)
-    return (numbers * weights).sum() / weights.sum().clamp(min=TINY)
+def weighted_mean(values, weights, mask):
+    """Return the weighted mean of the values in the mask, 0 if it is empty; all have one shape."""
+    weights = torch.where(mask, weights, 0.0)
+    return (values * weights).sum() / weights.sum().clamp(min=TINY)
 
 def add_up(tables, labels):
     """Add the vectors that Labels name, nothing where there is none -> (B, patches, hidden)."""

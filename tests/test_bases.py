@@ -391,16 +391,15 @@ TO_BE_MADE_AGAIN = pytest.mark.xfail(strict=True, reason="its token 'cti' cannot
 
 def largest_probabilities(net, tokens, steps=1000):
     """Return the largest probability that a hidden state, found by gradient, gives each of the tokens."""
-    words = net.get_output_embeddings().weight.detach().float()
-    scale = net.model.language_model.norm.weight.detach().float()
+    net.float().requires_grad_(False)
     torch.manual_seed(0)
     # one hidden state for each token, before the last normalisation
-    states = torch.randn(len(tokens), len(scale), requires_grad=True)
+    states = torch.randn(len(tokens), net.config.text_config.hidden_size, requires_grad=True)
     optimizer = torch.optim.Adam([states], 0.05)
     wanted = torch.tensor(tokens)
     for _ in range(steps):
-        normal = scale * states / states.pow(2).mean(-1, keepdim=True).sqrt()
-        losses = torch.nn.functional.cross_entropy(normal @ words.T, wanted, reduction="none")
+        logits = net.lm_head(net.model.language_model.norm(states))
+        losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
         optimizer.zero_grad()
         losses.sum().backward()
         optimizer.step()

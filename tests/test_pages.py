@@ -210,7 +210,7 @@ def test_a_page_s_board_names_what_a_patch_shows():
     assert set(names[0, 8:]) == {"ONE"}
     assert names[5, 3] == "Yes"
     assert (names == "nothing").sum() == 93
-    # An empty patch is its own place: 4 * 38 is the middle of the last one.
+    # The place of an empty patch is its middle: 4 * 38 for the last one.
     assert columns[9, 9] == 38
     assert rows[9, 9] == 38
     assert columns[9, 0] == 2
