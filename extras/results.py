@@ -250,28 +250,46 @@ def tables(records):
     return "\n\n".join(parts)
 
 def conditions(record):
-    """Format how a record was measured: machine, q_weight, date, commit, source."""
+    """Format on what a record was measured: machine, q_weight, source."""
     parts = [record.get("hardware", "")]
     if record.get("q_weight"):
         parts.append(f"q_weight {record['q_weight']:g} at play")
-    parts += [record.get(name, "") for name in ("date", "commit", "source")]
+    parts.append(record.get("source", ""))
     return ", ".join(filter(None, parts))
 
+def when(records):
+    """Format when some records were measured, and at which commits: "2026-11-30 (f430c98b, 4b0e414a)"."""
+    days = {}
+    for record in records:
+        commits = days.setdefault(record.get("date", ""), {})
+        commits.setdefault(record.get("commit", ""))
+    parts = []
+    for day, commits in days.items():
+        names = ", ".join(filter(None, commits))
+        parts.append(f"{day} ({names})" if names else day)
+    return ", ".join(parts)
+
+def distinct(texts):
+    """List the texts that are not empty, each once, in their order."""
+    return [text for text in dict.fromkeys(texts) if text]
+
 def origins(records):
-    """Build the table of how each player was run: command without seed, conditions, minutes, remarks."""
+    """Build the table of how each player was run: command without seed, conditions, minutes, remarks.
+
+    The seeds of a command share a line, which lists all their commits.
+    """
     groups = {}
     for record in records:
         command = re.sub(r" --seed=\d+", "", record.get("command", ""))
-        name = label(key_of(record, PLAYER), several=False)
-        remarks = [name, str(record.get("minutes", "")), record.get("note", "")]
-        group = groups.setdefault((command, conditions(record)), ({}, {}, {}))
-        for texts, text in zip(group, remarks):
-            texts.setdefault(text)
+        groups.setdefault((command, conditions(record)), []).append(record)
     rows = [["", "command", "how it was measured", "minutes", "remarks"]]
-    for (command, text), (names, minutes, notes) in groups.items():
+    for (command, place), found in groups.items():
+        names = distinct(label(key_of(record, PLAYER), several=False) for record in found)
         code = f"`{command}`" if command else ""
-        times = " / ".join(filter(None, minutes))
-        rows.append(["; ".join(names), code, text, times, "; ".join(filter(None, notes))])
+        measured = ", ".join(distinct([place, when(found)]))
+        minutes = distinct(str(record.get("minutes", "")) for record in found)
+        notes = distinct(record.get("note", "") for record in found)
+        rows.append(["; ".join(names), code, measured, " / ".join(minutes), "; ".join(notes)])
     return rows
 
 def experiment_block(records):
