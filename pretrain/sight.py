@@ -201,11 +201,16 @@ class Sight(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(2.3))
 
     def name_vectors(self, names):
-        """Return the normalised mean of each name's word embeddings -> (names, hidden)."""
+        """Return the normalised mean of each name's words -> (names, hidden).
+
+        Each word counts the same, however long its embedding is. The colours' embeddings had grown, the
+        shapes' had shrunk, and a purple key was taken for the purple box (docs/log.md).
+        """
         vectors = []
         for name in names:
             tokens = self.tokenizer(self.space + name, add_special_tokens=False)["input_ids"]
-            vectors.append(self.words[0].weight[tokens].mean(0))
+            words = F.normalize(self.words[0].weight[tokens], dim=-1)
+            vectors.append(words.mean(0))
         return F.normalize(torch.stack(vectors), dim=-1)
 
     def tables(self, names):

@@ -196,6 +196,17 @@ def test_an_ideal_feature_is_name_column_and_row():
     assert torch.allclose(names.norm(dim=-1), torch.ones(2))
     assert torch.allclose(second - third, names[0] - names[1], atol=1e-5)
 
+def test_each_word_of_a_name_counts_the_same():
+    """Where colours had longer embeddings than shapes, all things of a colour looked alike."""
+    net, processor, sight = tiny()
+    before = sight.name_vectors(["red ball", "red key"])
+    red = processor.tokenizer(" red", add_special_tokens=False).input_ids
+    assert len(red) == 1
+    with torch.no_grad():
+        net.get_input_embeddings().weight[red] *= 5
+    after = sight.name_vectors(["red ball", "red key"])
+    assert torch.allclose(after, before, atol=1e-5)
+
 def test_noisy_longer_or_misplaced_features_have_a_larger_loss():
     """What differs from the ideal in its name, its column or its row alone costs something, too."""
     _, _, sight = tiny()
