@@ -133,6 +133,8 @@ TASKS = (
 READING = tuple(f"Reading:miniwob/{task}-v1" for task in TASKS)
 # The crowded pages of click-button are the hardest, so they come four times as often.
 CROWDED = (*READING, *("Reading:miniwob/click-button-v1",) * 3)
+# Most words are shown by links only.
+WORDY = (*READING, *("Reading:miniwob/click-link-v1",) * 9)
 
 PAGES = Recipe(
     stages=(
@@ -140,7 +142,7 @@ PAGES = Recipe(
         Stage("boards", PAGE_BOARDS, 1500, READING[:1], is_narrowed=True, names=16),
         Stage("placing", (*("ideal", "ideal", "text") * 3, "any_tokens"), 800, CROWDED),
         Stage("text", (*("text", "text", "ideal") * 3, "any_tokens"), 700, CROWDED),
-        Stage("sight", ("sight",), 500, CROWDED, batch=64),
+        Stage("sight", ("collage",), 500, WORDY, batch=64),
         Stage("both", (*("state", "state", "state", "text") * 2, "any_tokens"), 800, CROWDED, lr=1e-3),
     ),
     size=PAGE_SIZE,

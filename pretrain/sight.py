@@ -7,6 +7,7 @@ in such features before it is shown any picture. A tower learns from the names, 
 patches at once, which is much more than the answer to a question tells it.
 """
 import math
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -95,7 +96,10 @@ def page_board(page, side, step):
             continue
         x, y = click_places(element)[0]
         is_on_a_step = x % step == 0 and y % step == 0 and max(x, y) <= PAGE_SIZE
-        for i, (column, row) in enumerate(zip(all_columns, all_rows)):
+        touched_columns = range(int(left) // patch, min(side, int(left + width) // patch + 1))
+        touched_rows = range(int(top) // patch, min(side, int(top + height) // patch + 1))
+        for row, column in product(touched_rows, touched_columns):
+            i = side * row + column
             patch_left = patch * column
             patch_top = patch * row
             shown_width = min(left + width, patch_left + patch) - max(left, patch_left)

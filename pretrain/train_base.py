@@ -27,7 +27,7 @@ from extras.value_checks import check_out_dir, check_ranges
 from extras.whole_files import replacing
 from model import load_model
 from pretrain.page_questions import Asker, Page
-from pretrain.questions import corpus
+from pretrain.questions import corpus, draw_from
 from pretrain.recipes import RECIPES
 from pretrain.sight import IGNORE, Board, Sight, board_of, random_board
 from pretrain.tiny_nets import llava, with_swin
@@ -42,6 +42,8 @@ ANSWERS = 8
 # A narrowed board grows when the mean loss falls below it.
 FOUND = 0.5
 LOG_EVERY = 50
+# So many pages are in a collage.
+COLLAGE = 5
 SIGHT = "sight.safetensors"
 
 # --- config ---
@@ -134,6 +136,15 @@ class Questions:
     def sight(self):
         """Ask nothing about a state: what its patches show is enough to learn from."""
         return self.state()._replace(in_loss="none")
+
+    def collage(self):
+        """Show the elements of several web pages together, and ask nothing.
+
+        A page alone has two or three different texts, and most of them are Submit or Cancel.
+        """
+        page, *others = [self.next_reading().loaded_page(self.rng) for _ in range(COLLAGE)]
+        page.scatter(draw_from(self.rng), others)
+        return Example("", "", board_of(page, self.recipe), page.picture(), in_loss="none")
 
     def text(self):
         """Ask about a web page without its picture: its lines are enough for the answer."""

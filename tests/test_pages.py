@@ -178,6 +178,21 @@ def test_a_field_that_was_moved_is_no_longer_the_second():
     assert page.target is None
     assert page.text() != "lines"
 
+def test_a_collage_shows_each_text_of_several_pages_once():
+    """A page alone shows two texts, and a tower that saw single pages could not tell most words apart."""
+    shown = Counter()
+    for seed in range(30):
+        page, *others = [word_page(10 * seed + i) for i in range(5)]
+        page.scatter(asker_of(seed).draw, others)
+        texts = [element["text"] for element in page.elements]
+        assert len(set(texts)) == len(texts)
+        shown[len(texts)] += 1
+        for element in page.elements:
+            left, top, width, height = element["box"]
+            assert has_colour_of(page, element["text"], left + width // 2, top + height // 2)
+    # There are four words, and not all of such large buttons fit every time.
+    assert shown[4] + shown[3] > 20
+
 
 # ---- how a tower learns ----
 
