@@ -59,6 +59,7 @@ COPYING = ("copying", "any_tokens")
 # While a net learns to find names, it would forget how to copy them.
 BOARDS = ("board", "board", "board", "copying", "board", "board", "board", "any_tokens")
 PAGE_BOARDS = (*("board",) * 7, "copying", *("board",) * 7, "any_tokens")
+ASKED = (*("where",) * 7, "any_tokens")
 IDEAL = (*("ideal",) * 7, "any_tokens")
 STATES = (*("state",) * 7, "any_tokens")
 
@@ -101,6 +102,7 @@ GRIDS = Recipe(
     stages=(
         Stage("copying", COPYING, 800, (f"Reading:{LOCAL}", f"Reading:{LAKE}"), batch=64),
         Stage("boards", BOARDS, 2000, (f"Reading:{LOCAL}",), is_narrowed=True),
+        Stage("asking", ASKED, 1000, (f"Reading:{LOCAL}",), is_narrowed=True),
         Stage("placing", IDEAL, 800, PLACING),
         Stage("finding", IDEAL, 600, FINDING),
         Stage("facing", IDEAL, 1000, FACING),

@@ -116,8 +116,7 @@ class Questions:
         The language model learns their places only. It can copy names already. It finds a name sooner if the
         place follows at once, without a quote between them.
         """
-        known = self.recipe._replace(names=self.recipe.names[: self.names])
-        board, places = random_board(self.rng, known, self.patches)
+        board, places = self.made_up_board()
         step = self.recipe.step
         answers = [f"{name} {step * column} {step * row}" for name, (column, row) in places.items()]
         if self.recipe.is_quoted:
@@ -128,6 +127,23 @@ class Questions:
             question = f"Which places have {', '.join(places)}?"
             answer = ", ".join(answers)
         return Example(question, answer, board, in_loss="numbers")
+
+    def where(self):
+        """Ask where a thing on a made-up board is: its name is in the question only.
+
+        The model then has to gather the words of the name before it can look for it.
+        """
+        board, places = self.made_up_board()
+        step = self.recipe.step
+        names = list(places)
+        name = names[self.rng.integers(len(names))]
+        column, row = places[name]
+        return Example(f"Where is the {name}?", f"{step * column} {step * row}", board)
+
+    def made_up_board(self):
+        """Draw a board with as many patches and names as the stage has come to -> (board, places)."""
+        known = self.recipe._replace(names=self.recipe.names[: self.names])
+        return random_board(self.rng, known, self.patches)
 
     def ideal(self):
         """Ask about a state of a world, which is shown as ideal features."""

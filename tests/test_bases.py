@@ -181,6 +181,17 @@ def test_a_place_stands_right_behind_a_name():
         assert asked[0] == (":" if is_quoted else " ")
         assert set(asked[1:].split(between)) == shown
 
+def test_a_thing_is_asked_for_where_the_board_has_it():
+    questions = board_questions(Stage("x", ("where",), 100, is_narrowed=True))
+    for _ in range(50):
+        example = questions.where()
+        name = example.question.removeprefix("Where is the ").removesuffix("?")
+        shown = [i for i, other in enumerate(example.board.names) if other == name]
+        assert len(shown) == 1
+        assert example.answer == f"{example.board.columns[shown[0]]} {example.board.rows[shown[0]]}"
+        assert example.in_loss == "all"
+    assert patch_counts([example]) == [2]
+
 
 # ---- features ----
 
