@@ -250,11 +250,10 @@ def tables(records):
     return "\n\n".join(parts)
 
 def conditions(record):
-    """Format on what a record was measured: machine, q_weight, source."""
+    """Name the machine of a record, and its q_weight."""
     parts = [record.get("hardware", "")]
     if record.get("q_weight"):
         parts.append(f"q_weight {record['q_weight']:g} at play")
-    parts.append(record.get("source", ""))
     return ", ".join(filter(None, parts))
 
 def when(records):
@@ -266,12 +265,12 @@ def when(records):
     parts = []
     for day, commits in days.items():
         names = ", ".join(filter(None, commits))
-        parts.append(f"{day} ({names})" if names else day)
+        parts.append(f"{day} ({names})".strip() if names else day)
     return ", ".join(parts)
 
-def distinct(texts):
-    """List the texts that are not empty, each once, in their order."""
-    return [text for text in dict.fromkeys(texts) if text]
+def distinct(things):
+    """List the things that are not empty, each once, in their order."""
+    return [thing for thing in dict.fromkeys(things) if thing]
 
 def origins(records):
     """Build the table of how each player was run: command without seed, conditions, minutes, remarks.
@@ -279,15 +278,20 @@ def origins(records):
     The seeds of a command share a line, which lists all their commits.
     """
     groups = {}
-    for record in records:
+    for record in sorted(records, key=lambda record: str(record.get("seed", ""))):
         command = re.sub(r" --seed=\d+", "", record.get("command", ""))
-        groups.setdefault((command, conditions(record)), []).append(record)
+        key = (command, conditions(record), record.get("source", ""))
+        groups.setdefault(key, []).append(record)
     rows = [["", "command", "how it was measured", "minutes", "remarks"]]
-    for (command, place), found in groups.items():
+    for (command, place, source), found in groups.items():
         names = distinct(label(key_of(record, PLAYER), several=False) for record in found)
         code = f"`{command}`" if command else ""
-        measured = ", ".join(distinct([place, when(found)]))
-        minutes = distinct(str(record.get("minutes", "")) for record in found)
+        measured = ", ".join(distinct([place, when(found), source]))
+        # one number for each run, or the one that all have
+        runs = distinct((record.get("seed"), str(record.get("minutes", ""))) for record in found)
+        minutes = distinct(time for _, time in runs)
+        if len(minutes) > 1:
+            minutes = [time for _, time in runs if time]
         notes = distinct(record.get("note", "") for record in found)
         rows.append(["; ".join(names), code, measured, " / ".join(minutes), "; ".join(notes)])
     return rows

@@ -177,7 +177,8 @@ class Page:
 
         What does not fit is left out. The lines follow the new order, from top to bottom. A model finds a
         text everywhere only if it was taught to find it everywhere.
-        others: pages whose elements are put between, if their texts are not there yet.
+        others: pages whose elements are added, each unless its text is shown already. Then numbers may occur
+        twice, so nothing can be asked about the page.
         """
         scale = self.image.width / PAGE_SIZE
         sheet = Image.new("RGB", self.image.size, "white")
@@ -202,7 +203,10 @@ class Page:
         self.identity = f"{self.identity} {[element['box'] for element in self.elements]}"
 
     def pieces_with(self, others):
-        """Return [(page, element), ...]: all elements of this page, and those of others with new texts."""
+        """Return [(page, element), ...]: all elements of this page, and those of others with new texts.
+
+        Text boxes have none, so a page of words is not filled with them.
+        """
         pieces = [(self, element) for element in self.elements]
         shown = {element["text"] for element in self.elements}
         for page in others:

@@ -249,7 +249,7 @@ class Placing(Reading):
 class Finding(Reading):
     """Ask where a named thing is, and for texts to repeat only.
 
-    This stage comes first where there is something to find: among other questions it is not learned.
+    Among other questions it is not learned, so it has a stage of its own.
     """
 
     name = "Finding"

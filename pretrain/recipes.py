@@ -3,9 +3,9 @@ Recipes of bases: which questions a tiny VLM is asked from random weights on, in
 
 pretrain/train_base.py runs them. The order is what counts: a net that is asked everything at once reads
 nothing (docs/log.md). Copying comes first. Then a name is found among few patches, then among all, on boards
-that need no vision tower: the language model is shown the features that a perfect tower would give it. The
-worlds follow, still without pictures. Then the tower alone learns to show such features, and last both learn
-together.
+that need no vision tower: the language model is shown the features that a perfect tower would give it. At
+first the answer repeats the name, then only the question has it. The worlds follow, still without pictures.
+Then the tower alone learns to show such features, and last both learn together.
 """
 from typing import NamedTuple
 
@@ -59,7 +59,7 @@ COPYING = ("copying", "any_tokens")
 # While a net learns to find names, it would forget how to copy them.
 BOARDS = ("board", "board", "board", "copying", "board", "board", "board", "any_tokens")
 PAGE_BOARDS = (*("board",) * 7, "copying", *("board",) * 7, "any_tokens")
-ASKED = (*("where",) * 7, "any_tokens")
+WHERE = (*("where",) * 7, "any_tokens")
 IDEAL = (*("ideal",) * 7, "any_tokens")
 STATES = (*("state",) * 7, "any_tokens")
 
@@ -96,18 +96,19 @@ LEADING = (
     *(f"Facing:{LOCAL}", f"Facing:{DOOR}", f"Facing:{LAKE}"),
     *(f"Finding:{LOCAL}", f"Finding:{MAP}", f"Finding:{LAKE}"),
 )
-EVERYTHING = (*LEADING, f"Captions:{LOCAL}", f"Captions:{MAP}", f"Captions:{LAKE}")
+# The states that the tower alone sees: no question is asked about them.
+SEEN = (*LEADING, f"Captions:{LOCAL}", f"Captions:{MAP}", f"Captions:{LAKE}")
 
 GRIDS = Recipe(
     stages=(
         Stage("copying", COPYING, 800, (f"Reading:{LOCAL}", f"Reading:{LAKE}"), batch=64),
         Stage("boards", BOARDS, 2000, (f"Reading:{LOCAL}",), is_narrowed=True),
-        Stage("asking", ASKED, 1000, (f"Reading:{LOCAL}",), is_narrowed=True),
+        Stage("asking", WHERE, 1000, (f"Reading:{LOCAL}",), is_narrowed=True),
         Stage("placing", IDEAL, 800, PLACING),
         Stage("finding", IDEAL, 600, FINDING),
         Stage("facing", IDEAL, 1000, FACING),
         Stage("leading", IDEAL, 2000, LEADING),
-        Stage("sight", ("sight",), 300, EVERYTHING, batch=64),
+        Stage("sight", ("sight",), 300, SEEN, batch=64),
         # Without captions: this late, long answers would be all that is learned.
         Stage("both", STATES, 700, LEADING, lr=1e-3),
     ),

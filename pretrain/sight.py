@@ -2,9 +2,9 @@
 Says what each patch of a picture shows, and which features a perfect vision tower would give for it.
 
 The ideal feature of a patch is the sum of three vectors of length 1: one for the name of what it shows, the
-mean of its words' embeddings; one for its column; and one for its row. A language model learns to find things
-in such features before it is shown any picture. A tower learns from the names, columns and rows of all
-patches at once, which is much more than the answer to a question tells it.
+mean of its tokens' embeddings, brought to length 1; one for its column; and one for its row. A language model
+learns to find things in such features before it is shown any picture. A tower learns from the names, columns
+and rows of all patches at once, which is much more than the answer to a question tells it.
 """
 import math
 from itertools import product
@@ -207,7 +207,7 @@ class Sight(nn.Module):
     def name_vectors(self, names):
         """Return the normalised mean of each name's words -> (names, hidden).
 
-        Each word counts the same, however long its embedding is. The colours' embeddings had grown, the
+        Each token counts the same, however long its embedding is. The colours' embeddings had grown, the
         shapes' had shrunk, and a purple key was taken for the purple box (docs/log.md).
         """
         vectors = []

@@ -129,9 +129,9 @@ class Questions:
         return Example(question, answer, board, in_loss="numbers")
 
     def where(self):
-        """Ask where a thing on a made-up board is: its name is in the question only.
+        """Ask where a thing on a made-up board is; the answer does not repeat its name.
 
-        The model then has to gather the words of the name before it can look for it.
+        So the model has to gather the words of the name from the question before it can look for it.
         """
         board, places = self.made_up_board()
         step = self.recipe.step
@@ -156,7 +156,7 @@ class Questions:
     def collage(self):
         """Show the elements of several web pages together, and ask nothing.
 
-        A page alone has two or three different texts, and most of them are Submit or Cancel.
+        A page alone has two or three different texts.
         """
         page, *others = [self.next_reading().loaded_page(self.rng) for _ in range(COLLAGE)]
         page.scatter(draw_from(self.rng), others)

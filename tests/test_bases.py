@@ -183,14 +183,17 @@ def test_a_place_stands_right_behind_a_name():
 
 def test_a_thing_is_asked_for_where_the_board_has_it():
     questions = board_questions(Stage("x", ("where",), 100, is_narrowed=True))
+    questions.recipe = SMALL._replace(step=4)
+    asked = set()
     for _ in range(50):
         example = questions.where()
         name = example.question.removeprefix("Where is the ").removesuffix("?")
-        shown = [i for i, other in enumerate(example.board.names) if other == name]
-        assert len(shown) == 1
-        assert example.answer == f"{example.board.columns[shown[0]]} {example.board.rows[shown[0]]}"
+        [i] = [i for i, other in enumerate(example.board.names) if other == name]
+        assert example.answer == f"{4 * example.board.columns[i]} {4 * example.board.rows[i]}"
         assert example.in_loss == "all"
-    assert patch_counts([example]) == [2]
+        asked.add((i, len(example.board.names)))
+    # each of two patches
+    assert asked == {(0, 2), (1, 2)}
 
 
 # ---- features ----

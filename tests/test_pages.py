@@ -1,6 +1,7 @@
 """Tests pretrain/page_questions.py and sight.py: questions about pages, a tower that learns to read them."""
-import ast, re
+import ast, copy, re
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -8,10 +9,10 @@ from PIL import Image
 
 from envs import MARKER
 from pretrain.page_questions import Asker, Page, quoted
-from pretrain.recipes import RECIPES
+from pretrain.recipes import RECIPES, Stage
 from pretrain.sight import Sight, page_board
 from pretrain.tiny_nets import llava, with_swin
-from pretrain.train_base import Example, answers_loss, visible_features
+from pretrain.train_base import Example, Questions, answers_loss, visible_features
 from worlds.miniwob import format_element
 
 # Each word has a colour of its own, so that a tower can tell them apart after seconds of training.
@@ -178,7 +179,7 @@ def test_a_field_that_was_moved_is_no_longer_the_second():
     assert page.target is None
     assert page.text() != "lines"
 
-def test_a_collage_shows_each_text_of_several_pages_once():
+def test_a_collage_has_the_texts_of_several_pages():
     """A page alone shows two texts, and a tower that saw single pages could not tell most words apart."""
     shown = Counter()
     for seed in range(30):
@@ -195,6 +196,30 @@ def test_a_collage_shows_each_text_of_several_pages_once():
 
 
 # ---- how a tower learns ----
+
+def test_a_tower_is_shown_collages_and_asked_nothing():
+    """What the patches are said to show is in the picture, with more texts than a page alone has."""
+    pages = [word_page(seed) for seed in range(60)]
+
+    def loaded_page(rng):
+        number = rng.integers(60)
+        return copy.copy(pages[number])
+
+    _, processor = tiny_llava(list(COLOURS))
+    recipe = RECIPES["tiny-vlm-pages"]
+    stage = Stage("x", ("collage",), 1)
+    questions = Questions(recipe, stage, processor.tokenizer, 0)
+    questions.readings = [SimpleNamespace(loaded_page=loaded_page)]
+    counts = Counter()
+    for _ in range(20):
+        example = questions.collage()
+        assert example.in_loss == "none"
+        texts = set(example.board.names) & set(COLOURS)
+        said = {COLOURS[text] for text in texts}
+        shown = {colour for _, colour in example.picture.getcolors()}
+        assert said == shown - {(255, 255, 255)}
+        counts[len(texts)] += 1
+    assert counts[3] + counts[4] > 12
 
 def test_a_page_s_board_names_what_a_patch_shows():
     """A name is the text that covers most of a patch, with the place to click on it.

@@ -157,6 +157,20 @@ def test_headline_marks_what_is_not_like_for_like():
         assert (sft == "–") == (not found)
         assert ("¹" in sft) == (len(found) == 1)
 
+def test_seeds_of_a_command_share_a_line_with_all_their_commits():
+    """Ten lines about five commands hid which commands there are."""
+    shared = dict(method="sft", phase="offline", decoding="greedy", hardware="a CPU", n=10, goal=1.0)
+    runs = ((0, "2026-11-29", "aaa", 4.0), (1, "2026-11-30", "bbb", 5.0), (2, "2026-11-30", "ccc", 4.0))
+    records = []
+    for seed, date, commit, minutes in runs:
+        command = f"python train.py --seed={seed} config/x.py"
+        records.append(dict(shared, seed=seed, command=command, date=date, commit=commit, minutes=minutes))
+    # the order of the records does not count
+    header, *lines = results.origins(records[::-1])
+    measured = "a CPU, 2026-11-29 (aaa), 2026-11-30 (bbb, ccc)"
+    assert lines == [["SFT", "`python train.py config/x.py`", measured, "4.0 / 5.0 / 4.0", ""]]
+    assert len(header) == len(lines[0])
+
 def test_losses_are_compared_by_their_intervals():
     """A loss is bold where its interval lies above all others; one of one seed has a mark."""
 
@@ -195,19 +209,6 @@ def test_losses_are_compared_by_their_intervals():
 
 
 # -------------------------------------------------------------------------------------------------- curves
-def test_seeds_of_a_command_share_a_line_with_all_their_commits():
-    """Ten lines about five commands hid which commands there are."""
-    shared = dict(method="sft", phase="offline", decoding="greedy", hardware="a CPU", n=10, goal=1.0)
-    runs = ((0, "2026-11-29", "aaa", 4.0), (1, "2026-11-30", "bbb", 5.0), (2, "2026-11-30", "ccc", 4.0))
-    records = []
-    for seed, date, commit, minutes in runs:
-        command = f"python train.py --seed={seed} config/x.py"
-        records.append(dict(shared, seed=seed, command=command, date=date, commit=commit, minutes=minutes))
-    header, *lines = results.origins(records)
-    measured = "a CPU, 2026-11-29 (aaa), 2026-11-30 (bbb, ccc)"
-    assert lines == [["SFT", "`python train.py config/x.py`", measured, "4.0 / 5.0", ""]]
-    assert len(header) == len(lines[0])
-
 def test_a_curve_is_kept_as_a_few_means():
     """65 lines become 22 points; what a line does not have, or what is not finite, does not count."""
     rows = [{"step": 10 * (i + 1), "nll": float(i), "lr": 1.0} for i in range(65)]
