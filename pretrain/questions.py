@@ -2,8 +2,8 @@
 Questions for pre-training: what a vision-language model can do before it meets any action syntax.
 
 Each environment asks one question a turn: about a random state of a card game or of a world, a sum, or a
-text to repeat. The reply is the answer, without a marker. Reading asks all questions; Captions, Placing,
-Finding, Facing and Leading are stages of pre-training, which ask some of them. pretrain/recipes.py and
+text to repeat. The reply is the answer, without a marker. Reading asks all questions; Captions, Finding,
+Facing and Leading are stages of pre-training, which ask some of them. pretrain/recipes.py and
 pretrain/config_tiny.py use them.
 """
 import copy
@@ -152,8 +152,8 @@ class Reading(Env):
                 asked = Asker(rng).ask(page)
                 if not self.topics or asked[0] in self.topics:
                     return page, [asked]
-            raise Unplayable(f"env={self.name!r}: nothing of the kind is asked about these pages; Placing, "
-                             "Captions, Finding and Reading ask about pages.")
+            raise Unplayable(f"env={self.name!r}: nothing of the kind is asked about these pages; Captions, "
+                             "Finding and Reading ask about pages.")
         self.walk(rng)
         if isinstance(self.world, BabyAI):
             return self.world, room_questions(self.world, draw_from(rng))
@@ -239,12 +239,6 @@ class Captions(Reading):
 
     name = "Captions"
     topics = ("picture", "places", "numbers")
-
-class Placing(Reading):
-    """Ask where several things are, and for texts to repeat only: the first stage about a world."""
-
-    name = "Placing"
-    topics = ("places",)
 
 class Finding(Reading):
     """Ask where a named thing is, and for texts to repeat only.

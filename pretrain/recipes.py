@@ -76,10 +76,6 @@ COLOURS = ("red", "green", "blue", "purple", "yellow", "grey")
 SHAPES = ("ball", "box", "key", "door")
 THINGS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 
-PLACING = (
-    *(f"Placing:{LOCAL}", f"Placing:{LOCAL}", f"Placing:{MAP}"),
-    *(f"Placing:{PICKUP}", f"Placing:{LAKE}"),
-)
 FINDING = (
     *(f"Finding:{LOCAL}", f"Finding:{LOCAL}", f"Finding:{MAP}"),
     *(f"Finding:{PICKUP}", f"Finding:{DOOR}", f"Finding:{LAKE}"),
@@ -104,7 +100,6 @@ GRIDS = Recipe(
         Stage("copying", COPYING, 800, (f"Reading:{LOCAL}", f"Reading:{LAKE}"), batch=64),
         Stage("boards", BOARDS, 2000, (f"Reading:{LOCAL}",), is_narrowed=True),
         Stage("asking", WHERE, 1000, (f"Reading:{LOCAL}",), is_narrowed=True),
-        Stage("placing", IDEAL, 800, PLACING),
         Stage("finding", IDEAL, 600, FINDING),
         Stage("facing", IDEAL, 1000, FACING),
         Stage("leading", IDEAL, 2000, LEADING),

@@ -536,7 +536,8 @@ def test_questions_about_the_lake():
 SMALL_STAGES = (
     Stage("copying", ("copying",), 2, ("Reading:FrozenLake",), batch=4),
     Stage("boards", ("board", "copying"), 2, ("Reading:FrozenLake",), batch=4),
-    Stage("placing", ("ideal",), 2, ("Placing:FrozenLake",), batch=4),
+    Stage("asking", ("where",), 2, ("Reading:FrozenLake",), batch=4),
+    Stage("finding", ("ideal",), 2, ("Finding:FrozenLake",), batch=4),
     Stage("sight", ("sight",), 2, ("Reading:FrozenLake",), batch=4),
     Stage("both", ("state",), 2, ("Leading:FrozenLake", "Facing:FrozenLake"), batch=4),
 )
@@ -552,7 +553,7 @@ def test_a_base_is_made_from_nothing_and_goes_on_where_it_stopped(tmp_path, monk
     whole = tmp_path / "whole"
     stopped = tmp_path / "stopped"
     train_base.main(["tiny-vlm-worlds", f"--out={whole}"])
-    for folder in ("tiny-vlm-worlds-1-copying", "tiny-vlm-worlds-2-boards", "tiny-vlm-worlds-3-placing"):
+    for folder in ("tiny-vlm-worlds-1-copying", "tiny-vlm-worlds-2-boards", "tiny-vlm-worlds-3-asking"):
         shutil.copytree(whole / folder, stopped / folder)
     train_base.main(["tiny-vlm-worlds", f"--out={stopped}"])
     assert f"goes on from {stopped}" in capsys.readouterr().out

@@ -28,7 +28,6 @@ FAMILIES = {
 QUESTIONS = {
     "Reading": "pretrain.questions:Reading",
     "Captions": "pretrain.questions:Captions",
-    "Placing": "pretrain.questions:Placing",
     "Finding": "pretrain.questions:Finding",
     "Facing": "pretrain.questions:Facing",
     "Leading": "pretrain.questions:Leading",
