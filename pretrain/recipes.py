@@ -140,7 +140,9 @@ PAGES = Recipe(
         Stage("boards", PAGE_BOARDS, 1500, READING[:1], is_narrowed=True, names=16),
         Stage("placing", (*("ideal", "ideal", "text") * 3, "any_tokens"), 800, CROWDED),
         Stage("text", (*("text", "text", "ideal") * 3, "any_tokens"), 700, CROWDED),
-        Stage("sight", ("collage",), 500, WORDY, batch=64),
+        Stage("sight", ("sight",), 500, CROWDED, batch=64),
+        # From collages alone a tower did not begin to read (docs/log.md).
+        Stage("words", ("sight", "collage"), 500, WORDY, batch=64),
         Stage("both", (*("state", "state", "state", "text") * 2, "any_tokens"), 800, CROWDED, lr=1e-3),
     ),
     size=PAGE_SIZE,
