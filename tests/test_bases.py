@@ -210,7 +210,7 @@ def test_an_ideal_feature_is_name_column_and_row():
     assert torch.allclose(names.norm(dim=-1), torch.ones(2))
     assert torch.allclose(second - third, names[0] - names[1], atol=1e-5)
 
-def test_each_word_of_a_name_counts_the_same():
+def test_each_token_of_a_name_counts_the_same():
     """Where colours had longer embeddings than shapes, all things of a colour looked alike."""
     net, processor, sight = tiny()
     before = sight.name_vectors(["red ball", "red key"])

@@ -180,7 +180,7 @@ def test_a_field_that_was_moved_is_no_longer_the_second():
     assert page.text() != "lines"
 
 def test_a_collage_has_the_texts_of_several_pages():
-    """A page alone shows two texts, and a tower that saw single pages could not tell most words apart."""
+    """A page alone shows two of the four texts here."""
     shown = Counter()
     for seed in range(30):
         page, *others = [word_page(10 * seed + i) for i in range(5)]
