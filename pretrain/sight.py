@@ -266,5 +266,6 @@ def add_up(tables, labels):
     """Add the vectors that Labels name, nothing where there is none -> (B, patches, hidden)."""
     total = 0.0
     for table, label in zip(tables, labels):
-        total = total + table[label.clamp(min=0)] * (label != IGNORE)[..., None]
+        # `table[label]` would let threads add up its gradient in any order
+        total = total + F.embedding(label.clamp(min=0), table) * (label != IGNORE)[..., None]
     return total

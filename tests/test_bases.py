@@ -16,7 +16,7 @@ from model import VLM, load_model
 from pretrain import score_base, train_base
 from pretrain.questions import Reading
 from pretrain.recipes import RECIPES, Stage
-from pretrain.sight import Board, Sight, all_places, random_board
+from pretrain.sight import Board, Labels, Sight, add_up, all_places, random_board
 from pretrain.tiny_nets import llava
 from pretrain.train_base import (
     Example,
@@ -282,6 +282,22 @@ def test_a_tower_is_taught_without_changing_the_words():
     sight.ideal(boards).square().sum().backward()
     assert words.grad is not None
     assert sight.columns.grad is not None
+
+def test_threads_add_gradients_up_in_one_order():
+    """A base comes out with the same bytes each time.
+
+    Many patches show the same thing, and `table[label]` let two threads add to its gradient in any order.
+    """
+    table = torch.randn(500, 128, requires_grad=True)
+    numbers = torch.randint(50, (12, 64))
+    labels = Labels(numbers, numbers, numbers)
+    towards = torch.randn(12, 64, 128)
+    gradients = []
+    for _ in range(50):
+        table.grad = None
+        (add_up((table, table, table), labels) * towards).sum().backward()
+        gradients.append(table.grad.clone())
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
 # ---- the loss ----
