@@ -34,6 +34,8 @@ OFFLINE = "--online_updates=0 --q_weight=0"
 # Play without a single whole episode of an expert, in which filtered cloning has little to choose from.
 LOW = "--expert_episodes=0 --data_mix={'expert':0.3,'random':0.5,'malformed':0.2}"
 BIASED = "--expert_episodes=0 --data_mix={'biased':1.0}"
+# The base that one command makes. The configs have older ones.
+MODEL = "--model=bases/tiny-vlm-worlds"
 # What each table of comparison is about, and what is written behind train.py for it. Not every processor
 # computes in bfloat16, so none does here.
 WORLDS = {
@@ -42,8 +44,8 @@ WORLDS = {
     "biased": "config/numberline_biased.py",
     "ezpoints": "config/ezpoints.py --dtype=float32",
     "blackjack": "config/blackjack.py --dtype=float32",
-    "lake": "config/frozenlake.py --dtype=float32 --filter_warmup=150",
-    "rooms": "config/babyai_gotolocal.py --dtype=float32",
+    "lake": f"config/frozenlake.py {MODEL} --dtype=float32 --filter_warmup=150",
+    "rooms": f"config/babyai_gotolocal.py {MODEL} --dtype=float32",
     "pages": "config/miniwob.py --dtype=float32",
 }
 for world in ("lake", "rooms", "pages"):

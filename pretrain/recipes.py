@@ -102,10 +102,10 @@ GRIDS = Recipe(
         Stage("asking", WHERE, 1000, (f"Reading:{LOCAL}",), is_narrowed=True),
         Stage("finding", IDEAL, 600, FINDING),
         Stage("facing", IDEAL, 1000, FACING),
-        Stage("leading", IDEAL, 2000, LEADING),
+        Stage("leading", IDEAL, 3000, LEADING),
         Stage("sight", ("sight",), 300, SEEN, batch=64),
         # Without captions: this late, long answers would be all that is learned.
-        Stage("both", STATES, 700, LEADING, lr=1e-3),
+        Stage("both", STATES, 1000, LEADING, lr=1e-3),
     ),
     size=128,
     words=768,
