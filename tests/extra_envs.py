@@ -614,8 +614,10 @@ def share_of_right_answers(vlm, name, size, hide=False):
             128,
             {
                 "Leading:FrozenLake": 0.85,
-                "Leading:BabyAI-GoToLocal-v0:view": 0.7,
+                "Leading:BabyAI-GoToLocal-v0:view": 0.8,
                 "Facing:BabyAI-GoToLocal-v0:view": 0.85,
+                "Finding:BabyAI-GoToLocal-v0:view": 0.9,
+                "Finding:BabyAI-GoToLocal-v0": 0.9,
             },
         ),
         (

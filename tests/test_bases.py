@@ -284,10 +284,12 @@ def test_a_tower_is_taught_without_changing_the_words():
     assert sight.columns.grad is not None
 
 def test_threads_add_gradients_up_in_one_order():
-    """A base comes out with the same bytes each time.
+    """Gradients are the same each time, so a base that was stopped ends with the weights of a whole one.
 
     Many patches show the same thing, and `table[label]` let two threads add to its gradient in any order.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     table = torch.randn(500, 128, requires_grad=True)
     numbers = torch.randint(50, (12, 64))
     labels = Labels(numbers, numbers, numbers)
@@ -297,6 +299,7 @@ def test_threads_add_gradients_up_in_one_order():
         table.grad = None
         (add_up((table, table, table), labels) * towards).sum().backward()
         gradients.append(table.grad.clone())
+    torch.set_num_threads(threads)
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
@@ -427,9 +430,6 @@ def test_places_are_named_from_the_upper_left():
 
 # ---- the shipped bases ----
 
-# Strict: the base that is made again has to take this mark away.
-TO_BE_MADE_AGAIN = pytest.mark.xfail(strict=True, reason="its token 'cti' cannot have more than 0.87")
-
 def largest_probabilities(net, tokens, steps=1000):
     """Return the largest probability that a hidden state, found by gradient, gives each of the tokens."""
     net.float().requires_grad_(False)
@@ -448,8 +448,8 @@ def largest_probabilities(net, tokens, steps=1000):
 
 @pytest.mark.parametrize(("base", "actions"), [
     ("tiny-vlm", "1 + stand hit (a * b)"),
-    pytest.param("tiny-vlm-worlds", "go forward turn left pick up", marks=TO_BE_MADE_AGAIN),
-    ("tiny-vlm-grids", "go forward turn left pick up toggle"),
+    ("tiny-vlm-worlds", "go forward turn left pick up toggle drop right down"),
+    ("tiny-vlm-grids", "go forward turn left pick up toggle drop"),
     ("tiny-vlm-lake", "left right up down"),
     ("tiny-vlm-pages", "click 5 type press 12"),
 ])
