@@ -141,7 +141,7 @@ PAGES = Recipe(
         Stage("placing", (*("ideal", "ideal", "text") * 3, "any_tokens"), 800, CROWDED),
         Stage("text", (*("text", "text", "ideal") * 3, "any_tokens"), 700, CROWDED),
         Stage("sight", ("sight",), 500, CROWDED, batch=64),
-        # From collages alone a tower did not begin to read (docs/log.md).
+        # This stage does not pay: 21 % of its patches are read in the end (docs/log.md).
         Stage("words", ("sight", "collage"), 500, WORDY, batch=64),
         Stage("both", (*("state", "state", "state", "text") * 2, "any_tokens"), 800, CROWDED, lr=1e-3),
     ),

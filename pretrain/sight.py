@@ -213,7 +213,7 @@ class Sight(nn.Module):
         vectors = []
         for name in names:
             tokens = self.tokenizer(self.space + name, add_special_tokens=False)["input_ids"]
-            words = F.normalize(self.words[0].weight[tokens], dim=-1)
+            words = F.normalize(self.words[0](torch.tensor(tokens)), dim=-1)
             vectors.append(words.mean(0))
         return F.normalize(torch.stack(vectors), dim=-1)
 

@@ -295,11 +295,13 @@ def test_threads_add_gradients_up_in_one_order():
     labels = Labels(numbers, numbers, numbers)
     towards = torch.randn(12, 64, 128)
     gradients = []
-    for _ in range(50):
-        table.grad = None
-        (add_up((table, table, table), labels) * towards).sum().backward()
-        gradients.append(table.grad.clone())
-    torch.set_num_threads(threads)
+    try:
+        for _ in range(50):
+            table.grad = None
+            (add_up((table, table, table), labels) * towards).sum().backward()
+            gradients.append(table.grad.clone())
+    finally:
+        torch.set_num_threads(threads)
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
