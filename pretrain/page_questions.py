@@ -172,25 +172,23 @@ class Page:
         self.image = moved
         self.identity = f"{self.identity} {dx} {dy}"
 
-    def scatter(self, draw, others=()):
+    def scatter(self, draw):
         """Cut the elements out and put each anywhere, where it does not cover another.
 
         What does not fit is left out. The lines follow the new order, from top to bottom. A model finds a
         text everywhere only if it was taught to find it everywhere.
-        others: pages whose elements are added, each unless its text is shown already. Then numbers may occur
-        twice, so nothing can be asked about the page.
         """
         scale = self.image.width / PAGE_SIZE
         sheet = Image.new("RGB", self.image.size, "white")
         placed = []
-        for page, element in self.pieces_with(others):
+        for element in self.elements:
             place = free_place(element, placed, draw)
             if place is None:
                 continue
             x, y = place
             left, top, width, height = map(round, element["box"])
             corners = (left, top, left + width, top + height)
-            piece = page.image.crop([round(value * scale) for value in corners])
+            piece = self.image.crop([round(value * scale) for value in corners])
             sheet.paste(piece, (round(x * scale), round(y * scale)))
             placed.append({**element, "box": [x, y, width, height]})
         self.elements = sorted(placed, key=lambda element: (element["box"][1], element["box"][0]))
@@ -201,20 +199,6 @@ class Page:
             self.shown_text = format_elements(self.elements)
         self.image = sheet
         self.identity = f"{self.identity} {[element['box'] for element in self.elements]}"
-
-    def pieces_with(self, others):
-        """Return [(page, element), ...]: all elements of this page, and those of others with new texts.
-
-        Text boxes have none, so a page of words is not filled with them.
-        """
-        pieces = [(self, element) for element in self.elements]
-        shown = {element["text"] for element in self.elements}
-        for page in others:
-            for element in page.elements:
-                if element["text"] not in shown:
-                    shown.add(element["text"])
-                    pieces.append((page, element))
-        return pieces
 
 def free_place(element, placed, draw):
     """Draw a place (x, y) for an element apart from those that are placed already.

@@ -160,8 +160,13 @@ class Reading(Env):
         return self.world, lake_questions(self.world, draw_from(rng))
 
     def page(self, rng):
-        """Draw one of some pages as it is, moved, or in pieces."""
-        page = self.loaded_page(rng)
+        """Draw one of some pages as it is, moved, or in pieces; each is loaded once."""
+        number = int(rng.integers(PAGES))
+        key = (self.world.name, self.is_held_out, number)
+        if key not in self.pages:
+            self.walk(np.random.default_rng(number))
+            self.pages[key] = copy_page(self.world)
+        page = copy.copy(self.pages[key])
         draw = draw_from(rng)
         layout = draw(4)
         if layout == 1:
@@ -169,15 +174,6 @@ class Reading(Env):
         elif layout > 1:
             page.scatter(draw)
         return page
-
-    def loaded_page(self, rng):
-        """Draw one of some pages as it is; each is loaded once."""
-        number = int(rng.integers(PAGES))
-        key = (self.world.name, self.is_held_out, number)
-        if key not in self.pages:
-            self.walk(np.random.default_rng(number))
-            self.pages[key] = copy_page(self.world)
-        return copy.copy(self.pages[key])
 
     def walk(self, rng):
         """Bring the world to a state a few moves after a start that is held out, or not."""

@@ -38,7 +38,7 @@ class Recipe(NamedTuple):
     step, places: a place is a number below `places`, and questions name it as that times `step`.
     is_quoted: whether questions about pictures write names in quotes, so that they begin without a space.
     tokens: words that are to be one token each.
-    is_swin: the vision tower is a Swin, whose patches read alike wherever they are.
+    reads_letters: the vision tower is a FocalNet, whose convolutions read a letter alike wherever it is.
     """
 
     stages: tuple
@@ -51,7 +51,7 @@ class Recipe(NamedTuple):
     places: int = 8
     is_quoted: bool = False
     tokens: tuple = ()
-    is_swin: bool = False
+    reads_letters: bool = False
 
 
 # A token that is not repeated now and then is lost: no hidden state can make it likely any more.
@@ -131,8 +131,6 @@ TASKS = (
 READING = tuple(f"Reading:miniwob/{task}-v1" for task in TASKS)
 # The crowded pages of click-button are the hardest, so they come four times as often.
 CROWDED = (*READING, *("Reading:miniwob/click-button-v1",) * 3)
-# Most words are shown by links only.
-WORDY = (*READING, *("Reading:miniwob/click-link-v1",) * 9)
 
 PAGES = Recipe(
     stages=(
@@ -140,9 +138,9 @@ PAGES = Recipe(
         Stage("boards", PAGE_BOARDS, 1500, READING[:1], is_narrowed=True, names=16),
         Stage("placing", (*("ideal", "ideal", "text") * 3, "any_tokens"), 800, CROWDED),
         Stage("text", (*("text", "text", "ideal") * 3, "any_tokens"), 700, CROWDED),
-        Stage("sight", ("sight",), 500, CROWDED, batch=64),
-        # This stage does not pay: 21 % of its patches are read in the end (docs/log.md).
-        Stage("words", ("sight", "collage"), 500, WORDY, batch=64),
+        Stage("letters", ("letters",), 400, READING[:1], batch=8, lr=1.2e-2),
+        Stage("words", ("wall",), 3000, READING[:1], batch=8, lr=4e-3),
+        Stage("sight", ("sight",), 500, CROWDED, batch=32),
         Stage("both", (*("state", "state", "state", "text") * 2, "any_tokens"), 800, CROWDED, lr=1e-3),
     ),
     size=PAGE_SIZE,
@@ -154,7 +152,7 @@ PAGES = Recipe(
     places=PAGE_SIZE // 4 + 1,
     is_quoted=True,
     tokens=(*PAGE_WORDS, *map(str, range(PAGE_SIZE + 1))),
-    is_swin=True,
+    reads_letters=True,
 )
 
 RECIPES = {"tiny-vlm-worlds": GRIDS, "tiny-vlm-pages": PAGES}

@@ -6,7 +6,7 @@ mean of its tokens' embeddings, brought to length 1; one for its column; and one
 learns to find things in such features before it is shown any picture. A tower learns from the names, columns
 and rows of all patches at once, which is much more than the answer to a question tells it.
 """
-import math
+import math, string
 from itertools import product
 from typing import NamedTuple
 
@@ -27,6 +27,10 @@ PLACE_WEIGHT = 0.5
 LENGTH_WEIGHT = 0.1
 TINY = 1e-6  # nothing is divided by less
 IGNORE = -100  # no label, for F.cross_entropy
+# What walls are written with, see pretrain/walls.py. Which letters a text has counts little, because the loss
+# adds up all letters.
+LETTERS = string.ascii_letters + string.digits
+SPELLING_WEIGHT = 0.3
 
 class Board(NamedTuple):
     """What the patches of a picture show, row by row: the name, the column and the row of each.
@@ -203,6 +207,12 @@ class Sight(nn.Module):
         self.rows = nn.Parameter(torch.randn(recipe.places, hidden))
         # The inverse temperature of the softmaxes over cosines.
         self.log_scale = nn.Parameter(torch.tensor(2.3))
+        self.reads_letters = recipe.reads_letters
+        if recipe.reads_letters:
+            # Behind its first stage a FocalNet has 20 x 20 states, one for 2 x 2 of a wall's cells.
+            classes = 1 + len(LETTERS)
+            self.letters = nn.Linear(64, 4 * classes)
+            self.spelling = nn.Linear(128, len(LETTERS))
 
     def name_vectors(self, names):
         """Return the normalised mean of each name's words -> (names, hidden).
@@ -256,6 +266,41 @@ class Sight(nn.Module):
         loss = loss + LENGTH_WEIGHT * lengths.log().square().mean()
         is_right = (unit @ tables[0].T).argmax(-1) == labels.names
         return loss, is_right[is_thing].float().mean().item()
+
+    def letters_loss(self, states, letters):
+        """Return the cross-entropy of a wall's letters, where none counts a tenth.
+
+        states: (B, 400, 64), a tower's behind its first stage. letters: (B, 40, 40), see Wall.
+        """
+        B, count, _ = states.shape
+        side = math.isqrt(count)
+        logits = self.letters(states).view(B, side, side, 2, 2, -1)
+        # -> (B, classes, side, 2, side, 2), in which 2 x 2 cells belong to a state
+        logits = logits.permute(0, 5, 1, 3, 2, 4)
+        logits = logits.reshape(B, -1, *letters.shape[1:])
+        weights = torch.ones(1 + len(LETTERS))
+        weights[0] = BACKGROUND_WEIGHT
+        return F.cross_entropy(logits, letters, weights)
+
+    def spelling_loss(self, states, boards):
+        """Return the loss of saying which letters the text of each patch has, wherever they are.
+
+        states: (B, patches, 128), a tower's last. It is 0 where no patch shows a text.
+        """
+        names = [name for board in boards for name in board.names]
+        has_letter = torch.zeros(len(names), len(LETTERS))
+        is_text = torch.zeros(len(names), dtype=torch.bool)
+        for i, name in enumerate(names):
+            if name is None or name in self.background:
+                continue
+            is_text[i] = True
+            for letter in set(name).intersection(LETTERS):
+                has_letter[i, LETTERS.index(letter)] = 1
+        logits = self.spelling(states).flatten(0, 1)
+        losses = F.binary_cross_entropy_with_logits(logits, has_letter, reduction="none")
+        if not is_text.any():
+            return 0.0 * losses.sum()
+        return SPELLING_WEIGHT * losses[is_text].sum(-1).mean()
 
 def weighted_mean(values, weights, mask):
     """Return the weighted mean of the values in the mask, 0 if it is empty; all have one shape."""

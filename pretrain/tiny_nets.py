@@ -150,24 +150,28 @@ def llava(
     )
     return rescale_weights(LlavaForConditionalGeneration(config)), processor
 
-def with_swin(net, processor, image_size):
-    """Put a Swin (arXiv 2103.14030) and a projector with random weights before a LLaVA's language model.
+def with_focalnet(net, processor, image_size):
+    """Put a FocalNet (arXiv 2203.11926) and a projector with random weights before a LLaVA's language model.
 
-    A picture of 160 x 160 becomes 10 x 10 tokens. A Swin's windows and relative positions read a word alike
-    wherever it is. Returns a new net and the processor, which is changed.
+    A picture of 160 x 160 becomes 10 x 10 tokens. It is made of convolutions, so a letter is read alike
+    wherever it is. A Swin and a CLIP tower learn letters much later (docs/log.md). Returns a new net and the
+    processor, which is changed.
     """
-    from transformers import LlavaConfig, LlavaForConditionalGeneration, SwinConfig
+    from transformers import FocalNetConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    vision = SwinConfig(
+    depths = [2, 2, 2]
+    vision = FocalNetConfig(
         image_size=image_size,
         patch_size=4,
         embed_dim=32,
-        depths=[2, 2, 2],
-        num_heads=[2, 4, 8],
-        window_size=5,
+        depths=depths,
+        focal_levels=[1, 2, 3],
+        focal_windows=[3, 3, 3],
+        use_conv_embed=True,
         mlp_ratio=3.0,
         drop_path_rate=0.0,
-        use_absolute_embeddings=True,
+        # each stage doubles the channels; a LLaVA asks for those of the last
+        hidden_size=32 * 2 ** (len(depths) - 1),
     )
     config = LlavaConfig(
         vision_config=vision,
@@ -178,7 +182,6 @@ def with_swin(net, processor, image_size):
         tie_word_embeddings=True,
     )
     new = rescale_weights(LlavaForConditionalGeneration(config))
-    torch.nn.init.normal_(new.model.vision_tower.embeddings.position_embeddings, 0, 0.3)
     new.model.language_model.load_state_dict(net.model.language_model.state_dict())
     new.tie_weights()
     processor.vision_feature_select_strategy = "full"

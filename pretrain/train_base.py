@@ -27,10 +27,11 @@ from extras.value_checks import check_out_dir, check_ranges
 from extras.whole_files import replacing
 from model import load_model
 from pretrain.page_questions import Asker, Page
-from pretrain.questions import corpus, draw_from
+from pretrain.questions import corpus
 from pretrain.recipes import RECIPES
 from pretrain.sight import IGNORE, Board, Sight, board_of, random_board
-from pretrain.tiny_nets import llava, with_swin
+from pretrain.tiny_nets import llava, with_focalnet
+from pretrain.walls import WALLS, draw_wall
 from worlds.registry import make, reading_names
 
 # Updates of linear warm-up. Then a cosine ends at MIN_LR times the learning rate.
@@ -42,8 +43,6 @@ ANSWERS = 8
 # A narrowed board grows when the mean loss falls below it.
 FOUND = 0.5
 LOG_EVERY = 50
-# So many pages are in a collage.
-COLLAGE = 5
 SIGHT = "sight.safetensors"
 
 # --- config ---
@@ -57,6 +56,7 @@ class Example(NamedTuple):
 
     board: what the picture shows, None without a picture. picture: None where the language model is shown
     the board's ideal features instead. in_loss: of an answer's tokens, "all", "numbers" or "none".
+    letters: those of the picture, see Wall; None if nobody says where they are.
     """
 
     question: str
@@ -64,6 +64,7 @@ class Example(NamedTuple):
     board: Board = None
     picture: Image.Image = None
     in_loss: str = "all"
+    letters: np.ndarray = None
 
 def printable_texts(tokenizer):
     """List the texts of a tokenizer's tokens that can stand in a line of text, special ones left out."""
@@ -87,6 +88,7 @@ class Questions:
         self.patches = 2 if stage.is_narrowed else recipe.side**2
         self.names = stage.names or len(recipe.names)
         self.recent_losses = []
+        self.walls = {}
 
     def next_reading(self):
         """Draw one of the stage's environments."""
@@ -153,14 +155,21 @@ class Questions:
         """Ask nothing about a state: what its patches show is enough to learn from."""
         return self.state()._replace(in_loss="none")
 
-    def collage(self):
-        """Show the elements of several web pages together, and ask nothing.
+    def wall(self):
+        """Show a page full of words, and ask nothing.
 
-        A page alone has two or three different texts.
+        Each of them is drawn once, because a browser is slow.
         """
-        page, *others = [self.next_reading().loaded_page(self.rng) for _ in range(COLLAGE)]
-        page.scatter(draw_from(self.rng), others)
-        return Example("", "", board_of(page, self.recipe), page.picture(), in_loss="none")
+        number = int(self.rng.integers(WALLS))
+        if number not in self.walls:
+            world = self.next_reading().world
+            self.walls[number] = draw_wall(world, np.random.default_rng(number), self.recipe)
+        wall = self.walls[number]
+        return Example("", "", wall.board, wall.picture, in_loss="none", letters=wall.letters)
+
+    def letters(self):
+        """Show such a page to a tower that has to tell letters apart before it can learn words."""
+        return self.wall()._replace(board=None)
 
     def text(self):
         """Ask about a web page without its picture: its lines are enough for the answer."""
@@ -203,14 +212,17 @@ class Questions:
 
 
 # ---- the loss of a batch ----
-def visible_features(net, pixels):
-    """Return the picture's part of the language model's input: (B, 3, size, size) -> (B, patches, hidden).
+def see(net, pixels):
+    """Return what a net makes of pictures (B, 3, size, size) -> (features, hidden states of its tower).
 
-    It takes the net's own path. A Swin's `last_hidden_state` has one more normalisation, which a LLaVA does
-    not use.
+    features: (B, patches, hidden), the picture's part of the language model's input. It takes the net's own
+    path, because some towers' `last_hidden_state` has one more normalisation, which a LLaVA does not use.
     """
-    features = net.model.get_image_features(pixel_values=pixels).pooler_output
-    return features if torch.is_tensor(features) else torch.stack(list(features))
+    seen = net.model.get_image_features(pixel_values=pixels)
+    features = seen.pooler_output
+    if not torch.is_tensor(features):
+        features = torch.stack(list(features))
+    return features, seen.hidden_states
 
 def answer_labels(tokenizer, example):
     """Return (the token ids of an answer with its end, the labels, with IGNORE where nothing is learned)."""
@@ -251,6 +263,20 @@ def answers_loss(net, tokenizer, examples, features=None):
     count = (labels != IGNORE).sum(1).clamp(min=1)
     return (loss.view(labels.shape).sum(1) / count**0.75).sum()
 
+def sight_loss(sight, features, states, part):
+    """Return (mean loss of what a tower shows of some pictures, its share of right patches or None)."""
+    share = None
+    loss = 0.0
+    if part[0].board is not None:
+        boards = [example.board for example in part]
+        loss, share = sight.loss(features, boards)
+        if sight.reads_letters:
+            loss = loss + sight.spelling_loss(states[-1], boards)
+    if part[0].letters is not None:
+        letters = torch.tensor(np.stack([example.letters for example in part]))
+        loss = loss + sight.letters_loss(states[1], letters)
+    return loss, share
+
 def part_loss(net, processor, sight, part):
     """Return (summed loss of a micro-batch, its share of right patches or None)."""
     boards = [example.board for example in part]
@@ -260,9 +286,9 @@ def part_loss(net, processor, sight, part):
     if part[0].picture is not None:
         pictures = [example.picture for example in part]
         pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-        features = visible_features(net, pixels)
-        patches, share = sight.loss(features, boards)
-        loss = patches * len(part)
+        features, states = see(net, pixels)
+        loss, share = sight_loss(sight, features, states, part)
+        loss = loss * len(part)
     elif part[0].board is not None:
         features = sight.ideal(boards)
     if part[0].in_loss == "none":
@@ -277,7 +303,8 @@ def micro_batches(examples):
     """Yield parts of a sorted batch; all examples of a part are shown and learned in the same way."""
     groups = {}
     for example in examples:
-        way = (example.board is None, example.picture is None, example.in_loss == "none")
+        has = (example.board is None, example.picture is None, example.letters is None)
+        way = (*has, example.in_loss == "none")
         groups.setdefault(way, []).append(example)
     for way in sorted(groups):
         for start in range(0, len(groups[way]), MICRO_BATCH):
@@ -350,8 +377,8 @@ def new_net(recipe):
     for token in recipe.tokens:
         texts += [f" '{token}'", f'"{token}"', f" {token}"] * 50
     net, processor = llava(texts, vocab_size=recipe.words, image_size=recipe.size)
-    if recipe.is_swin:
-        return with_swin(net, processor, recipe.size)
+    if recipe.reads_letters:
+        return with_focalnet(net, processor, recipe.size)
     return net, processor
 
 def origin_of(recipe, last, seed):

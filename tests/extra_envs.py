@@ -25,6 +25,7 @@ from pretrain.page_questions import Page
 from pretrain.questions import draw_from
 from pretrain.recipes import RECIPES, Stage
 from pretrain.sight import board_of
+from pretrain.walls import draw_wall
 from worlds.miniwob import MiniWoB
 from worlds.players import mixed_reply
 from worlds.registry import make
@@ -575,6 +576,30 @@ def test_a_base_is_made_from_nothing_and_goes_on_where_it_stopped(tmp_path, monk
     base = str(whole / "tiny-vlm-worlds")
     score_base.main([base, "Leading:FrozenLake", "--questions=4", "--batch=2"])
     assert re.search(r"Leading:FrozenLake +(echo|way|mission told) .* of [1-4]\n", capsys.readouterr().out)
+
+def test_a_wall_s_letters_are_where_the_browser_says():
+    """Cells with a letter have ink in them or beside them, most others have none; the rest is a page's own.
+
+    The same number gives the same wall, and the environment goes on with pages as before.
+    """
+    recipe = RECIPES["tiny-vlm-pages"]
+    world = make("miniwob/click-button-v1", size=160)
+    walls = [draw_wall(world, np.random.default_rng(number), recipe) for number in (0, 1, 0)]
+    world.start()
+    assert "Click on the" in world.goal
+    assert world.with_role("button")
+    world.close()
+    assert walls[0].picture.tobytes() == walls[2].picture.tobytes()
+    assert walls[0].board == walls[2].board
+    assert walls[0].picture.tobytes() != walls[1].picture.tobytes()
+    for wall in walls[:2]:
+        grey = np.asarray(wall.picture.convert("L"))
+        has_ink = (grey < 150).reshape(40, 4, 40, 4).any((1, 3))
+        is_letter = wall.letters > 0
+        assert 200 < is_letter.sum() < 800
+        assert has_ink[is_letter].mean() > 0.85
+        assert has_ink[~is_letter].mean() < 0.4
+        assert len(set(wall.board.names)) > 12
 
 def share_of_right_answers(vlm, name, size, hide=False):
     """Ask 80 fresh questions, greedily; hide: with a black picture."""

@@ -1,7 +1,6 @@
 """Tests pretrain/page_questions.py and sight.py: questions about pages, a tower that learns to read them."""
-import ast, copy, re
+import ast, re
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -9,10 +8,11 @@ from PIL import Image
 
 from envs import MARKER
 from pretrain.page_questions import Asker, Page, quoted
-from pretrain.recipes import RECIPES, Stage
+from pretrain.recipes import RECIPES
 from pretrain.sight import Sight, page_board
-from pretrain.tiny_nets import llava, with_swin
-from pretrain.train_base import Example, Questions, answers_loss, visible_features
+from pretrain.tiny_nets import llava, with_focalnet
+from pretrain.train_base import Example, answers_loss, micro_batches, part_loss, see
+from pretrain.walls import LETTERS, lay_words, letter_cells
 from worlds.miniwob import format_element
 
 # Each word has a colour of its own, so that a tower can tell them apart after seconds of training.
@@ -179,47 +179,114 @@ def test_a_field_that_was_moved_is_no_longer_the_second():
     assert page.target is None
     assert page.text() != "lines"
 
-def test_a_collage_has_the_texts_of_several_pages():
-    """A page alone shows two of the four texts here."""
-    shown = Counter()
-    for seed in range(30):
-        page, *others = [word_page(10 * seed + i) for i in range(5)]
-        page.scatter(asker_of(seed).draw, others)
-        texts = [element["text"] for element in page.elements]
-        assert len(set(texts)) == len(texts)
-        shown[len(texts)] += 1
-        for element in page.elements:
-            left, top, width, height = element["box"]
-            assert has_colour_of(page, element["text"], left + width // 2, top + height // 2)
-    # There are four words, and not all of such large buttons fit every time.
-    assert shown[4] + shown[3] > 20
-
 
 # ---- how a tower learns ----
 
-def test_a_tower_is_shown_collages_and_asked_nothing():
-    """What the patches are said to show is in the picture, with more texts than a page alone has."""
-    pages = [word_page(seed) for seed in range(60)]
+def test_a_cell_of_a_wall_has_the_letter_in_its_middle():
+    """The middles of cells are at 2, 6, 10, ...; above and below its core a letter's box has room."""
+    box_of_a = [8, 20, 6, 10]
+    box_of_b = [14, 20, 9, 10]
+    below = [100, 158, 6, 10]
+    cells = letter_cells([("aB", [box_of_a, box_of_b]), ("x", [below])])
+    expected = np.zeros((40, 40), int)
+    # y = 22 and 26 lie in the core, from 22 to 28.5. x = 10 lies in a; 14, 18 and 22 lie in B.
+    expected[5:7, 2] = 1 + LETTERS.index("a")
+    expected[5:7, 3:6] = 1 + LETTERS.index("B")
+    assert np.array_equal(cells, expected)
 
-    def loaded_page(rng):
-        number = rng.integers(60)
-        return copy.copy(pages[number])
+def test_a_wall_s_words_fill_the_page():
+    """Most lines begin in the picture; nothing is written that no letter stands for."""
+    for seed in range(20):
+        pieces = lay_words(np.random.default_rng(seed))
+        assert len(pieces) > 12
+        for piece in pieces:
+            assert set(piece["text"]) <= set(LETTERS)
+            assert 0 <= piece["x"] < 160
+            assert -4 <= piece["y"] < 160
 
+def bar_example(text, y):
+    """Make the example of a wall with one word, a bar of its colour."""
+    sheet = white_sheet()
+    sheet.paste(COLOURS[text], (16, y, 112, y + 24))
+    width = 96 / len(text)
+    boxes = [[16 + width * i, y, width, 24] for i in range(len(text))]
+    letters = letter_cells([(text, boxes)])
+    word = element(0, "span", [16, y, 96, 24], text)
+    page = make_page("", [word], picture=sheet)
+    board = page_board(page, side=10, step=4)
+    return Example(
+        question="",
+        answer="",
+        board=board,
+        picture=sheet,
+        in_loss="none",
+        letters=letters,
+    )
+
+def test_a_tower_learns_the_letters_of_walls():
+    """With letters alone the tower's first stage learns, with a board the whole tower does.
+
+    After seconds of training the letters of four coloured bars are told better, at other heights, too.
+    """
+    base, processor = tiny_llava(list(COLOURS))
+    net, processor = with_focalnet(base, processor, 160)
+    sight = Sight(net.get_input_embeddings(), processor.tokenizer, RECIPES["tiny-vlm-pages"])
+    tower = net.model.vision_tower
+    optimizer = torch.optim.AdamW([*tower.parameters(), *sight.parameters()], 5e-3)
+    first_stage = tower.encoder.stages[0].layers[0].mlp.fc1.weight
+    last_stage = tower.encoder.stages[2].layers[0].mlp.fc1.weight
+    other_heights = [20, 50, 80, 110]
+
+    def loss_and_share(heights, has_board):
+        examples = []
+        for text, y in zip(COLOURS, heights):
+            example = bar_example(text, y)
+            if not has_board:
+                example = example._replace(board=None)
+            examples.append(example)
+        [part] = micro_batches(examples)
+        return part_loss(net, processor, sight, part)
+
+    with torch.no_grad():
+        before, share = loss_and_share(other_heights, has_board=False)
+    assert share is None
+    for step in range(25):
+        optimizer.zero_grad()
+        heights = [(17 * step + 40 * i) % 130 for i in range(4)]
+        loss, _ = loss_and_share(heights, has_board=False)
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        after, _ = loss_and_share(other_heights, has_board=False)
+    assert after < before / 2
+    assert first_stage.grad is not None
+    assert last_stage.grad is None
+    loss, share = loss_and_share(other_heights, has_board=True)
+    loss.backward()
+    assert 0 <= share <= 1
+    assert last_stage.grad is not None
+
+def test_a_text_is_spelled_by_the_letters_that_it_has():
+    """Where nothing but them is said to be there, the loss is lowest; patches without a text do not count."""
     _, processor = tiny_llava(list(COLOURS))
-    recipe = RECIPES["tiny-vlm-pages"]
-    stage = Stage("x", ("collage",), 1)
-    questions = Questions(recipe, stage, processor.tokenizer, 0)
-    questions.readings = [SimpleNamespace(loaded_page=loaded_page)]
-    counts = Counter()
-    for _ in range(20):
-        example = questions.collage()
-        assert example.in_loss == "none"
-        texts = set(example.board.names) & set(COLOURS)
-        said = {COLOURS[text] for text in texts}
-        shown = {colour for _, colour in example.picture.getcolors()}
-        assert said == shown - {(255, 255, 255)}
-        counts[len(texts)] += 1
-    assert counts[3] + counts[4] > 12
+    words = torch.nn.Embedding(300, 128)
+    sight = Sight(words, processor.tokenizer, RECIPES["tiny-vlm-pages"])
+    # state number i says whether the text has letter number i
+    with torch.no_grad():
+        sight.spelling.weight.copy_(20 * torch.eye(len(LETTERS), 128))
+        sight.spelling.bias.fill_(-10)
+    board = bar_example("Ok", 48).board
+    is_text = torch.tensor([name == "Ok" for name in board.names])
+    states = torch.zeros(1, 100, 128)
+    states[0, is_text, LETTERS.index("O")] = 1
+    states[0, is_text, LETTERS.index("k")] = 1
+    assert sight.spelling_loss(states, [board]) < 0.01
+    states[0, ~is_text] = 1
+    assert sight.spelling_loss(states, [board]) < 0.01
+    states[0, is_text, LETTERS.index("O")] = 0
+    assert sight.spelling_loss(states, [board]) > 1
+    empty = page_board(make_page("", []), side=10, step=4)
+    assert sight.spelling_loss(states, [empty]) == 0
 
 def test_a_page_s_board_names_what_a_patch_shows():
     """A name is the text that covers most of a patch, with the place to click on it.
@@ -267,7 +334,7 @@ def test_a_tower_learns_which_word_is_where():
     The language model's own weights stay as they are.
     """
     base, processor = tiny_llava(list(COLOURS))
-    net, processor = with_swin(base, processor, 160)
+    net, processor = with_focalnet(base, processor, 160)
     before = net.get_input_embeddings().weight.clone()
     assert torch.equal(before, base.get_input_embeddings().weight)
     assert torch.equal(net.lm_head.weight, before)
@@ -284,7 +351,8 @@ def test_a_tower_learns_which_word_is_where():
         pictures = [page.picture() for page in pages]
         pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
         boards = [page_board(page, side=10, step=4) for page in pages]
-        return sight.loss(visible_features(net, pixels), boards)
+        features, _ = see(net, pixels)
+        return sight.loss(features, boards)
 
     other_seeds = range(10**6, 10**6 + 32)
     with torch.no_grad():
@@ -308,13 +376,13 @@ def test_answers_are_scored_as_the_library_scores_them():
     the whole net leaves out: what it had learned to read looked forgotten.)
     """
     base, processor = tiny_llava(list(COLOURS))
-    net, processor = with_swin(base, processor, 160)
+    net, processor = with_focalnet(base, processor, 160)
     net.eval()
     tokenizer = processor.tokenizer
     asked = [Example("What?", "Ok"), Example("And what is in the picture?", "Cancel ONE")]
     pixels = torch.randn(2, 3, 160, 160)
     for has_picture in (False, True):
-        features = visible_features(net, pixels) if has_picture else None
+        features = see(net, pixels)[0] if has_picture else None
         image = "<image>" * 100 if has_picture else ""
         expected = 0.0
         for i, example in enumerate(asked):
