@@ -5,7 +5,8 @@ pretrain/train_base.py runs them. The order is what counts: a net that is asked 
 nothing (docs/log.md). Copying comes first. Then a name is found among few patches, then among all, on boards
 that need no vision tower: the language model is shown the features that a perfect tower would give it. At
 first the answer repeats the name, then only the question has it. The worlds follow, still without pictures.
-Then the tower alone learns to show such features, and last both learn together.
+Then the tower alone learns to show such features, and last both learn together. A tower that has to name
+words learns letters before that, from pages that are full of them.
 """
 from typing import NamedTuple
 
@@ -138,6 +139,7 @@ PAGES = Recipe(
         Stage("boards", PAGE_BOARDS, 1500, READING[:1], is_narrowed=True, names=16),
         Stage("placing", (*("ideal", "ideal", "text") * 3, "any_tokens"), 800, CROWDED),
         Stage("text", (*("text", "text", "ideal") * 3, "any_tokens"), 700, CROWDED),
+        # The tower alone learns here, from nothing but pictures: many small batches.
         Stage("letters", ("letters",), 400, READING[:1], batch=8, lr=1.2e-2),
         Stage("words", ("wall",), 3000, READING[:1], batch=8, lr=4e-3),
         Stage("sight", ("sight",), 500, CROWDED, batch=32),

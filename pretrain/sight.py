@@ -17,6 +17,7 @@ from torch import nn
 
 from pretrain.grid_questions import Room, tile_name
 from pretrain.page_questions import Page
+from pretrain.tiny_nets import FOCAL_CHANNELS
 from worlds.gym import BabyAI
 from worlds.miniwob import PAGE_SIZE, click_places
 
@@ -207,12 +208,11 @@ class Sight(nn.Module):
         self.rows = nn.Parameter(torch.randn(recipe.places, hidden))
         # The inverse temperature of the softmaxes over cosines.
         self.log_scale = nn.Parameter(torch.tensor(2.3))
-        self.reads_letters = recipe.reads_letters
         if recipe.reads_letters:
             # Behind its first stage a FocalNet has 20 x 20 states, one for 2 x 2 of a wall's cells.
             classes = 1 + len(LETTERS)
-            self.letters = nn.Linear(64, 4 * classes)
-            self.spelling = nn.Linear(128, len(LETTERS))
+            self.letter_head = nn.Linear(2 * FOCAL_CHANNELS, 4 * classes)
+            self.spelling_head = nn.Linear(4 * FOCAL_CHANNELS, len(LETTERS))
 
     def name_vectors(self, names):
         """Return the normalised mean of each name's words -> (names, hidden).
@@ -274,7 +274,7 @@ class Sight(nn.Module):
         """
         B, count, _ = states.shape
         side = math.isqrt(count)
-        logits = self.letters(states).view(B, side, side, 2, 2, -1)
+        logits = self.letter_head(states).view(B, side, side, 2, 2, -1)
         # -> (B, classes, side, 2, side, 2), in which 2 x 2 cells belong to a state
         logits = logits.permute(0, 5, 1, 3, 2, 4)
         logits = logits.reshape(B, -1, *letters.shape[1:])
@@ -296,7 +296,7 @@ class Sight(nn.Module):
             is_text[i] = True
             for letter in set(name).intersection(LETTERS):
                 has_letter[i, LETTERS.index(letter)] = 1
-        logits = self.spelling(states).flatten(0, 1)
+        logits = self.spelling_head(states).flatten(0, 1)
         losses = F.binary_cross_entropy_with_logits(logits, has_letter, reduction="none")
         if not is_text.any():
             return 0.0 * losses.sum()

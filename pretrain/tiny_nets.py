@@ -150,12 +150,15 @@ def llava(
     )
     return rescale_weights(LlavaForConditionalGeneration(config)), processor
 
+# Channels of a FocalNet's first stage. Each further stage has twice as many.
+FOCAL_CHANNELS = 32
+
 def with_focalnet(net, processor, image_size):
     """Put a FocalNet (arXiv 2203.11926) and a projector with random weights before a LLaVA's language model.
 
     A picture of 160 x 160 becomes 10 x 10 tokens. It is made of convolutions, so a letter is read alike
-    wherever it is. A Swin and a CLIP tower learn letters much later (docs/log.md). Returns a new net and the
-    processor, which is changed.
+    wherever it is. A Swin learns letters much later (docs/log.md). Returns a new net and the processor, which
+    is changed.
     """
     from transformers import FocalNetConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -163,7 +166,7 @@ def with_focalnet(net, processor, image_size):
     vision = FocalNetConfig(
         image_size=image_size,
         patch_size=4,
-        embed_dim=32,
+        embed_dim=FOCAL_CHANNELS,
         depths=depths,
         focal_levels=[1, 2, 3],
         focal_windows=[3, 3, 3],
@@ -171,7 +174,7 @@ def with_focalnet(net, processor, image_size):
         mlp_ratio=3.0,
         drop_path_rate=0.0,
         # each stage doubles the channels; a LLaVA asks for those of the last
-        hidden_size=32 * 2 ** (len(depths) - 1),
+        hidden_size=FOCAL_CHANNELS * 2 ** (len(depths) - 1),
     )
     config = LlavaConfig(
         vision_config=vision,

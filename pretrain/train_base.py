@@ -75,6 +75,9 @@ def printable_texts(tokenizer):
 class Questions:
     """Draw the examples of a stage: each of its `kinds` is the name of a method here."""
 
+    # {(patches on a side, number): Wall}. All stages share them: a browser is slow.
+    walls = {}
+
     def __init__(self, recipe, stage, tokenizer, seed):
         self.recipe = recipe
         self.stage = stage
@@ -88,7 +91,6 @@ class Questions:
         self.patches = 2 if stage.is_narrowed else recipe.side**2
         self.names = stage.names or len(recipe.names)
         self.recent_losses = []
-        self.walls = {}
 
     def next_reading(self):
         """Draw one of the stage's environments."""
@@ -156,15 +158,13 @@ class Questions:
         return self.state()._replace(in_loss="none")
 
     def wall(self):
-        """Show a page full of words, and ask nothing.
-
-        Each of them is drawn once, because a browser is slow.
-        """
+        """Show a page full of words, and ask nothing."""
         number = int(self.rng.integers(WALLS))
-        if number not in self.walls:
+        key = (self.recipe.side, number)
+        if key not in self.walls:
             world = self.next_reading().world
-            self.walls[number] = draw_wall(world, np.random.default_rng(number), self.recipe)
-        wall = self.walls[number]
+            self.walls[key] = draw_wall(world, np.random.default_rng(number), self.recipe)
+        wall = self.walls[key]
         return Example("", "", wall.board, wall.picture, in_loss="none", letters=wall.letters)
 
     def letters(self):
@@ -270,11 +270,12 @@ def sight_loss(sight, features, states, part):
     if part[0].board is not None:
         boards = [example.board for example in part]
         loss, share = sight.loss(features, boards)
-        if sight.reads_letters:
-            loss = loss + sight.spelling_loss(states[-1], boards)
     if part[0].letters is not None:
+        # states[0] is what the tower's first stage begins with, states[1] what it hands on
         letters = torch.tensor(np.stack([example.letters for example in part]))
         loss = loss + sight.letters_loss(states[1], letters)
+        if part[0].board is not None:
+            loss = loss + sight.spelling_loss(states[-1], boards)
     return loss, share
 
 def part_loss(net, processor, sight, part):

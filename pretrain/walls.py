@@ -16,33 +16,51 @@ from worlds.miniwob import AREA, PAGE_SIZE
 
 # A letter is looked for in cells of so many pixels: the smallest are six high and three wide.
 CELL = 4
-# How many walls there are. One takes a twentieth of a second.
+# How many walls there are, each drawn once.
 WALLS = 2000
+# The end of the address of a page that has been written over. The environment then loads its own page again.
+MARK = "#wall"
 
-# Writes pieces of text over the page. Returns of each its text, its role, its box and those of its letters.
+# Writes lines of words over the page, each word behind the one before, until a line is full. Returns of each
+# its tag, its text, its box and the boxes of its letters, a box as [left, top, width, height].
 WRITE_SCRIPT = """
-    const [pieces, top_edge] = arguments;
+    const [lines, area_top, size, mark] = arguments;
     const area = document.getElementById('area');
     area.innerHTML = '';
-    for (const piece of pieces) {
-        const node = document.createElement(piece.tag);
-        node.textContent = piece.text;
-        if (piece.tag == 'a') node.href = '#';
-        node.style.cssText = 'position: fixed; white-space: nowrap; margin: 0';
-        node.style.left = piece.x + 'px';
-        node.style.top = piece.y + top_edge + 'px';
-        area.appendChild(node);
+    location.hash = mark;
+    function box(thing) {
+        const found = thing.getBoundingClientRect();
+        return [found.left, found.top - area_top, found.width, found.height];
     }
-    return [...area.children].map(node => {
-        const boxes = [...node.textContent].map((letter, i) => {
-            const range = document.createRange();
-            range.setStart(node.firstChild, i);
-            range.setEnd(node.firstChild, i + 1);
-            return range.getBoundingClientRect();
-        });
-        return [node.getBoundingClientRect(), ...boxes].map(
-            found => [found.left, found.top - top_edge, found.width, found.height]);
-    });
+    const written = [];
+    let top = area_top;
+    for (const line of lines) {
+        top += line.gap;
+        let left = 0, bottom = top;
+        for (const word of line.words) {
+            left += word.gap;
+            if (left > size - 20 || top > area_top + size - 10) break;
+            const node = document.createElement(word.tag);
+            node.textContent = word.text;
+            if (word.tag == 'a') node.href = '#';
+            node.style.cssText = 'position: fixed; white-space: nowrap; margin: 0';
+            node.style.left = left + 'px';
+            node.style.top = top + 'px';
+            area.appendChild(node);
+            const boxes = [...word.text].map((letter, i) => {
+                const range = document.createRange();
+                range.setStart(node.firstChild, i);
+                range.setEnd(node.firstChild, i + 1);
+                return box(range);
+            });
+            written.push([word.tag, word.text, box(node), boxes]);
+            const edges = node.getBoundingClientRect();
+            left = edges.right;
+            bottom = Math.max(bottom, edges.bottom);
+        }
+        top = bottom;
+    }
+    return written;
 """
 
 class Wall(NamedTuple):
@@ -57,27 +75,23 @@ class Wall(NamedTuple):
     letters: np.ndarray
 
 def lay_words(rng):
-    """Draw words in lines -> [dict(tag, text, x, y)]: plain, as links and on buttons.
+    """Draw lines of words, more than a page holds -> [dict(gap, words)], a word dict(gap, tag, text).
 
-    Six of ten are words that pages show, the others are letters and digits at random.
+    gap: how many pixels lie before it. Six of ten are words that pages show, the others are letters and
+    digits at random.
     """
-    pieces = []
-    y = int(rng.integers(-4, 8))
-    while y < PAGE_SIZE - 10:
-        x = int(rng.integers(14))
-        while x < PAGE_SIZE - 20:
+    lines = []
+    for _ in range(12):
+        words = []
+        for _ in range(12):
             text = PAGE_WORDS[rng.integers(len(PAGE_WORDS))]
             if rng.random() > 0.6:
                 count = rng.integers(1, 7)
                 text = "".join(LETTERS[i] for i in rng.integers(len(LETTERS), size=count))
             tag = ("button", "a", "span")[rng.integers(3)]
-            pieces.append(dict(tag=tag, text=text, x=x, y=y))
-            # a letter has some six pixels, the sides of a button have fourteen
-            x += 6 * len(text) + 8 + int(rng.integers(10))
-            if tag == "button":
-                x += 14
-        y += int(rng.integers(17, 26))
-    return pieces
+            words.append(dict(gap=int(rng.integers(2, 14)), tag=tag, text=text))
+        lines.append(dict(gap=int(rng.integers(8)), words=words))
+    return lines
 
 def letter_cells(texts_and_boxes):
     """Mark the letters of some texts; texts_and_boxes: [(text, boxes of its letters)] -> see Wall.letters."""
@@ -92,23 +106,35 @@ def letter_cells(texts_and_boxes):
             cells[np.ix_(is_row, is_column)] = 1 + LETTERS.index(letter)
     return cells
 
+def write_wall(world, lines):
+    """Write words over a page of a MiniWoB environment -> (what the script returns, the picture).
+
+    SystemExit if the browser fails three times in a row.
+    """
+    for _ in range(3):
+        try:
+            if not world.browser or not world.browser.current_url.endswith(MARK):
+                world.rng = np.random.default_rng(0)
+                world.start()
+            written = world.browser.execute_script(WRITE_SCRIPT, lines, AREA[1], PAGE_SIZE, MARK)
+            world.screenshot_is_current = False
+            picture = world.picture()
+            if world.screenshot_is_current:
+                return written, picture
+        except world.browser_errors as error:
+            world.drop_browser(error)
+    raise SystemExit(f"env={world.name!r}: Chromium failed three times in a row: {world.lost}.")
+
 def draw_wall(world, rng, recipe):
-    """Write a wall over a page of a MiniWoB environment, which is gone afterwards -> Wall."""
-    world.rng = rng
-    world.start()
-    pieces = lay_words(rng)
-    found = world.browser.execute_script(WRITE_SCRIPT, pieces, AREA[1])
+    """Draw a wall in the browser of a MiniWoB environment, in place of its page -> Wall."""
+    written, picture = write_wall(world, lay_words(rng))
     elements = []
-    for piece, (box, *_) in zip(pieces, found):
+    for tag, text, box, _ in written:
         left, top, width, height = box
-        is_whole = 0 <= top <= PAGE_SIZE - height and left + width <= PAGE_SIZE
+        is_whole = top + height <= PAGE_SIZE and left + width <= PAGE_SIZE
         # what is cut off has no name
-        text = piece["text"] if is_whole else ""
-        elements.append(dict(ref=0, role=piece["tag"], text=text, box=box))
-    world.screenshot_is_current = False
-    picture = world.picture()
-    letters = letter_cells((piece["text"], boxes) for piece, (_, *boxes) in zip(pieces, found))
+        shown = text if is_whole else ""
+        elements.append(dict(ref=0, role=tag, text=shown, box=box))
+    letters = letter_cells((text, boxes) for _, text, _, boxes in written)
     board = page_board(Page("", elements, None, "", "", picture, ""), recipe.side, recipe.step)
-    # start() would take it for the task's page
-    world.browser.get("about:blank")
     return Wall(picture, board, letters)
