@@ -23,6 +23,7 @@ from buffer import Buffer
 from configurator import PLAYERS, ConfigError, check_config, configure
 from extras.checkpoints import find_checkpoint, has_checkpoint
 from extras.flag_mistakes import show
+from extras.old_runs import keep_head_width
 from extras.read_run import TRAIN, distrust, offline_results, read_run_config, write_eval
 from extras.stopping import explained
 from extras.value_checks import check_out_dir, check_path, check_ranges, check_secrets
@@ -328,6 +329,7 @@ def load_run(run, run_cfg):
     if run_cfg.model == "scratch":
         # the run trained its own tokenizer: take the whole model from the checkpoint
         run_cfg.model = folder
+    keep_head_width(run_cfg, folder)
     vlm = build(run_cfg)
     vlm.load(folder)
     return vlm, folder

@@ -41,6 +41,10 @@ LORA_ALPHA = 32
 PROMPT_CACHE_MB = 4096
 SHORT_REPLY = 256  # tokens
 NEVER = -1e9  # logit of a token that is not sampled
+# A Q head learns fine differences between states sooner with at least so many hidden units, and with
+# PyTorch's own first weights times the gain.
+Q_WIDTH = 1024
+Q_GAIN = 4.0
 
 
 # -- ranks --------------------------------------------------------------------------------------------------
@@ -126,15 +130,18 @@ def add_lora(net, r, alpha, targets, trained=()):
 class QHead(nn.Module):
     """Q of every token (..., V) from the last hidden state (..., H), at first the constant `init`.
 
-    kind 'full': an MLP and a plain H x V layer.
-    kind 'tied': an MLP back to H, then the model's own unembedding, frozen: 2 H^2 parameters.
+    An MLP with M = max(H, width) hidden units, and then
+    kind 'full': a plain M x V layer.
+    kind 'tied': a layer back to H, and the model's own unembedding, frozen: 2 H M parameters.
     """
 
-    def __init__(self, hidden, vocab, kind="full", init=0.0, unembedding=None):
+    def __init__(self, hidden, vocab, kind="full", init=0.0, unembedding=None, width=Q_WIDTH):
         super().__init__()
-        self.mlp = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.GELU())
-        width = vocab if kind == "full" else hidden
-        self.out = nn.Linear(hidden, width, bias=False)
+        inner = max(hidden, width)
+        self.mlp = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, inner), nn.GELU())
+        with torch.no_grad():
+            self.mlp[1].weight *= Q_GAIN
+        self.out = nn.Linear(inner, vocab if kind == "full" else hidden, bias=False)
         nn.init.zeros_(self.out.weight)
         biases = vocab if kind == "full" else 1
         self.bias = nn.Parameter(torch.full((biases,), float(init)))
@@ -343,11 +350,11 @@ class VLM(nn.Module):
         # The names and the order in which PEFT writes them.
         self.lora_config = dict(r=lora_r, lora_alpha=lora_alpha, lora_dropout=0.0)
 
-    def add_critics(self, n_critics=1, q_head="tied", q_init=0.0):
-        """Add Q heads, 'full' or 'tied', that start at `q_init`, and their slowly moving targets."""
+    def add_critics(self, n_critics=1, q_head="tied", q_init=0.0, q_width=Q_WIDTH):
+        """Add Q heads that start at `q_init`, see QHead, and their slowly moving targets."""
         weight = self.net.get_output_embeddings().weight
         vocab, hidden = weight.shape
-        heads = [QHead(hidden, vocab, q_head, q_init, weight) for _ in range(n_critics)]
+        heads = [QHead(hidden, vocab, q_head, q_init, weight, q_width) for _ in range(n_critics)]
         self.heads = nn.ModuleList(heads).to(weight.device)
         self.targets = copy.deepcopy(self.heads).requires_grad_(False)
         self.q_init = q_init
@@ -790,7 +797,9 @@ def build(cfg, base=None):
         alpha = getattr(cfg, "lora_alpha", LORA_ALPHA)
         vlm.add_adapters(cfg.lora_r, cfg.lora_targets, alpha, cfg.modules_to_save)
     if cfg.actor_loss in WITH_CRITIC:
-        vlm.add_critics(cfg.n_critics, cfg.q_head, cfg.q_init)
+        # An old run's heads are narrower, see extras/old_runs.py.
+        width = getattr(cfg, "q_width", Q_WIDTH)
+        vlm.add_critics(cfg.n_critics, cfg.q_head, cfg.q_init, width)
     vlm.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and choose_device(cfg) == "cuda")
     if cfg.trust_remote_code:
         rehearse(vlm)

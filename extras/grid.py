@@ -31,9 +31,10 @@ KEYS = "critic_coef pess_coef q_init target_tau beta reward_clip penalty".split(
 SETTING = {key: parse_block(TRAIN)[key].default for key in KEYS}
 # What differs is cloned; play is the policy's own, without the critic's help.
 OFFLINE = "--online_updates=0 --q_weight=0"
-# Play without a single whole episode of an expert, in which filtered cloning has little to choose from.
-LOW = "--expert_episodes=0 --data_mix={'expert':0.3,'random':0.5,'malformed':0.2}"
-BIASED = "--expert_episodes=0 --data_mix={'biased':1.0}"
+# Play without a single whole episode of an expert, in which filtered cloning has little to choose from. Windows
+# come as they are: to draw more of those that won would be a filter of its own.
+LOW = "--expert_episodes=0 --data_mix={'expert':0.3,'random':0.5,'malformed':0.2} --won_share=None"
+BIASED = "--expert_episodes=0 --data_mix={'biased':1.0} --won_share=None"
 # The base that one command makes. The configs have older ones.
 MODEL = "--model=bases/tiny-vlm-worlds"
 # What each table of comparison is about, and what is written behind train.py for it. Not every processor
@@ -56,9 +57,9 @@ ONLINE = ("mixed", "ezpoints", "blackjack", "lake", "rooms", "pages")
 
 # One key at a time from the best setting: the keys, with seeds and worlds.
 ABLATIONS = """
-    beta=0.0 beta=-0.2 beta=0.2 pess_coef=0.0 pess_coef=2.0 q_init=0.0 critic_coef=1.0 critic_coef=10.0
-    trace=plain trace=turn lam=0.0 lam=0.8 filter_warmup=0 filter_warmup=150 bc_coef=0.1 gamma=0.9
-    q_head=full n_critics=2 lora_r=4 window=1 q_weight=5.0
+    beta=-0.05 beta=-0.2 beta=0.2 pess_coef=0.0 pess_coef=2.0 q_init=0.0 q_init=-1.5 critic_coef=1.0
+    critic_coef=10.0 trace=plain trace=turn lam=0.0 lam=0.8 filter_warmup=0 filter_warmup=150 bc_coef=0.1
+    gamma=0.9 penalty=-1.0 q_head=full n_critics=2 lora_r=4 window=1 q_weight=5.0
 """.split()
 # The worlds, with seeds and what their runs have beside. A run that is long enough forgives every setting:
 # random play has 200 updates, biased play 300, and half of EZPoints' are left out.

@@ -4,8 +4,13 @@ Refuse what an old run did and this version can no longer do.
 train.py had more keys once. A run with the values below continues to work, and other removed keys have no
 effect on a trained run.
 """
+import os
+
+from safetensors import SafetensorError, safe_open
+
 from configurator import WITH_CRITIC
 from extras.flag_mistakes import ConfigError
+from model import Q_WIDTH
 
 # The value that always holds now, by what another value would change: how the run plays, what its critic's
 # values mean, how it continues to learn.
@@ -52,3 +57,17 @@ def renew_values(saved):
     if saved.get("q_init", 0.0) is None:
         # where the critic began does not matter to one that is trained
         saved["q_init"] = 0.0
+def keep_head_width(cfg, folder):
+    """Let the Q heads of a checkpoint stay as narrow as they are: they once had the model's width.
+
+    cfg gets the attribute `q_width` if they are narrow. A file that cannot be read is refused when it is
+    loaded.
+    """
+    file = os.path.join(folder, "q_head.safetensors")
+    try:
+        with safe_open(file, "pt") as tensors:
+            (width,) = tensors.get_slice("heads.0.mlp.1.bias").get_shape()
+    except (OSError, SafetensorError, ValueError):
+        return
+    if width < Q_WIDTH:
+        cfg.q_width = width

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from configurator import ConfigError
 from extras.checkpoints import check_replay, find_checkpoint, has_checkpoint, read_state, refuse_play
 from extras.flag_mistakes import show
+from extras.old_runs import keep_head_width
 from extras.read_run import read_run_config
 from extras.whole_files import lock, read_json, sync_folder, write_json, write_whole
 
@@ -196,6 +197,7 @@ def check_resumed(run, cfg):
         raise SystemExit(f"stop_at={cfg.stop_at}, and the run in {run!r} is at update {state['step']} "
                          "already: name a later update, or leave stop_at out.")
     check_play(run, cfg.data, state)
+    keep_head_width(cfg, checkpoint)
     return checkpoint
 
 def clear(run, cfg, recipe):

@@ -500,11 +500,11 @@ def widen_weights(net):
 def make_vlm(net, processor, **settings):
     """Build a VLM with settings as in a config; by default with small adapters and one full critic.
 
-    settings: lora_r, lora_targets, lora_alpha, modules_to_save; n_critics, q_head, q_init. The others go to
-    VLM.
+    settings: lora_r, lora_targets, lora_alpha, modules_to_save; n_critics, q_head, q_init, q_width.
+    The others go to VLM.
     """
     adapters = dict(lora_r=4, lora_targets=".*", lora_alpha=8, modules_to_save="")
-    critics = dict(n_critics=1, q_head="full", q_init=0.0)
+    critics = dict(n_critics=1, q_head="full", q_init=0.0, q_width=0)
     options = {}
     for key, value in settings.items():
         group = next((group for group in (adapters, critics) if key in group), options)

@@ -14,6 +14,7 @@ import cases_models
 import evaluate
 from buffer import Buffer
 from configurator import parse_block
+from model import read_tensors
 from small_runs import content, one_sentence, read_json, results, run
 from small_runs import straight, tiny  # noqa: F401  (fixtures)
 from test_train import OLD_KEYS
@@ -101,6 +102,18 @@ def test_an_old_critic_began_at_the_lowest_return(own):
     assert run_cfg.reward_clip == 0
     words = [own, "q_init=None", "meta.json"]
     one_sentence(lambda: evaluate.read_run_config(own, "resume"), *words)
+
+
+def test_an_old_critic_is_as_wide_as_its_model(tiny, tmp_path, monkeypatch):
+    """A Q head of today would not fit into its checkpoint: it keeps its width when it plays and goes on."""
+    monkeypatch.setattr("model.Q_WIDTH", 32)
+    out = run(tmp_path / "run", tiny, stop_at=6)
+    assert read_tensors(os.path.join(out, "ckpt", "q_head.safetensors"))["heads.0.mlp.1.bias"].shape == (32,)
+    monkeypatch.undo()
+    evaluate.main([out, "--episodes=1", "--report"])
+    run(out, tiny, resume=True)
+    vlm, _ = evaluate.load_run(out, evaluate.read_run_config(out))
+    assert vlm.heads[0].mlp[1].out_features == 32
 
 
 def test_an_old_run_keeps_the_alpha_of_its_adapters(own):

@@ -747,16 +747,18 @@ def test_q_starts_as_a_constant(make, family, kind):
         assert q.shape == (2, 2, 3, len(vlm.banned))
         assert (q == -3.25).all()
 
-def test_tied_head_borrows_the_unembedding(make):
-    """A tied head has 2 H^2 parameters and none of vocabulary size.
+@pytest.mark.parametrize("width", [0, 200])
+def test_tied_head_borrows_the_unembedding(make, width):
+    """A tied head has 2 H M parameters and none of vocabulary size, M the wider of H and q_width.
 
     The unembedding is not among them and gets no gradient through Q, but Q depends on it.
     """
-    vlm = make(q_head="tied", lora_r=0)
+    vlm = make(q_head="tied", lora_r=0, q_width=width)
     unembedding = vlm.net.get_output_embeddings().weight
     V, H = unembedding.shape
+    M = max(H, width)
     own = list(vlm.heads.parameters())
-    assert count_weights(vlm.heads) == 2 * H * H + 3 * H + 1
+    assert count_weights(vlm.heads) == 2 * H * M + 2 * H + M + 1
     assert not any(V in param.shape for param in own)
     assert not any(param is unembedding for param in [*own, *vlm.targets.parameters()])
     assert unembedding.requires_grad
@@ -768,8 +770,8 @@ def test_tied_head_borrows_the_unembedding(make):
     with torch.no_grad():
         unembedding *= 2
         assert not torch.allclose(vlm.q(hidden), q)
-    full = make(q_head="full").heads
-    assert count_weights(full) == H * H + 3 * H + H * V + V
+    full = make(q_head="full", q_width=width).heads
+    assert count_weights(full) == H * M + 2 * H + M + M * V + V
 
 @pytest.mark.parametrize("kind", ["full", "tied"])
 def test_target_is_a_moving_average(make, kind):
