@@ -107,13 +107,13 @@ def store_picture(path, image, sync):
             os.fsync(f.fileno())
     os.replace(path + ".tmp", path)
 
-def measure_play(turns, won, returns, valid, env):
+def measure_play(turns, won, returns, scores, valid, env):
     """Measure episodes from arrays with one item per episode, see RowIndex.columns."""
     return dict(
         episodes=len(turns),
         turns=int(turns.sum()),
         success=float(np.mean(won)),
-        success_return=float(np.mean(returns > 0)),
+        success_return=float(np.mean(scores > 0)),
         episode_return=float(np.mean(returns)),
         valid=float(valid.sum() / turns.sum()),
     )

@@ -18,14 +18,14 @@ Departures that concern every game (those of the card games are listed in worlds
  2. An invalid reply costs `penalty`, takes a turn and changes nothing. RL4VLM plays a random action instead,
     free of charge. An episode of invalid replies must end too, therefore every game has a turn limit.
  3. Two success rates are reported: `success` (the goal was reached) and RL4VLM's own, `success_return` (the
-    rewards of the episode sum to more than 0).
+    rewards of the episode sum to more than 0; a malformed reply counts -1 here, whatever `penalty` says).
 """
 import json, re, string, zlib
 
 import numpy as np
 from PIL import Image
 
-from worlds.contract import Unplayable, check_outcome
+from worlds.contract import SLIP, Unplayable, check_outcome
 from worlds.drawing import BLACK, BLUE, PAPER, RED, draw_text
 
 MARKER = "[action]"
@@ -281,6 +281,7 @@ class Env:
         self.draw_start(split)
         self.turns = 0
         self.total = 0.0
+        self.score = 0.0
         self.success = False
         self.over = False
         return self.observation(), {}
@@ -300,8 +301,8 @@ class Env:
         """Play a reply and return (observation, reward, terminated, truncated, info).
 
         Every reply takes a turn, valid or not. info: valid, action (as text), success (the goal was reached),
-        success_return (the rewards so far sum to more than 0). RuntimeError if the episode is over,
-        BrokenContract if act() returns anything else than three values of their types.
+        success_return (the rewards so far sum to more than 0, with SLIP for replies that do not parse).
+        RuntimeError if the episode is over, BrokenContract if act() returns anything else than three values.
         """
         if self.over:
             raise RuntimeError(f"{self.name}: the episode is over or never began, call reset() first.")
@@ -316,11 +317,12 @@ class Env:
             truncated = False
         self.turns += 1
         self.total += reward
+        self.score += reward if action else SLIP
         truncated = not terminated and (truncated or self.turns >= self.max_turns)
         self.over = terminated or truncated
         observation = self.observation()
         info["success"] = self.success
-        info["success_return"] = self.total > 0
+        info["success_return"] = self.score > 0
         return observation, float(reward), terminated, truncated, info
 
     def observation(self):

@@ -31,8 +31,8 @@ KEYS = "critic_coef pess_coef q_init target_tau beta reward_clip penalty".split(
 SETTING = {key: parse_block(TRAIN)[key].default for key in KEYS}
 # What differs is cloned; play is the policy's own, without the critic's help.
 OFFLINE = "--online_updates=0 --q_weight=0"
-# Play without a single whole episode of an expert, in which filtered cloning has little to choose from. Windows
-# come as they are: to draw more of those that won would be a filter of its own.
+# Play without a single whole episode of an expert, in which filtered cloning has little to choose from.
+# Windows come as they are: to draw more of those that won would be a filter of its own.
 LOW = "--expert_episodes=0 --data_mix={'expert':0.3,'random':0.5,'malformed':0.2} --won_share=None"
 BIASED = "--expert_episodes=0 --data_mix={'biased':1.0} --won_share=None"
 # The base that one command makes. The configs have older ones.

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from worlds.contract import SLIP
+
 # So many rows are in memory once they were read.
 CACHED_ROWS = 8192
 
@@ -70,6 +72,7 @@ class RowIndex:
         names, numbers      of each episode: its name; the place of each name
         first_rows          of each episode: its first row; at last the number of all rows
         returns, n_valid    of each episode: its summed reward, its turns that could be parsed
+        scores              of each episode: its summed reward if a malformed reply costs SLIP
         won, env            of each episode: whether it reached the goal, number of its environment
         envs                {environment: its number}, in the order in which they appeared
         everything, groups  windows of all episodes; of the lost and of the won ones
@@ -84,6 +87,7 @@ class RowIndex:
         self.numbers = {}
         self.first_rows = array("q", [0])
         self.returns = array("d")
+        self.scores = array("d")
         self.n_valid = array("q")
         self.won = array("b")
         self.env = array("q")
@@ -114,6 +118,7 @@ class RowIndex:
 
         turns = rows if last.has_reply else rows[:-1]
         self.returns.append(sum(rewards))
+        self.scores.append(sum([row.reward if row.valid else SLIP for row in turns]))
         self.n_valid.append(sum([row.valid for row in turns]))
         self.won.append(last.success)
         self.env.append(self.envs.setdefault(last.env, len(self.envs)))
@@ -131,7 +136,7 @@ class RowIndex:
             del self.numbers[name]
         for column in (self.starts, self.sizes, self.rewards):
             del column[n_rows:]
-        for column in (self.names, self.returns, self.n_valid, self.won, self.env):
+        for column in (self.names, self.returns, self.scores, self.n_valid, self.won, self.env):
             del column[number:]
         del self.first_rows[number + 1 :]
         for group in (self.everything, *self.groups):
@@ -165,6 +170,7 @@ class RowIndex:
             turns=np.diff(np.array(self.everything.turns)),
             won=np.array(self.won, dtype=bool),
             returns=np.array(self.returns),
+            scores=np.array(self.scores),
             valid=np.array(self.n_valid),
             env=np.array(self.env),
         )

@@ -338,6 +338,15 @@ def test_number_line_moves(current, target, action, reward, after, over):
     assert env.success == over
 
 
+@pytest.mark.parametrize("penalty", [0.0, -0.3, -1.0])
+def test_an_episode_with_a_slip_is_not_clean(penalty):
+    """Two agents that learn from other penalties are judged alike."""
+    env = fresh("NumberLine", current=0, target=1, penalty=penalty)
+    assert env.step("hello")[1] == penalty
+    info = env.step(f"{MARKER} +")[-1]
+    assert env.success and info["success"] and not info["success_return"]
+
+
 def test_number_line_is_truncated_after_ten_turns():
     env = fresh("NumberLine", current=0, target=3)
     assert say(env, *"-" * 9)[1:3] == (False, False)

@@ -245,6 +245,7 @@ def slow_stats(buf, names):
     """Measure episodes by a walk over their rows."""
     reached = []
     returns = []
+    scores = []
     valid = []
     for name in names:
         rows = [buf.rows[i] for i in buf.episodes[name]]
@@ -252,11 +253,12 @@ def slow_stats(buf, names):
         returns.append(sum(row["reward"] for row in rows))
         turns = [row for row in rows if reply_text(row) is not None]
         valid += [row["valid"] for row in turns]
+        scores.append(sum(row["reward"] if row["valid"] else -1.0 for row in turns))
     return dict(
         episodes=len(names),
         turns=len(valid),
         success=float(np.mean(reached)),
-        success_return=float(np.mean(np.array(returns) > 0)),
+        success_return=float(np.mean(np.array(scores) > 0)),
         episode_return=float(np.mean(returns)),
         valid=float(np.mean(valid)),
     )
