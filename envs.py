@@ -25,7 +25,8 @@ import json, re, string, zlib
 import numpy as np
 from PIL import Image
 
-from worlds.contract import SLIP, Unplayable, check_outcome
+from extras.check_rows import SLIP
+from worlds.contract import Unplayable, check_outcome
 from worlds.drawing import BLACK, BLUE, PAPER, RED, draw_text
 
 MARKER = "[action]"
@@ -313,8 +314,7 @@ class Env:
             reward, terminated, truncated = check_outcome("act()", self.act(action))
         else:
             reward = self.penalty
-            terminated = False
-            truncated = False
+            terminated = truncated = False
         self.turns += 1
         self.total += reward
         self.score += reward if action else SLIP

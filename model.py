@@ -41,10 +41,9 @@ LORA_ALPHA = 32
 PROMPT_CACHE_MB = 4096
 SHORT_REPLY = 256  # tokens
 NEVER = -1e9  # logit of a token that is not sampled
-# A Q head learns fine differences between states sooner with at least so many hidden units, and with
-# PyTorch's own first weights times the gain.
-Q_WIDTH = 1024
-Q_GAIN = 4.0
+# A Q head tells similar states apart sooner if it is wide, and if its first weights are large (docs/log.md).
+Q_WIDTH = 1024  # hidden units, at least
+Q_GAIN = 4.0  # times PyTorch's own first weights
 
 
 # -- ranks --------------------------------------------------------------------------------------------------
@@ -130,21 +129,18 @@ def add_lora(net, r, alpha, targets, trained=()):
 class QHead(nn.Module):
     """Q of every token (..., V) from the last hidden state (..., H), at first the constant `init`.
 
-    An MLP with M = max(H, width) hidden units, and then
-    kind 'full': a plain M x V layer.
-    kind 'tied': a layer back to H, and the model's own unembedding, frozen: 2 H M parameters.
+    An MLP with M = max(H, width) hidden units. Behind it comes, for kind 'full', a plain M x V layer; for
+    'tied' a layer back to H and the model's own unembedding, frozen: 2 H M parameters.
     """
 
     def __init__(self, hidden, vocab, kind="full", init=0.0, unembedding=None, width=Q_WIDTH):
         super().__init__()
         inner = max(hidden, width)
         self.mlp = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, inner), nn.GELU())
-        with torch.no_grad():
-            self.mlp[1].weight *= Q_GAIN
+        self.mlp[1].weight.data *= Q_GAIN
         self.out = nn.Linear(inner, vocab if kind == "full" else hidden, bias=False)
         nn.init.zeros_(self.out.weight)
-        biases = vocab if kind == "full" else 1
-        self.bias = nn.Parameter(torch.full((biases,), float(init)))
+        self.bias = nn.Parameter(torch.full((vocab if kind == "full" else 1,), float(init)))
         self.unembedding = None
         if kind == "tied":
             # A function hides the tensor from parameters() and from deepcopy.
@@ -792,14 +788,12 @@ def build(cfg, base=None):
     """
     net, processor = base or load_base(cfg)
     vlm = VLM(net, processor, cfg.model, vision_cache_mb=cfg.vision_cache_mb)
+    # An old run has an alpha and a width of its own (extras/old_runs.py).
     if cfg.lora_r or cfg.modules_to_save:
-        # lora_alpha was a key once: the config of an old run has a value of its own.
         alpha = getattr(cfg, "lora_alpha", LORA_ALPHA)
         vlm.add_adapters(cfg.lora_r, cfg.lora_targets, alpha, cfg.modules_to_save)
     if cfg.actor_loss in WITH_CRITIC:
-        # An old run's heads are narrower, see extras/old_runs.py.
-        width = getattr(cfg, "q_width", Q_WIDTH)
-        vlm.add_critics(cfg.n_critics, cfg.q_head, cfg.q_init, width)
+        vlm.add_critics(cfg.n_critics, cfg.q_head, cfg.q_init, getattr(cfg, "q_width", Q_WIDTH))
     vlm.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and choose_device(cfg) == "cuda")
     if cfg.trust_remote_code:
         rehearse(vlm)

@@ -33,6 +33,8 @@ TYPE_NAMES = {int: "a whole number", str: "a text", list: "a list", bool: "true 
 MAX_FLOAT32 = 3.4e38
 # Some 50,000 tokens: more than a model reads or writes in a turn.
 MAX_CHARACTERS = 200_000
+# What a malformed reply counts in success_return, whatever an agent learns from (`penalty`).
+SLIP = -1.0
 
 
 # ---- one row ----

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from worlds.contract import SLIP
+from extras.check_rows import SLIP
 
 # So many rows are in memory once they were read.
 CACHED_ROWS = 8192

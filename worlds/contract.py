@@ -12,8 +12,6 @@ from extras.check_rows import MAX_CHARACTERS
 LARGEST_REWARD = 1e30
 # An episode must end: this is the highest max_turns.
 MOST_TURNS = 10_000
-# What a malformed reply counts in success_return, whatever an agent learns from (`penalty`).
-SLIP = -1.0
 
 class Unplayable(SystemExit):
     """One sentence that ends the program: this environment cannot be played here at all."""
