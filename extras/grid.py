@@ -35,7 +35,7 @@ OFFLINE = "--online_updates=0 --q_weight=0"
 # Windows come as they are: to draw more of those that won would be a filter of its own.
 LOW = "--expert_episodes=0 --data_mix={'expert':0.3,'random':0.5,'malformed':0.2} --won_share=None"
 BIASED = "--expert_episodes=0 --data_mix={'biased':1.0} --won_share=None"
-# The base that one command makes. The configs have older ones.
+# The base that one command makes. GoToLocal's config has an older one.
 MODEL = "--model=bases/tiny-vlm-worlds"
 # What each table of comparison is about, and what is written behind train.py for it. Not every processor
 # computes in bfloat16, so none does here.
@@ -45,7 +45,7 @@ WORLDS = {
     "biased": "config/numberline_biased.py",
     "ezpoints": "config/ezpoints.py --dtype=float32",
     "blackjack": "config/blackjack.py --dtype=float32",
-    "lake": f"config/frozenlake.py {MODEL} --dtype=float32 --filter_warmup=150",
+    "lake": "config/frozenlake.py --dtype=float32",
     "rooms": f"config/babyai_gotolocal.py {MODEL} --dtype=float32",
     "pages": "config/miniwob.py --dtype=float32",
 }

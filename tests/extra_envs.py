@@ -647,7 +647,6 @@ def share_of_right_answers(vlm, name, size, hide=False):
                 "Facing:BabyAI-GoToLocal-v0:view": 0.85,
             },
         ),
-        ("tiny-vlm-lake", 128, {"Leading:FrozenLake": 0.85}),
         (
             "tiny-vlm-worlds",
             128,

@@ -452,7 +452,6 @@ def largest_probabilities(net, tokens, steps=1000):
     ("tiny-vlm", "1 + stand hit (a * b)"),
     ("tiny-vlm-worlds", "go forward turn left pick up toggle drop right down"),
     ("tiny-vlm-grids", "go forward turn left pick up toggle drop"),
-    ("tiny-vlm-lake", "left right up down"),
     ("tiny-vlm-pages", "click 5 type press 12"),
 ])
 def test_a_base_can_learn_to_say_any_action(base, actions):

@@ -39,7 +39,7 @@ def weights(tmp_path_factory):
     save_file(tensors, file, metadata={"format": "pt"})
     return folder
 
-@pytest.mark.parametrize("name", ["tiny-vlm", "tiny-vlm-grids", "tiny-vlm-lake", "tiny-vlm-worlds"])
+@pytest.mark.parametrize("name", ["tiny-vlm", "tiny-vlm-grids", "tiny-vlm-worlds"])
 def test_shipped_bases_have_published_names(name):
     """vLLM opens a LLaVA by these names only; it refused the bases when they had the library's own."""
     file = os.path.join(ROOT, "bases", name, "model.safetensors")
