@@ -883,6 +883,7 @@ def test_an_old_run_has_its_own_alpha(make, folder, tmp_path):
     make(q_head="tied").save(tmp_path)
     keys = [f"--model={folder('scratch')}", "--lora_r=4", "--q_head=tied", "--device=cpu"]
     cfg = configure(TRAIN, keys, quiet=True)
+    cfg.q_width = 0
     refuses(tmp_path / "adapter_config.json", lambda: model.build(cfg).load(tmp_path))
     cfg.lora_alpha = 8
     vlm = model.build(cfg)
