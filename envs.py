@@ -225,7 +225,7 @@ class Env:
     # Reason why the episode was abandoned (browser crash, stuck bot). worlds.playing drops such an episode.
     lost = ""
 
-    def __init__(self, size=80, penalty=-1.0, max_turns=None):
+    def __init__(self, size=80, penalty=-0.3, max_turns=None):
         self.size = size
         self.penalty = penalty
         if max_turns:
@@ -317,7 +317,7 @@ class Env:
             terminated = truncated = False
         self.turns += 1
         self.total += reward
-        self.score += reward if action else SLIP
+        self.score += reward if info["valid"] else SLIP
         truncated = not terminated and (truncated or self.turns >= self.max_turns)
         self.over = terminated or truncated
         observation = self.observation()

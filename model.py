@@ -41,7 +41,7 @@ LORA_ALPHA = 32
 PROMPT_CACHE_MB = 4096
 SHORT_REPLY = 256  # tokens
 NEVER = -1e9  # logit of a token that is not sampled
-# A Q head tells similar states apart sooner if it is wide, and if its first weights are large (docs/log.md).
+# A Q head tells similar states apart sooner if it is wide and begins with large weights (log, 2026-11-30).
 Q_WIDTH = 1024  # hidden units, at least
 Q_GAIN = 4.0  # times PyTorch's own first weights
 

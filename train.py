@@ -220,7 +220,7 @@ def open_run(cfg):
     if RANK == 0:
         checkpoint = run_folder.claim(cfg, data_recipe(cfg))
     checkpoint = gather(checkpoint)[0]
-    run_folder.CLAIMED.run = cfg.out_dir
+    run_folder.enter(cfg, checkpoint)
     return checkpoint
 
 def count(params):

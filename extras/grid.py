@@ -55,7 +55,7 @@ for world in ("lake", "rooms", "pages"):
 # Those that continue online by their config.
 ONLINE = ("mixed", "ezpoints", "blackjack", "lake", "rooms", "pages")
 
-# One key at a time from the best setting: the keys, with seeds and worlds.
+# One key at a time from train.py's defaults: the keys, with seeds and worlds.
 ABLATIONS = """
     beta=-0.05 beta=-0.2 beta=0.2 pess_coef=0.0 pess_coef=2.0 q_init=0.0 q_init=-1.5 critic_coef=1.0
     critic_coef=10.0 trace=plain trace=turn lam=0.0 lam=0.8 filter_warmup=0 filter_warmup=150 bc_coef=0.1

@@ -1,5 +1,5 @@
 """
-Refuse what an old run did and this version can no longer do.
+Read an old run as it was, and refuse what it did and this version can no longer do.
 
 train.py had more keys once. A run with the values below continues to work, and other removed keys have no
 effect on a trained run.
@@ -58,10 +58,9 @@ def renew_values(saved):
         # where the critic began does not matter to one that is trained
         saved["q_init"] = 0.0
 def keep_head_width(cfg, folder):
-    """Let the Q heads of a checkpoint stay as narrow as they are: they once had the model's width.
+    """Let Q heads be built as narrow as a checkpoint's: once they were as wide as the model.
 
-    cfg gets the attribute `q_width` if they are narrow. A file that cannot be read is refused when it is
-    loaded.
+    cfg gets the attribute `q_width` if they are. A file that cannot be read is refused when it is loaded.
     """
     file = os.path.join(folder, "q_head.safetensors")
     try:

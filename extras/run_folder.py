@@ -186,6 +186,12 @@ def check_play(run, data, state):
     for rank, noted in enumerate(state["replay"]):
         check_replay(replay_folder(run, rank), noted)
 
+def enter(cfg, checkpoint):
+    """Let a rank know where its run writes and, if it goes on, how wide its Q heads are."""
+    CLAIMED.run = cfg.out_dir
+    if checkpoint:
+        keep_head_width(cfg, checkpoint)
+
 def check_resumed(run, cfg):
     """Find the checkpoint from which a run goes on; SystemExit with one sentence for what does not fit it."""
     check_not_deleted(run)
@@ -197,7 +203,6 @@ def check_resumed(run, cfg):
         raise SystemExit(f"stop_at={cfg.stop_at}, and the run in {run!r} is at update {state['step']} "
                          "already: name a later update, or leave stop_at out.")
     check_play(run, cfg.data, state)
-    keep_head_width(cfg, checkpoint)
     return checkpoint
 
 def clear(run, cfg, recipe):

@@ -152,7 +152,7 @@ CASES = {
     "lakes": [train(CLONE + BABYAI + "lora_r=0 " + LAKES, "config/pretrain_tiny.py")],
     "pages": [train(CLONE + PAGES + "lora_r=0 env=Reading:miniwob/click-test-2-v1")],
     "babyai": [train(BABYAI + "replay_episodes=6", "config/babyai_gotolocal.py")],
-    "frozenlake": [train("max_new_tokens=12", "config/frozenlake.py")],
+    "frozenlake": [train("model=tiny-vlm-worlds max_new_tokens=12", "config/frozenlake.py")],
     "miniwob": [train(PAGES + CLICKS + "vision_cache_mb=100 eval_interval=0", "config/miniwob.py")],
     "tiny_nets": [
         Step("extras/scratch.py", "llava llava --hidden=32 --layers=2"),

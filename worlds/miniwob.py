@@ -309,7 +309,8 @@ class MiniWoB(Env):
     The agent acts by the elements' numbers and by places. With :element behind the name it acts by numbers
     only. With :coordinate it acts by places only: the text is then the goal alone, so it has to look at the
     page. Places are pixels of the page's area below the goal, 160 x 160, whatever the picture's size.
-    A number that no element has, or a place outside of the page, parses but costs the penalty.
+    A number that no element has, or a place outside of the page, parses but costs the penalty, in
+    success_return, too.
 
     The reward is the page's own, without its discount for time. `success` means all of it, 1. The page's
     clock is off; max_turns ends an episode. The last picture is the last one before the page closed.
