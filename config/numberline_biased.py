@@ -3,7 +3,7 @@ NumberLine from biased play: in every state the wrong action is the more frequen
 
     python train.py config/numberline_biased.py
 
-Three minutes on one CPU core. Sampled, clean episodes (summed reward > 0), mean of seeds 0, 1, 2: 99.6 %.
+Three minutes on one CPU core. Sampled, clean episodes (summed reward > 0), mean of seeds 0, 1, 2: 99.0 %.
 More: docs/results.md
 """
 out_dir = 'out/numberline_biased'
