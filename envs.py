@@ -175,6 +175,7 @@ class Env:
     It may define:
         expert()       the text of the best action: the players expert and biased need it to record data
         optimal(word)  True if this action is as good as the expert's: where several actions are best
+        is_there(action)  False if a parsed action names what there is not: it counts as malformed then
         text()         what there is to observe beside the picture: the prompt shows it below the goal
         tag()          a group of episodes that evaluation reports apart
         caption()      the picture in words: for the questions of pre-training
@@ -256,6 +257,9 @@ class Env:
     def optimal(self, word):
         return word == self.expert()
 
+    def is_there(self, action):
+        return True
+
     def text(self):
         return ""
 
@@ -308,6 +312,8 @@ class Env:
         if self.over:
             raise RuntimeError(f"{self.name}: the episode is over or never began, call reset() first.")
         action = self.parse(reply)
+        if action and not self.is_there(action):
+            action = None
         info = {"valid": action is not None, "action": ""}
         if action:
             info["action"] = format_action(action)

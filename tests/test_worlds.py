@@ -269,7 +269,8 @@ def test_miniwob_acts_by_number_and_by_place(make_page, sent):
     say(env, "click 80 112", 'type "x\ue009y"', "press Enter")
     assert sent[1:] == [((80, 162), ""), (None, "xy"), (None, "\ue007")]
 
-def test_miniwob_charges_for_what_is_not_there(make_page):
+def test_miniwob_takes_what_is_not_there_for_malformed(make_page):
+    """It cost the penalty alone once, so that two such clicks were forgiven in success_return."""
     env = make_page(penalty=-0.25)
     by_number = ["click 77", "click 0", "click -1", 'type 9 "a"']
     by_place = ["click 160 10", "click 10 160", "click 10 -1"]
@@ -277,7 +278,8 @@ def test_miniwob_charges_for_what_is_not_there(make_page):
         before = list(env.browser.clicks)
         assert say(env, action)[0] == -0.25
         assert env.browser.clicks == before
-    assert env.step(f"{MARKER} click 77")[4]["valid"]
+    assert not env.step(f"{MARKER} click 77")[4]["valid"]
+    assert not say(env, "click 4")[3]["success_return"]
     assert not env.step(f"{MARKER} press F1")[4]["valid"]
 
 def test_miniwob_keeps_the_last_real_picture(make_page):

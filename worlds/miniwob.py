@@ -303,14 +303,17 @@ def pages_folder(env):
     file = getattr(spec, "origin", None) or require(env, "miniwob").__file__
     return os.path.join(os.path.dirname(file), "html", "miniwob")
 
+def numbers_of(action):
+    """List the arguments of an action that are numbers: none, an element, or a place."""
+    return [argument for argument in action if type(argument) is int]
+
 class MiniWoB(Env):
     """Play any MiniWoB++ task (package miniwob) in a real Chromium: "miniwob/click-test-2-v1".
 
     The agent acts by the elements' numbers and by places. With :element behind the name it acts by numbers
     only. With :coordinate it acts by places only: the text is then the goal alone, so it has to look at the
     page. Places are pixels of the page's area below the goal, 160 x 160, whatever the picture's size.
-    A number that no element has, or a place outside of the page, parses but costs the penalty, in
-    success_return, too.
+    A reply with a number that no element has, or a place outside of the page, counts as malformed.
 
     The reward is the page's own, without its discount for time. `success` means all of it, 1. The page's
     clock is off; max_turns ends an episode. The last picture is the last one before the page closed.
@@ -430,8 +433,7 @@ class MiniWoB(Env):
     def act(self, action):
         """Play an action and read the page; a browser that fails ends the episode without a reward."""
         try:
-            if not self.perform(action):
-                return self.penalty, False, False
+            self.perform(action)
             over, reward = self.read_page()
         except self.browser_errors as error:
             self.drop_browser(error)
@@ -439,14 +441,21 @@ class MiniWoB(Env):
         self.success = over and reward >= 1
         return (float(reward) if over else 0.0), over, False
 
+    def is_there(self, action):
+        """Tell whether the page has the element or the place that an action names."""
+        numbers = numbers_of(action)
+        if len(numbers) == 2:
+            return all(0 <= number < PAGE_SIZE for number in numbers)
+        return all(number in self.refs() for number in numbers)
+
     def refs(self):
         """Return the numbers of the elements."""
         return [element["ref"] for element in self.elements if element["ref"] > 0]
 
     def perform(self, action):
-        """Play an action in the page; False if it names an element or a place that is not there."""
+        """Play an action in the page."""
         command, *arguments = action
-        numbers = [argument for argument in arguments if type(argument) is int]
+        numbers = numbers_of(action)
         texts = [argument for argument in arguments if type(argument) is str]
         keys = re.sub(CONTROL_KEYS, "", "".join(texts))
         if command.startswith("press "):
@@ -455,17 +464,12 @@ class MiniWoB(Env):
         is_place = len(numbers) == 2
         if is_place:
             x, y = numbers
-            if not (0 <= x < PAGE_SIZE and 0 <= y < PAGE_SIZE):
-                return False
             chain.w3c_actions.pointer_action.move_to_location(x + AREA[0], y + AREA[1]).click()
         elif numbers:
             [ref] = numbers
-            if ref not in self.refs():
-                return False
             self.browser.execute_script("core.elementClick(arguments[0]);", ref)
         if keys or is_place:
             chain.send_keys(keys).perform()
-        return True
 
     def sample(self, rng):
         """Draw an action from the numbers on the page and the words of the goal."""
