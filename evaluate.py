@@ -34,7 +34,7 @@ from worlds.calls import report_hang, report_starts
 from worlds.guard import Failure, each, set_timeout
 from worlds.players import has_expert, scripted_reply
 from worlds.playing import play, record
-from worlds.registry import is_file, make
+from worlds.registry import is_file, make, task_names
 
 # --- config ---
 episodes: int = None  # episodes per row of the table; None: the run's eval_episodes
@@ -412,10 +412,6 @@ def check_flags(cfg):
     if cfg.save:
         check_out_dir(cfg.save, "--save")
 
-def task_names(env):
-    """Split the name of an environment into the names of its tasks."""
-    return [task.strip() for task in env.split(",")]
-
 def read_game(target, is_run, cfg):
     """Read what to play -> settings with the keys of train.py.
 
@@ -487,11 +483,7 @@ def evaluate_run(run, run_cfg, make_env, temperature, buffer, argv):
     write_eval(run, content)
     return vlm, results
 
-def start_again():
-    """Say how to go on after an end that came too early."""
-    return "start the same command again"
-
-@explained(way_on=start_again)
+@explained(way_on=lambda: "start the same command again")
 def main(argv):
     """Evaluate a run, let another player play, or report on a folder of episodes, as the arguments say."""
     check_secrets(argv)

@@ -20,7 +20,7 @@ import envs
 from agent_rl import FBC_QUANTILE, clip_reward, compute_loss, has_target
 from buffer import Buffer, make_batch
 from configurator import check_config, configure
-from evaluate import env_factory, evaluate_policy, full_evaluation, task_names
+from evaluate import env_factory, evaluate_policy, full_evaluation
 from evaluate import episode_summary, format_table, gather_episodes, recorded_summary
 from evaluate import exploring_agent, model_agent, play, record, scripted_agent
 from extras import checkpoints, run_folder
@@ -36,7 +36,7 @@ from extras.wandb_log import import_wandb, start_wandb
 from model import build, gather, load_base
 from worlds.calls import check_environment, make_or_refuse
 from worlds.players import NEED_EXPERT, has_expert
-from worlds.registry import is_file, make, reading_names
+from worlds.registry import is_file, make, reading_names, task_names
 
 # --- config ---
 # main settings

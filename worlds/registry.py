@@ -141,6 +141,10 @@ def make_from_file(name, **kw):
 
 # ---- any environment ----
 
+def task_names(env):
+    """Split the name of an environment into the names of its tasks."""
+    return [task.strip() for task in env.split(",")]
+
 def make(name, **kw):
     """Make an environment from its name, or several that take turns: make("NumberLine,EZPoints").
 
@@ -149,8 +153,7 @@ def make(name, **kw):
     ValueError for an unknown name, SystemExit for a missing package or a bad file; one sentence each.
     """
     if "," in name:
-        parts = [part.strip() for part in name.split(",")]
-        return Tasks([make(part, **kw) for part in parts if part])
+        return Tasks([make(task, **kw) for task in task_names(name) if task])
     kind, _, about = name.partition(":")
     if kind in QUESTIONS:
         world = None
@@ -175,8 +178,8 @@ def reading_names(env):
     "Captions:FrozenLake" -> ["Reading:FrozenLake"]
     """
     names = []
-    for task in env.split(","):
-        kind, colon, about = task.strip().partition(":")
+    for task in task_names(env):
+        kind, colon, about = task.partition(":")
         if kind in QUESTIONS:
             names.append("Reading" + colon + about)
     return list(dict.fromkeys(names or ["Reading"]))
