@@ -72,6 +72,11 @@ def unique(names):
     """Return the names that occur once, in their order."""
     return [name for name, count in Counter(names).items() if count == 1]
 
+def named_elements(elements):
+    """Return the elements with a number whose text occurs once."""
+    texts = unique(element["text"] for element in elements if element["text"])
+    return [element for element in elements if element["text"] in texts and element["ref"] > 0]
+
 def join_lines(*lines):
     """Join the lines that are not empty."""
     return "\n".join(filter(None, lines))
@@ -362,12 +367,15 @@ class Asker:
         return self.finish("it text", before, question, answer)
 
     # ---- questions about a made-up list: to find a text among many has to be learned from many ----
-    def listing(self):
-        """Draw a list of elements with near-twins, pieces without a number, and numbers of any size."""
+    def listing(self, most=11):
+        """Draw a list of elements with near-twins, pieces without a number, and numbers of any size.
+
+        most: elements, beside the twins.
+        """
         ref = self.draw(1, 15)
         list_role = self.pick(("mixed", "button", "span", "link"))
         elements = []
-        for _ in range(self.draw(2, 12)):
+        for _ in range(self.draw(2, most + 1)):
             ref += self.draw(1, 3)
             text = self.listed_text()
             role = list_role
@@ -408,9 +416,7 @@ class Asker:
             return self.ask_number(goal, lines, boxes[number])
         if which >= 52:
             return self.ask_new_field(listing)
-        texts = unique(element["text"] for element in listing if element["text"])
-        named = [element for element in listing if element["text"] in texts and element["ref"] > 0]
-        named = self.sample(named)
+        named = self.sample(named_elements(listing))
         if not named:
             return None
         if which >= 24:
@@ -419,6 +425,16 @@ class Asker:
         texts = ", ".join(quoted(element["text"]) for element in named)
         answer = ", ".join(f"{quoted(element['text'])} {element['ref']}" for element in named)
         return self.finish("numbers", lines, f"Which numbers have {texts}?", answer)
+
+    def plain_target(self, most):
+        """Draw a goal about a made-up list of up to `most` elements -> (goal and list, number)."""
+        named = []
+        while not named:
+            listing = self.listing(most)
+            named = named_elements(listing)
+        element = self.pick(named)
+        goal = self.pick(GOALS).format(element["text"])
+        return f"{goal}\n{format_elements(listing)}", element["ref"]
 
     def ask_number(self, goal, lines, element):
         """Ask for the number of the element that a goal is about."""

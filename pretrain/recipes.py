@@ -2,11 +2,13 @@
 Recipes of bases: which questions a tiny VLM is asked from random weights on, in which order and for how long.
 
 pretrain/train_base.py runs them. The order is what counts: a net that is asked everything at once reads
-nothing (docs/log.md). Copying comes first. Then a name is found among few patches, then among all, on boards
-that need no vision tower: the language model is shown the features that a perfect tower would give it. At
-first the answer repeats the name, then only the question has it. The worlds follow, still without pictures.
-Then the tower alone learns to show such features, and last both learn together. A tower that has to name
-words learns letters before that, from pages that are full of them.
+nothing (docs/log.md). Copying comes first. For the lines of a page it is followed by looking up: what stood
+behind a word, then the number behind a text, then behind the text that a goal names. Then a name is found
+among few patches, then among all, on boards that need no vision tower: the language model is shown the
+features that a perfect tower would give it. At first the answer repeats the name, then only the question has
+it. The worlds follow, still without pictures. Then the tower alone learns to show such features, and last
+both learn together. A tower that has to name words learns letters before that, from pages that are full of
+them.
 """
 from typing import NamedTuple
 
@@ -59,7 +61,7 @@ class Recipe(NamedTuple):
 COPYING = ("copying", "any_tokens")
 # While a net learns to find names, it would forget how to copy them.
 BOARDS = ("board", "board", "board", "copying", "board", "board", "board", "any_tokens")
-PAGE_BOARDS = (*("board",) * 7, "copying", *("board",) * 7, "any_tokens")
+PAGE_BOARDS = (*("board",) * 7, "text", *("board",) * 7, "any_tokens")
 WHERE = (*("where",) * 7, "any_tokens")
 IDEAL = (*("ideal",) * 7, "any_tokens")
 STATES = (*("state",) * 7, "any_tokens")
@@ -117,6 +119,7 @@ GRIDS = Recipe(
 
 
 # ---- MiniWoB++'s pages ----
+RECALLING = (*("recalling",) * 7, "copying", *("recalling",) * 7, "any_tokens")
 TASKS = (
     "click-test",
     "click-test-2",
@@ -136,9 +139,12 @@ CROWDED = (*READING, *("Reading:miniwob/click-button-v1",) * 3)
 PAGES = Recipe(
     stages=(
         Stage("copying", COPYING, 800, READING[:1], batch=64),
-        Stage("boards", PAGE_BOARDS, 1500, READING[:1], is_narrowed=True, names=16),
-        Stage("placing", (*("ideal", "ideal", "text") * 3, "any_tokens"), 800, CROWDED),
-        Stage("text", (*("text", "text", "ideal") * 3, "any_tokens"), 700, CROWDED),
+        Stage("recalling", RECALLING, 700, READING[:1], is_narrowed=True, names=16),
+        Stage("numbers", (*("numbers",) * 7, "any_tokens"), 500, READING[:1]),
+        Stage("targets", (*("target",) * 7, "numbers"), 800, READING[:1], batch=128, is_narrowed=True),
+        Stage("lists", (*("text",) * 7, "any_tokens"), 500, CROWDED),
+        Stage("boards", PAGE_BOARDS, 1000, READING[:1], is_narrowed=True, names=16),
+        Stage("placing", (*("ideal", "ideal", "text") * 3, "any_tokens"), 1000, CROWDED),
         # The tower alone learns here, from nothing but pictures: many small batches.
         Stage("letters", ("letters",), 400, READING[:1], batch=8, lr=1.2e-2),
         Stage("words", ("wall",), 3000, READING[:1], batch=8, lr=4e-3),

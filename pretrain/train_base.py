@@ -43,6 +43,12 @@ ANSWERS = 8
 # A narrowed board grows when the mean loss falls below it.
 FOUND = 0.5
 LOG_EVERY = 50
+# Most words of a list that is shown to be looked up in.
+LISTED = 40
+# So many pieces of it are to be repeated.
+PIECES = 8
+# Most lines of a list of elements.
+MOST_LINES = 11
 SIGHT = "sight.safetensors"
 
 # --- config ---
@@ -55,8 +61,9 @@ class Example(NamedTuple):
     """A question with its answer.
 
     board: what the picture shows, None without a picture. picture: None where the language model is shown
-    the board's ideal features instead. in_loss: of an answer's tokens, "all", "numbers" or "none".
-    letters: those of the picture, see Wall; None if nobody says where they are.
+    the board's ideal features instead. in_loss: of an answer's tokens, "all", "numbers", "none", or
+    "continued", which leaves out what begins a piece. letters: those of the picture, see Wall; None if
+    nobody says where they are.
     """
 
     question: str
@@ -113,6 +120,38 @@ class Questions:
             chosen = self.rng.integers(len(self.vocabulary), size=count)
             text = "".join(self.vocabulary[i] for i in chosen).strip()
         return Example(f"Repeat:\n{text}", text)
+
+    def recalling(self):
+        """Show words, then ask to go on behind some of them, again and again.
+
+        A net that has only repeated texts in their order goes by the distance between a word and its copy.
+        Here the distance changes with every piece, so it has to look a word up and say what stood behind it.
+        """
+        known = self.recipe.names[: self.names]
+        count = min(LISTED, 4 * self.patches)
+        shown = [known[i] for i in self.rng.permutation(len(known))[:count]]
+        pieces = []
+        for _ in range(PIECES):
+            start = self.rng.integers(len(shown) - 1)
+            length = self.rng.integers(2, 9)
+            pieces.append(" ".join(shown[start : start + length]))
+        return Example(" ".join(shown), ", ".join(pieces), in_loss="continued")
+
+    def numbers(self):
+        """Show a list of elements, and ask for the numbers of some texts; the answer repeats the texts."""
+        asker = Asker(self.rng)
+        asked = None
+        while not asked:
+            asked = asker.ask_listing(asker.listing(), 0)
+        return Example(asked[1], asked[2], in_loss="numbers")
+
+    def target(self):
+        """Show a goal and a list, and ask for the number of the element that the goal is about.
+
+        The goal stands first, as in play, and nothing repeats its text: what to look up has to be found, too.
+        """
+        question, number = Asker(self.rng).plain_target(min(MOST_LINES, self.patches))
+        return Example(question, str(number), in_loss="numbers")
 
     def board(self):
         """Ask where some things on a made-up board are.
@@ -229,8 +268,21 @@ def answer_labels(tokenizer, example):
     ids = tokenizer(example.answer).input_ids + [tokenizer.eos_token_id]
     if example.in_loss == "all":
         return ids, ids
-    is_number = [tokenizer.decode([token]).strip().isdigit() for token in ids]
-    return ids, [token if flag else IGNORE for token, flag in zip(ids, is_number)]
+    texts = [tokenizer.decode([token]) for token in ids]
+    flags = [text.strip().isdigit() for text in texts]
+    if example.in_loss == "continued":
+        flags = continued(texts)
+    return ids, [token if flag else IGNORE for token, flag in zip(ids, flags)]
+
+def continued(texts):
+    """Tell of each token's text whether it goes on with a piece; commas lie between the pieces."""
+    flags = []
+    piece = ""
+    for text in texts:
+        is_comma = "," in text
+        flags.append(bool(piece.strip()) and not is_comma)
+        piece = "" if is_comma else piece + text
+    return flags
 
 def answers_loss(net, tokenizer, examples, features=None):
     """Return the sum over the answers of cross-entropy / labels ** 0.75.

@@ -154,6 +154,32 @@ def test_any_token_is_repeated_but_no_action():
         if text.isprintable() and text.strip() and text not in special:
             assert seen[token], f"{text!r} is never repeated"
 
+def test_what_stood_behind_a_word_is_asked_for_and_no_guess():
+    """A net that repeated whole texts looked nothing up in a list: it counted how far away a word was."""
+    questions = board_questions(Stage("x", ("recalling",), 100, is_narrowed=True))
+    questions.recipe = SMALL._replace(names=tuple("abcdefghijklmnop"))
+    questions.names = 12
+    tokenizer = small_tokenizer()
+    starts = set()
+    for _ in range(20):
+        example = questions.recalling()
+        shown = example.question.split()
+        # four words for each patch
+        assert len(shown) == len(set(shown)) == 8
+        assert set(shown) <= set("abcdefghijkl")
+        for piece in example.answer.split(", "):
+            words = piece.split()
+            start = shown.index(words[0])
+            assert words == shown[start : start + len(words)]
+            assert len(words) >= 2
+            starts.add(start)
+        _, labels = answer_labels(tokenizer, example)
+        learned = "".join(tokenizer.decode([token]) for token in labels if token != -100)
+        # neither commas nor the words that begin a piece: nobody can know them
+        known = "".join(f" {word}" for piece in example.answer.split(", ") for word in piece.split()[1:])
+        assert learned == known + tokenizer.eos_token
+    assert starts == set(range(7))
+
 def test_names_grow_with_the_boards():
     """With many names from the start nothing was found: there are a few at first, then twice as many."""
     stage = Stage("x", ("board",), 100, batch=8, is_narrowed=True, names=1)

@@ -163,6 +163,19 @@ def test_answers_are_on_the_page():
     for kind in SILENT:
         assert 0.2 * kinds[kind] < silent[kind] < 0.7 * kinds[kind]
 
+def test_a_plain_target_is_the_one_element_that_its_goal_names():
+    sizes = set()
+    for seed in range(60):
+        question, number = asker_of(seed).plain_target(3)
+        goal, *lines = question.split("\n")
+        sizes.add(len(lines))
+        # its text is the longest one that the goal names
+        texts = [line.split("'")[1] for line in lines if "'" in line]
+        named = max((text for text in texts if text and text in goal), key=len)
+        assert texts.count(named) == 1
+        assert [line for line in lines if f"'{named}' [{number}]" in line]
+    assert sizes >= {2, 3}
+
 def test_a_text_that_occurs_twice_has_no_one_place():
     twice = word_page(0)
     twice.elements = [*twice.elements, {**twice.elements[0], "ref": 9}]
