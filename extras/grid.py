@@ -35,6 +35,8 @@ OFFLINE = "--online_updates=0 --q_weight=0"
 # Windows come as they are: to draw more of those that won would be a filter of its own.
 LOW = "--expert_episodes=0 --data_mix={'expert':0.3,'random':0.5,'malformed':0.2} --won_share=None"
 BIASED = "--expert_episodes=0 --data_mix={'biased':1.0} --won_share=None"
+# In rooms a critic that learns from such play alone sees nothing yet after the 150 updates before the filter.
+LONGER = "--offline_updates=600 --filter_warmup=300"
 # The base that one command makes. GoToLocal's config has an older one.
 MODEL = "--model=bases/tiny-vlm-worlds"
 # What each table of comparison is about, and what is written behind train.py for it. Not every processor
@@ -52,6 +54,8 @@ WORLDS = {
 for world in ("lake", "rooms", "pages"):
     WORLDS[f"{world}_low"] = f"{WORLDS[world]} {LOW}"
     WORLDS[f"{world}_biased"] = f"{WORLDS[world]} {BIASED}"
+for world in ("rooms_low", "rooms_biased"):
+    WORLDS[world] += f" {LONGER}"
 # Those that continue online by their config.
 ONLINE = ("mixed", "ezpoints", "blackjack", "lake", "rooms", "pages")
 
