@@ -62,6 +62,8 @@ POOLS = (
     COMMON_WORDS,
     [str(number) for number in range(PAGE_SIZE + 1)],
 )
+# Most elements of a made-up list, beside near-twins.
+MOST_LINES = 11
 # Where in POOLS a text without the words of the pages begins, and one without single characters, too.
 FROM_CHARACTERS = 1
 FROM_COMMON_WORDS = 2
@@ -367,7 +369,7 @@ class Asker:
         return self.finish("it text", before, question, answer)
 
     # ---- questions about a made-up list: to find a text among many has to be learned from many ----
-    def listing(self, most=11):
+    def listing(self, most=MOST_LINES):
         """Draw a list of elements with near-twins, pieces without a number, and numbers of any size.
 
         most: elements, beside the twins.

@@ -20,8 +20,9 @@ class Stage(NamedTuple):
 
     kinds: methods of pretrain/train_base.py's Questions, which take turns in a batch. asked: the environments
     of questions that take turns. batch: questions in an update. is_narrowed: the boards have two patches at
-    first, and twice as many whenever their things are found. They must have all in the end. names: of so many
-    things at first, which grow likewise; 0: of all.
+    first, and twice as many whenever their things are found. They must have all in the end. Lists have two
+    lines then, or eight words to look up, and grow likewise. names: of so many things at first, which grow
+    likewise; 0: of all.
     """
 
     name: str

@@ -26,7 +26,7 @@ from extras.published_names import publish_names
 from extras.value_checks import check_out_dir, check_ranges
 from extras.whole_files import replacing
 from model import load_model
-from pretrain.page_questions import Asker, Page
+from pretrain.page_questions import MOST_LINES, Asker, Page
 from pretrain.questions import corpus
 from pretrain.recipes import RECIPES
 from pretrain.sight import IGNORE, Board, Sight, board_of, random_board
@@ -47,8 +47,6 @@ LOG_EVERY = 50
 LISTED = 40
 # So many pieces of it are to be repeated.
 PIECES = 8
-# Most lines of a list of elements.
-MOST_LINES = 11
 SIGHT = "sight.safetensors"
 
 # --- config ---
@@ -142,8 +140,10 @@ class Questions:
         asker = Asker(self.rng)
         asked = None
         while not asked:
-            asked = asker.ask_listing(asker.listing(), 0)
-        return Example(asked[1], asked[2], in_loss="numbers")
+            # a list that names nothing once has nothing to ask for
+            asked = asker.ask_listing(asker.listing(), which=0)
+        _, question, answer = asked
+        return Example(question, answer, in_loss="numbers")
 
     def target(self):
         """Show a goal and a list, and ask for the number of the element that the goal is about.
@@ -237,7 +237,7 @@ class Questions:
             self.patches = min(everything, 2 * self.patches)
             self.names = min(len(self.recipe.names), 2 * self.names)
             self.recent_losses = []
-            print(f"{self.stage.name}: boards of {self.patches} patches, {self.names} names", flush=True)
+            print(f"{self.stage.name}: grown to {self.patches} patches, {self.names} names", flush=True)
 
     def draw(self):
         """Draw the examples of an update, similar ones beside each other."""
